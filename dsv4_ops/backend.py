@@ -1,0 +1,22 @@
+"""torch.compile(model, backend="dsv4"): Inductor with the project's graph passes.
+
+Found through the entry point group `torch_dynamo_backends`, so nobody needs to import this package first. `mode` and
+`options` mean what they mean for the default backend.
+"""
+
+import torch
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+
+from dsv4_ops.passes import GraphPasses
+
+HOOK = "post_grad_custom_pre_pass"  # functional graph, before Inductor's own post-grad passes
+
+
+def dsv4(gm: torch.fx.GraphModule, example_inputs, *, mode: str | None = None, options: dict | None = None):
+    """Compile one graph. Raises if `options` carry a pass of their own for the hook that ours use."""
+    options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+    if options.get(HOOK) is not None:
+        raise ValueError(f"backend 'dsv4' uses Inductor's {HOOK} itself; use post_grad_custom_post_pass for your own pass")
+    patches = {HOOK: GraphPasses(), **(list_mode_options(mode) if mode else {}), **options}
+    return compile_fx(gm, example_inputs, config_patches=patches)

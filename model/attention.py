@@ -1,0 +1,185 @@
+"""Attention of the three block kinds: window; window + selected compressed entries (CSA); window + all of them (HCA).
+
+The projections are shared. What differs is which compressor runs before attention and which entries attention reads.
+Equations: DeepSeek-V4 report, section 2.3.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_ops import ops
+from model.config import ModelConfig
+from model.linear import Binding, parameter, quantise
+from model.state import WINDOW_PAGE_SIZE, LayerState, compressed_page_size
+from model.storage import Storage
+
+
+class Compressor(nn.Module):
+    """Projections and parameters that turn `ratio` tokens into one entry of width `dim` (CSA: two overlapping halves)."""
+
+    def __init__(self, name: str, config: ModelConfig, dim: int, ratio: int, overlap: bool, storage: Storage):
+        super().__init__()
+        self.name, self.ratio, self.eps = name, ratio, config.rms_norm_eps
+        width = dim * (2 if overlap else 1)
+        self.wkv = storage.plain_linear(f"{name}.wkv", width, config.hidden_size)
+        self.wgate = storage.plain_linear(f"{name}.wgate", width, config.hidden_size)
+        self.ape = parameter(ratio, width, dtype=torch.float32, device=storage.device)
+        self.norm = parameter(dim, dtype=storage.dtype, device=storage.device)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, d] -> key/value and gate score [B, S, width] fp32; everything up to the entry is fp32."""
+        return ops.linear_fp32(x, self.wkv.weight), ops.linear_fp32(x, self.wgate.weight)
+
+    def bindings(self) -> list[Binding]:
+        return [
+            *self.wkv.bindings(),
+            *self.wgate.bindings(),
+            Binding((f"{self.name}.ape",), self.ape),
+            Binding((f"{self.name}.norm.weight",), self.norm),
+        ]
+
+
+class Indexer(nn.Module):
+    """Scores the compressed entries with small heads of their own and keeps the best `index_topk` of each row."""
+
+    def __init__(self, name: str, config: ModelConfig, ratio: int, storage: Storage, index_format: str):
+        super().__init__()
+        self.heads, self.dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.ratio, self.format = ratio, index_format
+        self.wq_b = storage.linear(f"{name}.wq_b", self.heads * self.dim, config.q_lora_rank)
+        self.weights_proj = storage.plain_linear(f"{name}.weights_proj", self.heads, config.hidden_size)
+        self.compressor = Compressor(f"{name}.compressor", config, self.dim, ratio, True, storage)
+
+    def forward(
+        self, x: Tensor, qr: tuple[Tensor, ...], positions: Tensor, rope_table: Tensor, state: LayerState
+    ) -> Tensor:
+        """x [B, S, d], qr = the quantised query latent -> indices [B, S, index_topk] int32, -1 padded."""
+        keys = self.compressor
+        page_size = compressed_page_size(self.ratio)
+        compress = getattr(ops, f"index_compress_append_{self.format}")
+        query = getattr(ops, f"index_query_{self.format}")
+        select = getattr(ops, f"index_topk_{self.format}")
+        compress(
+            state.index_state, state.index_pool, *keys.project(x), keys.ape, keys.norm, rope_table,
+            state.compressed_table, positions, keys.eps, self.ratio, page_size,
+        )  # fmt: skip
+        q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
+        query_parts = query(q, self.weights_proj(x), rope_table, positions)
+        return select(
+            *query_parts, state.index_pool, state.compressed_table, positions, self.ratio, page_size, self.topk
+        )
+
+    def bindings(self) -> list[Binding]:
+        return [*self.wq_b.bindings(), *self.weights_proj.bindings(), *self.compressor.bindings()]
+
+
+class WindowAttention(nn.Module):
+    """Attention over the last `sliding_window` tokens. The other kinds add compressed entries to the same softmax."""
+
+    kind = "window"
+
+    def __init__(self, name: str, config: ModelConfig, storage: Storage):
+        super().__init__()
+        self.name, self.window, self.eps = name, config.sliding_window, config.rms_norm_eps
+        self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
+        hidden, rank, width = config.hidden_size, config.q_lora_rank, self.heads * self.head_dim
+        self.wq_a = storage.linear(f"{name}.wq_a", rank, hidden)
+        self.wq_b = storage.linear(f"{name}.wq_b", width, rank)
+        self.wkv = storage.linear(f"{name}.wkv", self.head_dim, hidden)
+        self.wo_a = storage.grouped_linear(f"{name}.wo_a", self.groups, config.o_lora_rank, width // self.groups)
+        self.wo_b = storage.linear(f"{name}.wo_b", hidden, self.groups * config.o_lora_rank)
+        self.q_norm = parameter(rank, dtype=storage.dtype, device=storage.device)
+        self.kv_norm = parameter(self.head_dim, dtype=storage.dtype, device=storage.device)
+        self.attn_sink = parameter(self.heads, dtype=torch.float32, device=storage.device)
+
+    def forward(self, x: Tensor, positions: Tensor, rope_table: Tensor, state: LayerState) -> Tensor:
+        """x [B, S, d] (normed), positions [B, S] -> [B, S, d]."""
+        hidden = quantise(x, self.wq_a.activation)
+        qr = quantise(ops.rms_norm(self.wq_a(*hidden), self.q_norm, self.eps), self.wq_b.activation)
+        q = self.wq_b(*qr).unflatten(-1, (self.heads, self.head_dim))
+        q = ops.q_norm_rope(q, rope_table, positions, self.eps)
+        ops.kv_norm_rope_append(
+            state.window_pool, self.wkv(*hidden), self.kv_norm, rope_table, state.window_table, positions,
+            self.eps, WINDOW_PAGE_SIZE,
+        )  # fmt: skip
+        o, _ = self.attend(x, q, qr, positions, rope_table, state)
+        o = o.flatten(-2).unflatten(-1, (self.groups, -1))
+        u = self.wo_a(*quantise(o, self.wo_a.activation))
+        return self.wo_b(*quantise(u, self.wo_b.activation))
+
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+        return ops.sparse_attention_window(
+            q, state.window_pool, self.attn_sink, rope_table, state.window_table, positions,
+            self.window, WINDOW_PAGE_SIZE,
+        )  # fmt: skip
+
+    def bindings(self) -> list[Binding]:
+        linears = (self.wq_a, self.wq_b, self.wkv, self.wo_a, self.wo_b)
+        return [
+            *(binding for linear in linears for binding in linear.bindings()),
+            Binding((f"{self.name}.q_norm.weight",), self.q_norm),
+            Binding((f"{self.name}.kv_norm.weight",), self.kv_norm),
+            Binding((f"{self.name}.attn_sink",), self.attn_sink),
+        ]
+
+
+class SelectedAttention(WindowAttention):
+    """CSA: entries of `ratio` tokens, overlapping, of which the indexer selects `index_topk` for each row."""
+
+    kind = "csa"
+
+    def __init__(self, name: str, config: ModelConfig, ratio: int, storage: Storage, index_format: str):
+        super().__init__(name, config, storage)
+        self.ratio = ratio
+        self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, True, storage)
+        self.indexer = Indexer(f"{name}.indexer", config, ratio, storage, index_format)
+
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+        compressor, page_size = self.compressor, compressed_page_size(self.ratio)
+        ops.csa_compress_append(
+            state.compressor_state, state.compressed_pool, *compressor.project(x), compressor.ape, compressor.norm,
+            rope_table, state.compressed_table, positions, self.eps, self.ratio, page_size,
+        )  # fmt: skip
+        indices = self.indexer(x, qr, positions, rope_table, state)
+        return ops.sparse_attention_selected(
+            q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
+            state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, page_size,
+        )  # fmt: skip
+
+    def bindings(self) -> list[Binding]:
+        return [*super().bindings(), *self.compressor.bindings(), *self.indexer.bindings()]
+
+
+class CompressedAttention(WindowAttention):
+    """HCA: entries of `ratio` tokens; every row attends to all that lie behind it."""
+
+    kind = "hca"
+
+    def __init__(self, name: str, config: ModelConfig, ratio: int, storage: Storage):
+        super().__init__(name, config, storage)
+        self.ratio = ratio
+        self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, False, storage)
+
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+        compressor, page_size = self.compressor, compressed_page_size(self.ratio)
+        ops.hca_compress_append(
+            state.compressor_state, state.compressed_pool, *compressor.project(x), compressor.ape, compressor.norm,
+            rope_table, state.compressed_table, positions, self.eps, self.ratio, page_size,
+        )  # fmt: skip
+        return ops.sparse_attention_compressed(
+            q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
+            state.compressed_table, positions, self.window, self.ratio, WINDOW_PAGE_SIZE, page_size,
+        )  # fmt: skip
+
+    def bindings(self) -> list[Binding]:
+        return [*super().bindings(), *self.compressor.bindings()]
+
+
+def make_attention(
+    name: str, kind: str, ratio: int, config: ModelConfig, storage: Storage, index_format: str
+) -> nn.Module:
+    if kind == "window":
+        return WindowAttention(name, config, storage)
+    if kind == "csa":
+        return SelectedAttention(name, config, ratio, storage, index_format)
+    return CompressedAttention(name, config, ratio, storage)

@@ -1,0 +1,72 @@
+"""One transformer block on `hc_mult` residual streams: attention and MoE, each between an mHC pre and post.
+
+Equations: DeepSeek-V4 report, section 2.2 (manifold-constrained hyper-connections).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_ops import ops
+from model.attention import make_attention
+from model.config import ModelConfig
+from model.linear import Binding, parameter
+from model.moe import MoE
+from model.state import LayerState
+from model.storage import Storage
+
+
+class HyperConnection(nn.Module):
+    """Parameters of one mHC site: they turn the streams into the weights of pre, post and the stream mixing."""
+
+    def __init__(self, name: str, config: ModelConfig, storage: Storage):
+        super().__init__()
+        self.name, streams = name, config.hc_mult
+        rows, width = (2 + streams) * streams, streams * config.hidden_size
+        self.fn = parameter(rows, width, dtype=torch.float32, device=storage.device)
+        self.scale = parameter(3, dtype=torch.float32, device=storage.device)
+        self.base = parameter(rows, dtype=torch.float32, device=storage.device)
+        self.norm_eps, self.eps, self.iterations = config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.hc_pre(streams, self.fn, self.scale, self.base, self.norm_eps, self.eps, self.iterations)
+
+    def bindings(self) -> list[Binding]:
+        return [Binding((f"{self.name}_{part}",), getattr(self, part)) for part in ("fn", "scale", "base")]
+
+
+class Block(nn.Module):
+    """streams [B, S, n, d] -> streams. Blocks of one kind share one compiled graph: all that differs is in their tensors."""
+
+    def __init__(
+        self, name: str, config: ModelConfig, kind: str, ratio: int, hashed: bool, storage: Storage, index_format: str
+    ):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.hc_attn = HyperConnection(f"{name}.hc_attn", config, storage)
+        self.hc_ffn = HyperConnection(f"{name}.hc_ffn", config, storage)
+        self.attn_norm = parameter(config.hidden_size, dtype=storage.dtype, device=storage.device)
+        self.ffn_norm = parameter(config.hidden_size, dtype=storage.dtype, device=storage.device)
+        self.attn = make_attention(f"{name}.attn", kind, ratio, config, storage, index_format)
+        self.ffn = MoE(f"{name}.ffn", config, hashed, storage)
+        self.name = name
+
+    def forward(
+        self, streams: Tensor, positions: Tensor, fixed_ids: Tensor, rope_table: Tensor, state: LayerState
+    ) -> Tensor:
+        """positions [B, S] int32 (-1: no token), fixed_ids [B, S, k] int32 (-1: the router chooses)."""
+        x, post, comb = self.hc_attn(streams)
+        x = self.attn(ops.rms_norm(x, self.attn_norm, self.eps), positions, rope_table, state)
+        streams = ops.hc_post(x, streams, post, comb)
+        x, post, comb = self.hc_ffn(streams)
+        x = self.ffn(ops.rms_norm(x, self.ffn_norm, self.eps), fixed_ids)
+        return ops.hc_post(x, streams, post, comb)
+
+    def bindings(self) -> list[Binding]:
+        return [
+            *self.hc_attn.bindings(),
+            *self.hc_ffn.bindings(),
+            Binding((f"{self.name}.attn_norm.weight",), self.attn_norm),
+            Binding((f"{self.name}.ffn_norm.weight",), self.ffn_norm),
+            *self.attn.bindings(),
+            *self.ffn.bindings(),
+        ]

@@ -1,0 +1,33 @@
+"""`dsv4 info`: versions, devices, and which operator has a kernel where."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from dsv4_ops import ops
+from dsv4_ops.registry import TABLE
+
+PACKAGES = ("dsv4-ops", "torch", "safetensors", "tokenizers", "ninja", "transformers")
+
+
+def print_info() -> None:
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        print(f"{package:<13} {_version(package)}")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    print(f"CUDA          {torch.version.cuda or 'none: this torch is a CPU build'}")
+    print(f"GPUs          {', '.join(f'{gpu.name} (sm_{gpu.major}{gpu.minor})' for gpu in gpus) or 'none'}")
+    print(f"CPU threads   {torch.get_num_threads()}")
+    kernels = sum(op.has_kernel("cuda") for op in TABLE.values())
+    print(f"operators     {len(TABLE)}; CPU: all by their reference; CUDA kernels: {kernels}")
+    for family in ops.FAMILIES:
+        names = [op.name for op in TABLE.values() if op.reference.__module__ == family.__name__ or op.name in vars(family)]
+        print(f"  {family.__name__.rsplit('.', 1)[1]:<17} {', '.join(names)}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,134 @@
+"""Linear layers in the storage formats of the checkpoints, and how their inputs are quantised.
+
+A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of its
+own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dsv4_ops import ops
+from model.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from model.storage import Storage
+
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where checkpoint tensors go: `target` is filled with `convert` of the tensors under `keys` (or a plain copy)."""
+
+    keys: tuple[str, ...]
+    target: Tensor
+    convert: Callable[..., Tensor] | None = None
+
+
+def quantise(x: Tensor, activation: str) -> tuple[Tensor, ...]:
+    """The form of x [..., K] that layers of this kind multiply: "dense" x itself, "fp8" 1x128 UE8M0, "nvfp4" 1x16 per row."""
+    if activation == "dense":
+        return (x,)
+    if activation == "fp8":
+        return tuple(ops.quant_fp8(x, FP8_BLOCK))
+    row_scale = ops.nvfp4_row_scale(x)
+    return (*ops.quant_nvfp4(x, row_scale), row_scale)
+
+
+def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Uninitialised storage for a weight; the loader fills it and fails if a key is missing."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def require_blocks(name: str, size: int, block: int) -> None:
+    if size % block:
+        raise CheckpointError(f"{name}: quantised layers need an input size that is a multiple of {block}, got {size}")
+
+
+class DenseLinear(nn.Module):
+    """y = x W^T in the dtype of x. Weights of a quantised checkpoint are dequantised while loading."""
+
+    activation = "dense"
+
+    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+        super().__init__()
+        self.name, self.storage = name, storage
+        self.weight = parameter(rows, columns, dtype=storage.dtype, device=storage.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_dense(x, self.weight)
+
+    def bindings(self) -> list[Binding]:
+        return [self.storage.dense_binding(self.name, self.weight)]
+
+
+class Fp8Linear(nn.Module):
+    """E4M3 weights with a UE8M0 scale for each 128x128 block; activations E4M3, 1x128."""
+
+    activation = "fp8"
+
+    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+        super().__init__()
+        require_blocks(name, columns, FP8_BLOCK)
+        self.name = name
+        self.weight = parameter(rows, columns, dtype=torch.float8_e4m3fn, device=storage.device)
+        blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        self.weight_scale = parameter(*blocks, dtype=storage.fp8_scale_dtype, device=storage.device)
+
+    def forward(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        return ops.linear_fp8(x, x_scale, self.weight, self.weight_scale)
+
+    def bindings(self) -> list[Binding]:
+        return [
+            Binding((f"{self.name}.weight",), self.weight),
+            Binding((f"{self.name}.scale",), self.weight_scale, as_bytes),
+        ]
+
+
+class Nvfp4Linear(nn.Module):
+    """E2M1 weights, an E4M3 scale for each 16 along K and one fp32 scale; activations the same with a scale per row."""
+
+    activation = "nvfp4"
+
+    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+        super().__init__()
+        require_blocks(name, columns, 16)
+        self.name, device = name, storage.device
+        self.weight = parameter(rows, columns // 2, dtype=torch.uint8, device=device)
+        self.weight_scale = parameter(rows, columns // 16, dtype=torch.float8_e4m3fn, device=device)
+        self.weight_global = parameter(1, dtype=torch.float32, device=device)
+
+    def forward(self, x: Tensor, x_scale: Tensor, x_global: Tensor) -> Tensor:
+        return ops.linear_nvfp4(x, x_scale, x_global, self.weight, self.weight_scale, self.weight_global)
+
+    def bindings(self) -> list[Binding]:
+        return [
+            Binding((f"{self.name}.weight",), self.weight, as_bytes),
+            Binding((f"{self.name}.weight_scale",), self.weight_scale),
+            Binding((f"{self.name}.weight_scale_2",), self.weight_global, lambda scale: scale.reshape(1)),
+        ]
+
+
+class DenseGroupedLinear(DenseLinear):
+    """x [..., G, K] times a block-diagonal weight: rows g * R .. (g + 1) * R - 1 multiply group g. -> [..., G * R]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.grouped_linear_dense(x, self.weight)
+
+
+class Nvfp4GroupedLinear(Nvfp4Linear):
+    """The same with NVFP4 weights and activations."""
+
+    def forward(self, x: Tensor, x_scale: Tensor, x_global: Tensor) -> Tensor:
+        return ops.grouped_linear_nvfp4(x, x_scale, x_global, self.weight, self.weight_scale, self.weight_global)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """UE8M0 scales and packed E2M1 pairs travel as uint8; fp32 scales stay."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor

@@ -1,0 +1,51 @@
+"""Chooses the class of each linear from the checkpoint's formats and how the model is to compute."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.dequantize import dequantize_weight
+from model.linear import Binding, DenseGroupedLinear, DenseLinear, Fp8Linear, Nvfp4GroupedLinear, Nvfp4Linear
+from model.weight_formats import DENSE, F32, FP8, NVFP4, WeightFormats
+
+
+@dataclass(frozen=True)
+class Storage:
+    """formats: how the checkpoint stores its linears. dtype: of activations and of everything that is not quantised.
+
+    With `quantise_activations` off, quantised weights are dequantised while loading: the same values, multiplied with
+    activations as they are.
+    """
+
+    formats: WeightFormats
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    quantise_activations: bool = True
+
+    @property
+    def fp8_scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.formats.fp8_scale == F32 else torch.uint8
+
+    def format_of(self, name: str) -> str:
+        return self.formats.of(name) if self.quantise_activations else DENSE
+
+    def linear(self, name: str, rows: int, columns: int) -> nn.Module:
+        kind = {DENSE: DenseLinear, FP8: Fp8Linear, NVFP4: Nvfp4Linear}[self.format_of(name)]
+        return kind(name, rows, columns, self)
+
+    def plain_linear(self, name: str, rows: int, columns: int) -> nn.Module:
+        """A linear that no checkpoint quantises."""
+        return DenseLinear(name, rows, columns, self)
+
+    def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
+        """The output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
+        kind = Nvfp4GroupedLinear if self.format_of(name) == NVFP4 else DenseGroupedLinear
+        return kind(name, groups * rank, columns, self)
+
+    def dense_binding(self, name: str, target: Tensor) -> Binding:
+        """Fill `target` with the linear's weight, dequantised if the checkpoint quantises it."""
+        kind = self.formats.of(name)
+        if kind == DENSE:
+            return Binding((f"{name}.weight",), target)
+        return Binding(self.formats.keys(name), target, lambda *parts: dequantize_weight(kind, *parts))
