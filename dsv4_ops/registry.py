@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dsv4_ops import compat
-
 NAMESPACE = "dsv4"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -73,7 +71,9 @@ def define(schema: str, *, alloc: Callable, reference: Callable, check: Callable
     aliases = [f"Tensor({letter}!)" for letter in "abcdefgh"[: len(outputs)]]
     returns = aliases[0] if len(aliases) == 1 else f"({', '.join(aliases)})"
     out_arguments = ", ".join(f"{alias} {output}" for alias, output in zip(aliases, outputs, strict=True))
-    LIBRARY.define(f"{name}.out({args}, *, {out_arguments}) -> {returns}", tags=compat.OUT_TAGS)
+    # Not tagged torch.Tag.out: Inductor of torch 2.13 then lowers a single-output op with the symbolic sizes of its fake
+    # tensor instead of their expressions, and fails on every graph with a dynamic dimension.
+    LIBRARY.define(f"{name}.out({args}, *, {out_arguments}) -> {returns}")
     op = TABLE[name] = Op(name, schema, reference, alloc, inline, outputs)
 
     def functional(*arguments):

@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dsv4", description="DeepSeek-V4 inference: every kernel an operator, one graph.")
+    parser = argparse.ArgumentParser(
+        prog="dsv4", description="DeepSeek-V4 inference: every kernel an operator, one graph."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_logits(commands)
@@ -49,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_generate(commands) -> None:
     parser = commands.add_parser("generate", help="continue prompts", description="Continue prompts; streams the text.")
     parser.set_defaults(run=run_generate)
-    parser.add_argument("checkpoint", nargs="?", type=Path, default=BUILTIN, help="directory (default: the built-in model)")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, default=BUILTIN, help="directory (default: the built-in model)"
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeat for several sequences")
     parser.add_argument(
         "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma separated, used as they are"
@@ -57,10 +61,16 @@ def _add_generate(commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="keep this much probability (default 0.95)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P", help="keep this much probability (default 0.95)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, metavar="B", help="sequences the state holds (default: as many as prompts)")
-    parser.add_argument("--max-seq-len", type=int, metavar="N", help="positions the state holds (default: what is needed)")
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="sequences the state holds (default: as many as prompts)"
+    )
+    parser.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="positions the state holds (default: what is needed)"
+    )
     _add_model_options(parser)
 
 
@@ -91,7 +101,9 @@ def _add_convert(commands) -> None:
         help="official: FP8 linears and MXFP4 experts; nvfp4-experts: FP8 linears and NVFP4 experts; nvfp4: all linears",
     )  # fmt: skip
     parser.add_argument(
-        "--requantize", action="store_true", help="round MXFP4 weights whose exponents do not fit NVFP4 instead of failing"
+        "--requantize",
+        action="store_true",
+        help="round MXFP4 weights whose exponents do not fit NVFP4 instead of failing",
     )
 
 
@@ -101,8 +113,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile each kind of block (backend dsv4); takes a minute on a CPU, needs a C++ compiler",
     )  # fmt: skip
-    parser.add_argument("--chunk", type=int, default=DEFAULT_CHUNK, metavar="N", help=f"prefill rows (default {DEFAULT_CHUNK})")
-    parser.add_argument("--exact", action="store_true", help="fp32, no quantisation of activations, caches and index keys")
+    parser.add_argument(
+        "--chunk", type=int, default=DEFAULT_CHUNK, metavar="N", help=f"prefill rows (default {DEFAULT_CHUNK})"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="fp32, no quantisation of activations, caches and index keys"
+    )
     parser.add_argument("--index-fp8", action="store_true", help="keep index keys in FP8 instead of FP4")
 
 
@@ -128,7 +144,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
     prompts = [tokenizer.encode(text) for text in arguments.prompt] + [parse_ids(ids) for ids in arguments.prompt_ids]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    sizes = (arguments.batch or max(len(prompts), 1), arguments.max_seq_len or longest + max(arguments.max_new_tokens, 1))
+    sizes = (
+        arguments.batch or max(len(prompts), 1),
+        arguments.max_seq_len or longest + max(arguments.max_new_tokens, 1),
+    )
     check_prompts(prompts, arguments.max_new_tokens, config.vocab_size, *sizes)
     model = load_model(arguments, *sizes)
     stream_text(generate(model, prompts, arguments.max_new_tokens, sampling), tokenizer, arguments.prompt, len(prompts))
@@ -166,7 +185,9 @@ def run_logits(arguments: argparse.Namespace) -> None:
         raise UserError(f"--prefill must be between 0 and the {length} positions of the tokens, got {prefill}")
     sizes = (arguments.batch or batch, arguments.max_seq_len or length)
     if batch > sizes[0] or length > sizes[1]:
-        raise UserError(f"tokens [{batch}, {length}] do not fit into a state of {sizes[0]} sequences of {sizes[1]} positions")
+        raise UserError(
+            f"tokens [{batch}, {length}] do not fit into a state of {sizes[0]} sequences of {sizes[1]} positions"
+        )
     if not arguments.out.parent.is_dir():
         raise UserError(f"{arguments.out.parent} is not a directory; make it first")
     model = load_model(arguments, *sizes)

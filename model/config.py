@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from model.config_spelling import read_fields
@@ -56,7 +55,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     expert_dtype: str | None = None
-    quantization: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    quantization: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         _check(self)
@@ -109,19 +108,7 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
 
 def _check(config: ModelConfig) -> None:
     """Relations between fields that the model takes for granted."""
-    layers = config.num_hidden_layers
-    for name in ("layer_kinds", "compress_ratios", "hash_layers"):
-        if len(getattr(config, name)) != layers:
-            raise CheckpointError(f"{name} has {len(getattr(config, name))} entries, the model has {layers} layers")
-    for layer, (kind, ratio) in enumerate(zip(config.layer_kinds, config.compress_ratios, strict=True)):
-        if kind not in (WINDOW, CSA, HCA) or (kind == WINDOW) != (ratio == 0):
-            raise CheckpointError(f"layer {layer}: kind {kind!r} does not go with compression ratio {ratio}")
-    for kind in (CSA, HCA):
-        ratios = sorted({r for r, k in zip(config.compress_ratios, config.layer_kinds, strict=True) if k == kind})
-        if len(ratios) > 1:
-            raise CheckpointError(
-                f"{kind.upper()} layers have several ratios {ratios}; one ratio per kind is supported"
-            )
+    _check_layers(config)
     relations = (
         (config.hc_mult <= MAX_STREAMS, f"hc_mult must be at most {MAX_STREAMS}, got {config.hc_mult}"),
         (config.n_shared_experts == 1, f"n_shared_experts must be 1, got {config.n_shared_experts}"),
@@ -148,3 +135,19 @@ def _check(config: ModelConfig) -> None:
     for holds, message in relations:
         if not holds:
             raise CheckpointError(f"config.json: {message}")
+
+
+def _check_layers(config: ModelConfig) -> None:
+    layers = config.num_hidden_layers
+    for name in ("layer_kinds", "compress_ratios", "hash_layers"):
+        if len(getattr(config, name)) != layers:
+            raise CheckpointError(f"{name} has {len(getattr(config, name))} entries, the model has {layers} layers")
+    for layer, (kind, ratio) in enumerate(zip(config.layer_kinds, config.compress_ratios, strict=True)):
+        if kind not in (WINDOW, CSA, HCA) or (kind == WINDOW) != (ratio == 0):
+            raise CheckpointError(f"layer {layer}: kind {kind!r} does not go with compression ratio {ratio}")
+    for kind in (CSA, HCA):
+        ratios = sorted({r for r, k in zip(config.compress_ratios, config.layer_kinds, strict=True) if k == kind})
+        if len(ratios) > 1:
+            raise CheckpointError(
+                f"{kind.upper()} layers have several ratios {ratios}; one ratio per kind is supported"
+            )

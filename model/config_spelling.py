@@ -9,7 +9,6 @@ A constant that shapes the model has no default here: transformers' class defaul
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from model.errors import CheckpointError
@@ -89,7 +88,7 @@ def read_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         **_mtp(config),
         **_token_ids(config),
         "expert_dtype": config.get("expert_dtype"),
-        "quantization": MappingProxyType(_object(config, "quantization_config")),
+        "quantization": dict(_object(config, "quantization_config")),
     }
 
 

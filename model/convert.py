@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -75,7 +76,8 @@ def convert(
         writer = _ShardWriter(work, shard_bytes)
         with tqdm(total=total, unit="B", unit_scale=True, desc=format, file=sys.stderr, disable=not progress) as bar:
             for key, tensor in _tensors(checkpoint, config, converter):
-                stored = tensor if key not in expected else _as_stored(tensor, _stored_type(expected[key], format))
+                dtype = _stored_type(expected[key], format) if key in expected else checkpoint.dtype(key)
+                stored = _as_stored(tensor, dtype)
                 writer.add(key, stored)
                 bar.update(stored.nbytes)
         writer.finish()
@@ -148,7 +150,10 @@ class _ShardWriter:
         return self.directory / f"part-{number}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
+        try:
+            save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"cannot write {self._part(len(self.shards))}: {error}") from error
         self.shards.append(list(self.pending))
         self.total_bytes += self.pending_bytes
         self.pending, self.pending_bytes = {}, 0

@@ -22,7 +22,9 @@ def print_info() -> None:
     kernels = sum(op.has_kernel("cuda") for op in TABLE.values())
     print(f"operators     {len(TABLE)}; CPU: all by their reference; CUDA kernels: {kernels}")
     for family in ops.FAMILIES:
-        names = [op.name for op in TABLE.values() if op.reference.__module__ == family.__name__ or op.name in vars(family)]
+        names = [
+            op.name for op in TABLE.values() if op.reference.__module__ == family.__name__ or op.name in vars(family)
+        ]
         print(f"  {family.__name__.rsplit('.', 1)[1]:<17} {', '.join(names)}")
 
 

@@ -68,6 +68,13 @@ class DenseLinear(nn.Module):
         return [self.storage.dense_binding(self.name, self.weight)]
 
 
+class PlainLinear(DenseLinear):
+    """A linear that no checkpoint quantises."""
+
+    def bindings(self) -> list[Binding]:
+        return [Binding((f"{self.name}.weight",), self.weight)]
+
+
 class Fp8Linear(nn.Module):
     """E4M3 weights with a UE8M0 scale for each 128x128 block; activations E4M3, 1x128."""
 

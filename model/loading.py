@@ -118,7 +118,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {device} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+        raise UserError(
+            f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     return device
 
 
@@ -138,6 +140,10 @@ def check_cache(config: ModelConfig, cache: CacheFormat) -> None:
         return
     nope, dim = config.head_dim - config.qk_rope_head_dim, config.index_head_dim
     if nope % 64:
-        raise UserError(f"packed caches need head_dim - qk_rope_head_dim to be a multiple of 64, got {nope}; use exact mode")
+        raise UserError(
+            f"packed caches need head_dim - qk_rope_head_dim to be a multiple of 64, got {nope}; use exact mode"
+        )
     if "csa" in config.layer_kinds and (dim & (dim - 1) or dim % 32):
-        raise UserError(f"packed index keys need index_head_dim to be a power of two from 32 on, got {dim}; use exact mode")
+        raise UserError(
+            f"packed index keys need index_head_dim to be a power of two from 32 on, got {dim}; use exact mode"
+        )

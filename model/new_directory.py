@@ -27,7 +27,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         remove_stale(target)
         work, lock = _make_locked(target)
     except OSError as error:
-        raise UserError(f"cannot write next to {target}: {error}") from None
+        raise UserError(f"cannot write {target}: {error}") from None
     try:
         yield work
         _require_free(target)
@@ -35,8 +35,10 @@ def new_directory(target: str | Path) -> Iterator[Path]:
             _sync(path)
         os.rename(work, target)  # replaces an empty directory, fails on any other
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {target}: {error}") from error
         raise
     finally:
         os.close(lock)

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from model.dequantize import dequantize_weight
-from model.linear import Binding, DenseGroupedLinear, DenseLinear, Fp8Linear, Nvfp4GroupedLinear, Nvfp4Linear
+from model.linear import (
+    Binding,
+    DenseGroupedLinear,
+    DenseLinear,
+    Fp8Linear,
+    Nvfp4GroupedLinear,
+    Nvfp4Linear,
+    PlainLinear,
+)
 from model.weight_formats import DENSE, F32, FP8, NVFP4, WeightFormats
 
 
@@ -35,8 +43,7 @@ class Storage:
         return kind(name, rows, columns, self)
 
     def plain_linear(self, name: str, rows: int, columns: int) -> nn.Module:
-        """A linear that no checkpoint quantises."""
-        return DenseLinear(name, rows, columns, self)
+        return PlainLinear(name, rows, columns, self)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
         """The output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""

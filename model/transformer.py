@@ -1,9 +1,12 @@
 """DeepSeek-V4: embedding, blocks, head and the draft (MTP) block, with prefill and decode on one static state."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dsv4_ops import ops
+from dsv4_ops.backend import dsv4
 from dsv4_ops.ops.rope import rope_table
 from model.block import Block
 from model.config import ModelConfig
@@ -89,8 +92,7 @@ class DeepseekV4(nn.Module):
             for index, (kind, ratio, hashed) in enumerate(layers)
         )
         self.drafts = nn.ModuleList(
-            DraftBlock(f"mtp.{index}", config, storage, cache.index)
-            for index in range(config.num_nextn_predict_layers)
+            DraftBlock(f"mtp.{index}", config, storage, cache.index) for index in range(config.num_nextn_predict_layers)
         )
         self.head = Head("", "norm.weight", config, storage)
         # Expert ids of every token in the hash layers, [hash layers, vocab, k]; indexed by token, not by layer state.
@@ -183,7 +185,7 @@ class DeepseekV4(nn.Module):
         state.active.copy_(active & (sampled[:, None] != state.eos).all(-1))
         return emitted
 
-    def compile(self, backend: str = "dsv4", **options) -> None:
+    def compile(self, backend: str | Callable = dsv4, **options) -> None:
         """Compile block by block: one graph for each kind of block in decode and one in prefill, however many layers."""
         limit = 4 * len(set(self.config.layer_kinds))
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)

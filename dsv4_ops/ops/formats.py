@@ -91,3 +91,24 @@ def hadamard(x: Tensor) -> Tensor:
         )
         width *= 2
     return x * size**-0.5
+
+
+# The two formats as tables over a byte, for CPU kernels that read many codes: one pass instead of ten. A pair of E2M1
+# values is one int64.
+BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
+E2M1_PAIRS = decode_e2m1(unpack_e2m1(BYTES[:, None])).view(torch.int64).flatten()
+E4M3_VALUES = BYTES.view(FP8).float()
+
+
+def look_up_e2m1_pairs(packed: Tensor) -> Tensor:
+    """decode_e2m1(unpack_e2m1(packed)) by table: [..., K/2] uint8 -> [..., K] fp32."""
+    return _look_up(E2M1_PAIRS, packed).view(torch.float32)
+
+
+def look_up_e4m3(x: Tensor) -> Tensor:
+    """x.float() by table, for E4M3 of any shape."""
+    return _look_up(E4M3_VALUES, x.view(torch.uint8))
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    return table.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)

@@ -9,32 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dsv4_ops.ops.formats import FP8, decode_e2m1, decode_ue8m0, unpack_e2m1
+from dsv4_ops.ops.formats import FP8, decode_ue8m0, look_up_e2m1_pairs, look_up_e4m3
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
-
-# Both formats as tables over a byte: one pass over a weight instead of ten. A pair of E2M1 values is one int64.
-BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
-E2M1_PAIRS = decode_e2m1(unpack_e2m1(BYTES[:, None])).view(torch.int64).flatten()
-E4M3_VALUES = BYTES.view(FP8).float()
-
-
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes] for uint8 codes of any shape."""
-    return table.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-def e4m3_values(weight: Tensor) -> Tensor:
-    """E4M3 [..., K] -> fp32 [..., K]."""
-    return look_up(E4M3_VALUES, weight.view(torch.uint8))
-
-
-def e2m1_values(packed: Tensor) -> Tensor:
-    """Packed E2M1 [..., K/2] uint8 -> fp32 [..., K]."""
-    return look_up(E2M1_PAIRS, packed).view(torch.float32)
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -46,17 +26,17 @@ def dequantise_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     """E4M3 [..., N, K] with a scale [..., ceil(N/128), ceil(K/128)] (UE8M0 or fp32) for each block -> fp32."""
     scale = decode_ue8m0(scale) if scale.dtype == torch.uint8 else scale
     rows = scale.repeat_interleave(BLOCK, -2)[..., : weight.shape[-2], :]
-    return e4m3_values(weight) * rows.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
+    return look_up_e4m3(weight) * rows.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
 
 
 def dequantise_mxfp4(weight: Tensor, scale: Tensor) -> Tensor:
     """Packed E2M1 [..., N, K/2] with UE8M0 scales [..., N, K/32] -> fp32 [..., N, K]."""
-    return scale_groups(e2m1_values(weight), decode_ue8m0(scale))
+    return scale_groups(look_up_e2m1_pairs(weight), decode_ue8m0(scale))
 
 
 def dequantise_nvfp4(weight: Tensor, scale: Tensor) -> Tensor:
     """Packed E2M1 [..., N, K/2] with E4M3 scales [..., N, K/16] -> fp32 [..., N, K], without the global scale."""
-    return scale_groups(e2m1_values(weight), scale.float())
+    return scale_groups(look_up_e2m1_pairs(weight), scale.float())
 
 
 def grouped(x: Tensor, weight: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def hc_pre_reference(x, fn, scale, base, norm_eps, hc_eps, iterations):
     pre_base, post_base, comb_base = base.split((n, n, n * n))
     pre = torch.sigmoid(pre * scale[0] + pre_base) + hc_eps
     post = 2 * torch.sigmoid(post * scale[1] + post_base)
-    comb = sinkhorn_reference((comb * scale[2] + comb_base).unflatten(-1, (n, n)), hc_eps, iterations)
+    # The op, not its reference: opened up, 2 * iterations dependent little sums are minutes of compile time.
+    comb = sinkhorn((comb * scale[2] + comb_base).unflatten(-1, (n, n)), hc_eps, iterations)
     return _weighted_sum(pre, x).to(x.dtype), post.contiguous(), comb
 
 
@@ -176,7 +177,6 @@ sinkhorn = define(
     alloc=lambda logits, eps, iterations: logits.new_empty(logits.shape),
     reference=sinkhorn_reference,
     check=_check_sinkhorn,
-    inline=True,
 )
 # -> y [..., d] in the dtype of x, post f32 [..., n], comb f32 [..., n, n]
 hc_pre = define(

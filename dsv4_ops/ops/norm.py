@@ -20,11 +20,15 @@ def expect_activation(x: Tensor, op: str, name: str, last: int | None = None) ->
     expect(x.dim() >= 1 and x.dtype in ACTIVATION_DTYPES and last in (None, x.shape[-1]), op, wanted)
 
 
+def divide_by_rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, fp32 and contiguous: torch sums other layouts in another order."""
+    x32 = x.float().contiguous()
+    return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / rms(x) over the last dimension."""
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (weight.float() * normed).to(x.dtype).contiguous()
+    return (weight.float() * divide_by_rms(x, eps)).to(x.dtype)
 
 
 def expect_rms_norm(op: str, x: Tensor, weight: Tensor) -> None:
@@ -72,9 +76,7 @@ swiglu = define(
 
 def q_norm_rope_reference(q: Tensor, rope_table: Tensor, positions: Tensor, eps: float) -> Tensor:
     """Every head divided by its RMS (no weight), then rotated."""
-    q32 = q.float()
-    normed = q32 * torch.rsqrt(q32.square().mean(-1, keepdim=True) + eps)
-    return apply_rope(normed, rope_table, positions).to(q.dtype).contiguous()
+    return apply_rope(divide_by_rms(q, eps), rope_table, positions).to(q.dtype)
 
 
 def expect_rope(op: str, x: Tensor, rope_table: Tensor, positions: Tensor) -> None:

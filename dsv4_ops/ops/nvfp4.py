@@ -55,20 +55,29 @@ def dequant_nvfp4_reference(q: Tensor, scale: Tensor, global_scale: Tensor) -> T
     return (blocks * scale.float()[..., None]).flatten(-2) * global_scale
 
 
+def size_128x4(rows: int, columns: int) -> int:
+    """Bytes of the block scales [rows, columns] in the 128x4 layout."""
+    return -(-rows // 128) * -(-columns // 4) * 512
+
+
+def offsets_128x4(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Byte offset [rows, columns] of every block scale in the 128x4 layout."""
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    tile = row // 128 * -(-columns // 4) + column // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
 def nvfp4_scale_to_128x4_reference(scale: Tensor) -> Tensor:
     """Block scales [rows, columns] in the 128x4 layout, flat; padding is zero."""
-    rows, columns = scale.shape
-    row_tiles, column_tiles = -(-rows // 128), -(-columns // 4)
-    padding = (0, column_tiles * 4 - columns, 0, row_tiles * 128 - rows)
-    tiles = torch.nn.functional.pad(scale.view(torch.uint8), padding).view(row_tiles, 4, 32, column_tiles, 4)
-    return tiles.permute(0, 3, 2, 1, 4).flatten().view(FP8)
+    layout = scale.new_zeros((size_128x4(*scale.shape),), dtype=torch.uint8)
+    offsets = offsets_128x4(*scale.shape, scale.device)
+    return layout.scatter(0, offsets.flatten(), scale.view(torch.uint8).flatten()).view(FP8)
 
 
 def nvfp4_scale_from_128x4_reference(scale: Tensor, rows: int, columns: int) -> Tensor:
     """Block scales [rows, columns] out of the 128x4 layout."""
-    row_tiles, column_tiles = -(-rows // 128), -(-columns // 4)
-    tiles = scale.view(torch.uint8).view(row_tiles, column_tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(row_tiles * 128, column_tiles * 4)[:rows, :columns].clone().view(FP8)
+    layout = scale.view(torch.uint8).view(size_128x4(rows, columns))
+    return layout[offsets_128x4(rows, columns, scale.device)].view(FP8)
 
 
 def quant_nvfp4_128x4_reference(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +90,6 @@ def dequant_nvfp4_128x4_reference(q: Tensor, scale: Tensor, global_scale: Tensor
     """dequant_nvfp4 with block scales in the 128x4 layout."""
     rows, columns = q.shape[0], 2 * q.shape[1] // NVFP4_GROUP
     return dequant_nvfp4_reference(q, nvfp4_scale_from_128x4_reference(scale, rows, columns), global_scale)
-
-
-def size_128x4(rows: int, columns: int) -> int:
-    """Bytes of the block scales [rows, columns] in the 128x4 layout."""
-    return -(-rows // 128) * -(-columns // 4) * 512
 
 
 def expect_global_scale(op: str, rows: Tensor, global_scale: Tensor) -> None:

@@ -20,13 +20,13 @@ from dsv4_ops.ops.formats import (
     FP8,
     FP8_AMAX_FLOOR,
     cast_e4m3,
-    decode_e2m1,
     decode_ue8m0,
     encode_e2m1,
     fp8_group_scale,
+    look_up_e2m1_pairs,
+    look_up_e4m3,
     mxfp4_group_scale,
     pack_e2m1,
-    unpack_e2m1,
 )
 
 KV_GROUP = 64  # channels that share a scale in the packed KV page
@@ -55,8 +55,8 @@ def gather_entries(
     """
     entries = entries.clamp_min(0).long()
     page = block_table.gather(1, (entries // page_size).flatten(1)).view(entries.shape).long()
-    offset = start + (entries % page_size) * width
-    return pool[page[..., None], offset[..., None] + torch.arange(width, device=pool.device)]
+    parts = pool[:, start : start + page_size * width].unflatten(1, (page_size, width))
+    return parts[page, entries % page_size]
 
 
 def scatter_entries(
@@ -81,7 +81,7 @@ def read_kv(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, 
     data_bytes, scale_bytes = kv_entry_bytes(head_dim, rope_dim)
     data = gather_entries(pool, block_table, entries, page_size, 0, data_bytes)
     scales = gather_entries(pool, block_table, entries, page_size, page_size * data_bytes, scale_bytes)
-    groups = data[..., :nope].contiguous().view(FP8).float().unflatten(-1, (-1, KV_GROUP))
+    groups = look_up_e4m3(data[..., :nope].contiguous().view(FP8)).unflatten(-1, (-1, KV_GROUP))
     groups = groups * decode_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
     return torch.cat((groups.flatten(-2), data[..., nope:].contiguous().view(torch.bfloat16).float()), dim=-1)
 
@@ -118,7 +118,7 @@ def read_index_keys_fp8(pool: Tensor, block_table: Tensor, entries: Tensor, page
     """FP8 keys of entries [B, ...], dequantised: [B, ..., dim] fp32."""
     data = gather_entries(pool, block_table, entries, page_size, 0, dim)
     scale = gather_entries(pool, block_table, entries, page_size, page_size * dim, 4)
-    return data.view(FP8).float() * scale.view(torch.float32)
+    return look_up_e4m3(data.view(FP8)) * scale.view(torch.float32)
 
 
 def write_index_keys_fp4(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, keys: Tensor) -> None:
@@ -134,5 +134,5 @@ def read_index_keys_fp4(pool: Tensor, block_table: Tensor, entries: Tensor, page
     """FP4 keys of entries [B, ...], dequantised: [B, ..., dim] fp32."""
     data = gather_entries(pool, block_table, entries, page_size, 0, dim // 2)
     scale = gather_entries(pool, block_table, entries, page_size, page_size * (dim // 2), dim // INDEX_GROUP)
-    groups = decode_e2m1(unpack_e2m1(data)).unflatten(-1, (-1, INDEX_GROUP))
+    groups = look_up_e2m1_pairs(data).unflatten(-1, (-1, INDEX_GROUP))
     return (groups * decode_ue8m0(scale)[..., None]).flatten(-2)

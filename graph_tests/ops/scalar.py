@@ -1,8 +1,8 @@
-"""Independent judges: number formats and quantisers one scalar at a time, in exact rational arithmetic or IEEE fp32 steps.
+"""Independent judges: number formats and quantisers one scalar at a time, exactly (fractions) or in IEEE fp32 steps.
 
-Written from the definitions of the formats and sharing no code with `dsv4_ops`. A step that the specification takes in fp32
-is one Python double operation followed by `f32`: products of two fp32 numbers are exact in double, and a double quotient
-rounded to fp32 is the correctly rounded one.
+Written from the definitions of the formats, sharing no code with `dsv4_ops`. A step that the specification takes in
+fp32 is one Python double operation followed by `f32`: a product of two fp32 numbers is exact in double, and a double
+quotient rounded to fp32 is the correctly rounded one.
 """
 
 import bisect
@@ -14,8 +14,11 @@ import torch
 
 
 def f32(value: float) -> float:
-    """Round to the nearest fp32, ties to even."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
+    """Round to the nearest fp32, ties to even; too large becomes infinity."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def next_up(value: float, steps: int = 1) -> float:

@@ -20,7 +20,7 @@ PAGE_SIZE = 3
 
 
 def kv_rows(dtype: torch.dtype, dim: int = HEAD_DIM) -> torch.Tensor:
-    """[2, 4, dim]: normal rows, one with groups whose amax is exactly max * 2^k or one bf16 step above, one of zeros."""
+    """[2, 4, dim]: normal rows, one with groups whose amax is max * 2^k or one bf16 step above, one of zeros."""
     kv = torch.randn(2, 4, dim, generator=torch.Generator().manual_seed(0))
     kv[0, 1] *= torch.logspace(-8, 8, dim)
     for group, amax in enumerate((448.0, 450.0, 6.0 * 2**-3, 7.0 * 2**-4, 224.0, 1e-4, 1e-6)[: dim // 32]):

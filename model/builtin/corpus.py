@@ -43,6 +43,8 @@ def split_held_out(books: list[list[str]]) -> tuple[list[str], list[str]]:
             count += 1
             (held_out if count % 50 == 0 else kept).append(chapter)
         train.append("\n\n".join(kept) + "\n")
+    if not held_out:
+        sys.exit(f"the text must have at least 50 chapters or paragraphs (between blank lines), got {count}")
     return train, held_out
 
 
@@ -70,10 +72,12 @@ class Windows:
         starts = ends.roll(1) & ~ends  # the first token after a line end
         starts[0] = True
         self.starts = starts.nonzero().flatten()
-        self.generator, self.queue = generator, []
+        self.generator, self.queue, self.length = generator, [], 0
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """[rows, length + 1]: position 0 is BOS; inputs are [:, :-1], targets [:, 1:]."""
+        if length != self.length:  # starts queued for another length may be too close to the end
+            self.queue, self.length = [], length
         while len(self.queue) < rows:  # one pass over the text, cut at another offset each time
             shift = int(torch.randint(length, (1,), generator=self.generator))
             cuts = torch.arange(shift, len(self.stream) - 2 * length, length)
