@@ -17,6 +17,13 @@ def dsv4(gm: torch.fx.GraphModule, example_inputs, *, mode: str | None = None, o
     """Compile one graph. Raises if `options` carry a pass of their own for the hook that ours use."""
     options = {key.replace("-", "_"): value for key, value in (options or {}).items()}
     if options.get(HOOK) is not None:
-        raise ValueError(f"backend 'dsv4' uses Inductor's {HOOK} itself; use post_grad_custom_post_pass for your own pass")
-    patches = {HOOK: GraphPasses(), **(list_mode_options(mode) if mode else {}), **options}
+        raise ValueError(
+            f"backend 'dsv4' uses Inductor's {HOOK} itself; use post_grad_custom_post_pass for your own pass"
+        )
+    patches = {
+        HOOK: GraphPasses(),
+        "emulate_precision_casts": True,
+        **(list_mode_options(mode) if mode else {}),
+        **options,
+    }
     return compile_fx(gm, example_inputs, config_patches=patches)

@@ -1,5 +1,6 @@
 """Generation: prompts in chunks, then decode steps whose tokens the host reads one step late."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_k}, "
-                f"{self.top_p}"
-            )
+        limits = (
+            (0 <= self.temperature < math.inf, "temperature must be >= 0", self.temperature),
+            (0 <= self.top_k < 2**31, "top_k must be 0 (off) or a number of tokens", self.top_k),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1", self.top_p),
+            (abs(self.seed) < 2**62, "seed must fit into 62 bits", self.seed),
+        )
+        for holds, wanted, got in limits:
+            if not holds:
+                raise UserError(f"{wanted}, got {got}")
 
 
 @torch.no_grad()

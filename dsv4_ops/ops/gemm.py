@@ -5,16 +5,19 @@ are applied to the operands, fp32 global scales to the product. `T` stands for a
 keep the checkpoint's layout: x [T, G, K], weight [G*R, K], group g of x meets rows g*R .. (g+1)*R - 1.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dsv4_ops.ops.formats import FP8, decode_ue8m0, look_up_e2m1_pairs, look_up_e4m3
+from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, decode_ue8m0, look_up_e2m1_pairs
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
+VALUES_AT_ONCE = 1 << 16  # weights that the reference of a product dequantises at a time
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def dequantise_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     """E4M3 [..., N, K] with a scale [..., ceil(N/128), ceil(K/128)] (UE8M0 or fp32) for each block -> fp32."""
     scale = decode_ue8m0(scale) if scale.dtype == torch.uint8 else scale
     rows = scale.repeat_interleave(BLOCK, -2)[..., : weight.shape[-2], :]
-    return look_up_e4m3(weight) * rows.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
+    return decode_finite_e4m3(weight) * rows.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
 
 
 def dequantise_mxfp4(weight: Tensor, scale: Tensor) -> Tensor:
@@ -46,26 +49,40 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], groups.shape[1])
 
 
+def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callable, rows_per_scale: int) -> Tensor:
+    """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time: what is dequantised stays in a CPU's cache."""
+    rows = max(1, VALUES_AT_ONCE // (BLOCK * x.shape[-1])) * BLOCK
+    starts = range(0, weight.shape[0], rows)
+    scales = [scale[start // rows_per_scale : -(-(start + rows) // rows_per_scale)] for start in starts]
+    return torch.cat(
+        [linear(x, dequantise(weight[n : n + rows], part)) for n, part in zip(starts, scales, strict=True)], -1
+    )
+
+
 def linear_dense_reference(x: Tensor, weight: Tensor) -> Tensor:
-    return linear(x.float(), weight.float()).to(x.dtype)
+    return linear_fp32_reference(x, weight).to(x.dtype)
 
 
 def linear_fp32_reference(x: Tensor, weight: Tensor) -> Tensor:
-    return linear(x.float(), weight.float())
+    if weight.dtype == torch.float32:
+        return linear(x.float(), weight)
+    return linear_by_rows(x.float(), weight, weight, lambda rows, _: rows.float(), 1)
 
 
 def linear_fp8_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return linear(dequant_fp8_reference(x, x_scale), dequantise_blocks(weight, weight_scale)).to(torch.bfloat16)
+    x32 = dequant_fp8_reference(x, x_scale)
+    return linear_by_rows(x32, weight, weight_scale, dequantise_blocks, BLOCK).to(torch.bfloat16)
 
 
 def linear_mxfp4_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return linear(dequant_fp8_reference(x, x_scale), dequantise_mxfp4(weight, weight_scale)).to(torch.bfloat16)
+    x32 = dequant_fp8_reference(x, x_scale)
+    return linear_by_rows(x32, weight, weight_scale, dequantise_mxfp4, 1).to(torch.bfloat16)
 
 
 def linear_nvfp4_reference(
     x: Tensor, x_scale: Tensor, x_global: Tensor, weight: Tensor, weight_scale: Tensor, weight_global: Tensor
 ) -> Tensor:
-    y = linear(dequantise_nvfp4(x, x_scale), dequantise_nvfp4(weight, weight_scale))
+    y = linear_by_rows(dequantise_nvfp4(x, x_scale), weight, weight_scale, dequantise_nvfp4, 1)
     return (y * (x_global * weight_global)).to(torch.bfloat16)
 
 

@@ -20,11 +20,11 @@ from dsv4_ops.ops.formats import (
     FP8,
     FP8_AMAX_FLOOR,
     cast_e4m3,
+    decode_finite_e4m3,
     decode_ue8m0,
     encode_e2m1,
     fp8_group_scale,
     look_up_e2m1_pairs,
-    look_up_e4m3,
     mxfp4_group_scale,
     pack_e2m1,
 )
@@ -81,7 +81,7 @@ def read_kv(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, 
     data_bytes, scale_bytes = kv_entry_bytes(head_dim, rope_dim)
     data = gather_entries(pool, block_table, entries, page_size, 0, data_bytes)
     scales = gather_entries(pool, block_table, entries, page_size, page_size * data_bytes, scale_bytes)
-    groups = look_up_e4m3(data[..., :nope].contiguous().view(FP8)).unflatten(-1, (-1, KV_GROUP))
+    groups = decode_finite_e4m3(data[..., :nope].contiguous().view(FP8)).unflatten(-1, (-1, KV_GROUP))
     groups = groups * decode_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
     return torch.cat((groups.flatten(-2), data[..., nope:].contiguous().view(torch.bfloat16).float()), dim=-1)
 
@@ -118,7 +118,7 @@ def read_index_keys_fp8(pool: Tensor, block_table: Tensor, entries: Tensor, page
     """FP8 keys of entries [B, ...], dequantised: [B, ..., dim] fp32."""
     data = gather_entries(pool, block_table, entries, page_size, 0, dim)
     scale = gather_entries(pool, block_table, entries, page_size, page_size * dim, 4)
-    return look_up_e4m3(data.view(FP8)) * scale.view(torch.float32)
+    return decode_finite_e4m3(data.view(FP8)) * scale.view(torch.float32)
 
 
 def write_index_keys_fp4(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, keys: Tensor) -> None:

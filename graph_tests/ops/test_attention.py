@@ -209,8 +209,8 @@ def test_large_scores_do_not_overflow(kind):
     arguments = (arguments[0] * 300, *arguments[1:])
     o, lse = getattr(OPS, f"sparse_attention_{kind}")(*arguments)
     expected_o, expected_lse = judge(arguments, keys, [[40], [3]], SMALL)
-    # sum|q k| / sqrt(D) is about 2000 here, and fp32 sums of 80 terms are off by at most 80 * 2^-24 of that: 1e-2; their
-    # random walk is a tenth of it. Weights are off by the same factor.
+    # sum|q k| / sqrt(D) is about 2000 here, and fp32 sums of 80 terms are off by at most 80 * 2^-24 of that: 1e-2;
+    # their random walk is a tenth of it. Weights are off by the same factor.
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-3)
     torch.testing.assert_close(o.double(), expected_o, rtol=2e-3, atol=2e-3)
 

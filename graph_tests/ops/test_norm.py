@@ -121,16 +121,11 @@ def query(size: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     return randn(size, rows, HEADS, DIM, dtype=dtype, seed=size) * 2, positions
 
 
-def test_q_norm_rope_is_that_of_transformers_in_fp32():
-    q, positions = query(3, 4, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_q_norm_rope_is_that_of_transformers_in_fp32_rounded_once(dtype):
+    q, positions = query(3, 4, dtype)
     positions[2, 3] = 299
-    expected = rope_judge(DeepseekV4UnweightedRMSNorm(EPS)(q), positions)
-    assert_bits_equal(ops.q_norm_rope(q, TABLE, positions, EPS), expected)
-
-
-def test_q_norm_rope_rounds_to_bf16_once():
-    q, positions = query(3, 4, torch.bfloat16)
-    expected = rope_judge(DeepseekV4UnweightedRMSNorm(EPS)(q.float()), positions).bfloat16()
+    expected = rope_judge(DeepseekV4UnweightedRMSNorm(EPS)(q.float()), positions).to(dtype)
     assert_bits_equal(ops.q_norm_rope(q, TABLE, positions, EPS), expected)
 
 
@@ -169,8 +164,9 @@ def append(pool: torch.Tensor, kv: torch.Tensor, weight: torch.Tensor, positions
     return pool
 
 
-def test_append_to_a_plain_pool_is_the_kv_of_transformers_at_its_place_in_the_ring():
-    kv, weight = randn(3, 3, DIM), randn(DIM, seed=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_to_a_plain_pool_is_the_kv_of_transformers_at_its_place_in_the_ring(dtype):
+    kv, weight = randn(3, 3, DIM, dtype=dtype), randn(DIM, seed=1)
     roped = rope_judge(rms_norm_judge(kv, weight)[:, :, None], POSITIONS)[:, :, 0]
     expected = plain_pool()
     for sequence, index, page, offset in written(POSITIONS, 8):
@@ -271,9 +267,8 @@ def test_strided_inputs_give_the_same_bits(dtype):
 def test_no_guard_on_the_batch():
     checks.check_symbolic_batch("rms_norm", lambda size: (randn(size, DIM), randn(DIM), EPS))
     checks.check_symbolic_batch("swiglu", lambda size: (randn(size, DIM), torch.ones(size), 10.0))
-    checks.check_symbolic_batch(
-        "q_norm_rope", lambda size: (query(size, 3, torch.bfloat16)[0], TABLE, query(size, 3, torch.bfloat16)[1], EPS)
-    )
+    queries, positions = query(5, 3, torch.bfloat16)  # check_symbolic_batch asks for a batch of 5
+    checks.check_symbolic_batch("q_norm_rope", lambda size: (queries[:size], TABLE, positions[:size], EPS))
     checks.check_symbolic_batch(
         "kv_norm_rope_append", lambda size: append_arguments(size, 3, torch.bfloat16, packed_pool(2 * size + 1))
     )

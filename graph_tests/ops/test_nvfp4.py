@@ -80,6 +80,16 @@ def test_quant_nvfp4_saturates_when_the_global_scale_is_too_small():
     assert scale[0, 0].float() == 448 and q[0, 1] >> 4 == 7
 
 
+def test_block_scale_is_one_division_by_six_times_the_global_scale():
+    """Block amax within two fp32 steps of a tie of the E4M3 scale: dividing by 6 and then by the scale rounds twice."""
+    for global_scale in torch.rand(20, generator=torch.Generator().manual_seed(5)).tolist():
+        tie = scalar.f32(scalar.f32(6 * global_scale) * 1.0625)  # between the scales 1.0 and 1.125
+        x = torch.tensor([scalar.next_up(tie, step) for step in (-2, -1, 0, 1, 2)])[:, None].expand(5, 16)
+        _, scale = ops.quant_nvfp4(x, torch.tensor([global_scale]))
+        expected = [scalar.quant_nvfp4(row, global_scale)[1] for row in x.tolist()]
+        assert_bits_equal(scale.view(torch.uint8), torch.tensor(expected, dtype=torch.uint8))
+
+
 def test_codes_are_found_with_the_rounded_block_scale():
     """amax / 6 = 1.05 rounds to the block scale 1.0; 5.2 / 1.05 would be nearer to 4, 5.2 / 1.0 is nearer to 6."""
     x = torch.zeros(1, 16)
@@ -222,6 +232,10 @@ def test_strided_rows_give_the_same_bits(dtype):
             for actual, expected in zip(op(strided, global_scale), op(x, global_scale), strict=True):
                 assert actual.is_contiguous()
                 assert_bits_equal(actual, expected)
+        q, scale = (part.t().contiguous().t() for part in ops.quant_nvfp4(x, global_scale))
+        actual = ops.dequant_nvfp4(q, scale, global_scale)
+        assert actual.is_contiguous()
+        assert_bits_equal(actual, ops.dequant_nvfp4(*ops.quant_nvfp4(x, global_scale), global_scale))
 
 
 def test_no_guard_on_the_batch():

@@ -171,6 +171,10 @@ def test_strided_rows_give_the_same_bits(dtype):
             for actual, expected in zip(op(strided, *arguments), op(x, *arguments), strict=True):
                 assert actual.is_contiguous()
                 assert_bits_equal(actual, expected)
+    for parts, op in ((ops.quant_fp8(x, 32), ops.dequant_fp8), (ops.quant_mxfp4(x), ops.dequant_mxfp4)):
+        actual = op(*(part.t().contiguous().t() for part in parts))
+        assert actual.is_contiguous()
+        assert_bits_equal(actual, op(*parts))
 
 
 def test_no_guard_on_the_batch():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsv4_ops.ops.sample import philox
+from dsv4_ops.ops.sample import gumbel_noise, philox
 from graph_tests import checks
 
 OPS = torch.ops.dsv4
@@ -110,6 +110,18 @@ def test_equals_a_sampler_in_python(vocabulary):
     assert OPS.sample(*arguments(logits, *columns)).tolist() == [token for token, _ in expected]
 
 
+def test_noise_is_finite_where_the_word_rounds_up_to_one():
+    """Seed 0, counter 44, token 72918 is the word fffffff6, which is 2^32 in fp32: log1p(-1) would be infinite."""
+    noise = gumbel_noise(torch.tensor([0]), torch.tensor([44]), 72920)[0]
+    assert noise.isfinite().all()
+    tokens = [0, 1, 2, 3, 4, 777, 72917, 72918, 72919]
+    expected = torch.tensor([python_gumbel(0, 44, token) for token in tokens])
+    # u is off by 2^-24 of itself, log1p(-u) by that over 1 - u, which is above 1e-3 for these tokens
+    unrounded = [i for i, token in enumerate(tokens) if token != 72918]
+    torch.testing.assert_close(noise[tokens][unrounded], expected[unrounded], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(noise[72918], torch.tensor(-math.log(24 * math.log(2))), rtol=1e-6, atol=0)
+
+
 def test_draws_follow_the_softmax():
     probabilities = [0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.015, 0.005]
     assert chi_square(draw(probabilities, 20000), probabilities) < CHI_SQUARE_LIMIT[9]
@@ -155,7 +167,8 @@ def test_tiny_top_p_keeps_the_best_token(top_p):
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 1e-38}])
 def test_greedy_takes_the_largest_logit(settings):
-    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
+    """Also at a temperature at which the quotients overflow fp32."""
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)) * 10
     assert OPS.sample(*arguments(logits, **settings)).tolist() == [
         max(range(50), key=row.__getitem__) for row in logits
     ]
