@@ -145,8 +145,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     longest = max((len(prompt) for prompt in prompts), default=0)
     sizes = (
-        arguments.batch or max(len(prompts), 1),
-        arguments.max_seq_len or longest + max(arguments.max_new_tokens, 1),
+        max(len(prompts), 1) if arguments.batch is None else arguments.batch,
+        longest + max(arguments.max_new_tokens, 1) if arguments.max_seq_len is None else arguments.max_seq_len,
     )
     check_prompts(prompts, arguments.max_new_tokens, config.vocab_size, *sizes)
     model = load_model(arguments, *sizes)
@@ -183,13 +183,18 @@ def run_logits(arguments: argparse.Namespace) -> None:
     prefill = length if arguments.prefill is None else arguments.prefill
     if not 0 <= prefill <= length:
         raise UserError(f"--prefill must be between 0 and the {length} positions of the tokens, got {prefill}")
-    sizes = (arguments.batch or batch, arguments.max_seq_len or length)
+    sizes = (
+        batch if arguments.batch is None else arguments.batch,
+        length if arguments.max_seq_len is None else arguments.max_seq_len,
+    )
     if batch > sizes[0] or length > sizes[1]:
         raise UserError(
             f"tokens [{batch}, {length}] do not fit into a state of {sizes[0]} sequences of {sizes[1]} positions"
         )
     if not arguments.out.parent.is_dir():
         raise UserError(f"{arguments.out.parent} is not a directory; make it first")
+    if arguments.out.is_dir():
+        raise UserError(f"{arguments.out} is a directory; --out names the file to write")
     model = load_model(arguments, *sizes)
     write_logits(arguments.out, compute_logits(model, tokens.to(torch.int64), prefill, progress=sys.stderr.isatty()))
 
@@ -197,4 +202,5 @@ def run_logits(arguments: argparse.Namespace) -> None:
 def run_convert(arguments: argparse.Namespace) -> None:
     from model.convert import convert
 
-    convert(arguments.source, arguments.target, arguments.format, requantize=arguments.requantize)
+    progress = sys.stderr.isatty()
+    convert(arguments.source, arguments.target, arguments.format, requantize=arguments.requantize, progress=progress)

@@ -1,6 +1,7 @@
 """Load a checkpoint directory into a model, and refit a live model with new weights at the same addresses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, validate
+from model.checkpoint_keys import INTEGER_CLASS, Expected, expected_keys
 from model.config import ModelConfig
 from model.errors import CheckpointError, UserError
 from model.state import CacheFormat, StateSizes
@@ -18,6 +20,16 @@ from model.weight_formats import has_mtp
 DEFAULT_CHUNK = 256
 # Activations are scaled by their own row, not by the calibrated scale that some NVFP4 checkpoints carry.
 UNBOUND_SUFFIX = ".input_scale"
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def load(
@@ -67,34 +79,29 @@ def refit(model: DeepseekV4, state_dict: Mapping[str, Tensor]) -> None:
     Every parameter keeps its address, so compiled graphs and CUDA graphs go on with the new weights. Nothing is written
     unless every key is there, none is left over, and all shapes fit.
     """
-    bindings = model.bindings()
-    wanted = {key for binding in bindings for key in binding.keys}
-    given = {key for key in state_dict if not key.endswith(UNBOUND_SUFFIX)}
-    problems = [f"{key} is missing" for key in sorted(wanted - given)]
-    problems += [f"{key} is not used" for key in sorted(given - wanted)]
+    expected = expected_keys(model.config, replace(model.storage.formats, input_scales=False))
+    ignored = ("mtp.",) if model.config.has_dspark_drafter else ()
+    given = {key for key in state_dict if not key.endswith(UNBOUND_SUFFIX) and not key.startswith(ignored)}
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - given)]
+    problems += [f"{key} is not used" for key in sorted(given - expected.keys())]
     if not problems:
-        problems = [problem for binding in bindings for problem in _misfits(binding, state_dict)]
+        problems = list(_misfits(expected, state_dict, model.config.n_routed_experts))
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"refit: {'; '.join(problems[:8])}{more}")
     _fill(model, lambda key: as_stored(state_dict[key]), progress=False)
 
 
-def _misfits(binding, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Shape and dtype of what would be written against what is there, without computing it."""
-    with torch.device("meta"):
-        parts = [torch.empty_like(as_stored(state_dict[key]), device="meta") for key in binding.keys]
-    value = parts[0] if binding.convert is None else binding.convert(*parts)
-    if value.shape == binding.target.shape and _same_kind(value.dtype, binding.target.dtype):
-        return []
-    wanted, got = (f"{list(tensor.shape)} {str(tensor.dtype)[6:]}" for tensor in (binding.target, value))
-    return [f"{binding.keys[0]} must be {wanted}, is {got}"]
-
-
-def _same_kind(dtype: torch.dtype, target: torch.dtype) -> bool:
-    """Floating point weights may change precision, codes and scales may not; integer tables may change width."""
-    wide = (torch.float32, torch.bfloat16, torch.float16)
-    return dtype == target or (dtype in wide and target in wide) or {dtype, target} <= {torch.int32, torch.int64}
+def _misfits(expected: Mapping[str, Expected], state_dict: Mapping[str, Tensor], experts: int) -> Iterator[str]:
+    """Tensors whose shape or storage type a checkpoint of this format could not have, and tables of unknown experts."""
+    for key, (shape, dtypes) in ((key, (tensor.shape, tensor.dtypes)) for key, tensor in expected.items()):
+        tensor = state_dict[key]
+        same_shape = tuple(tensor.shape) == shape or (shape == () and tuple(tensor.shape) == (1,))
+        if not same_shape or tensor.dtype not in [TORCH_DTYPES[dtype] for dtype in dtypes]:
+            got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            yield f"{key} must be {list(shape)} {' or '.join(dtypes)}, is {got}"
+        elif dtypes == INTEGER_CLASS and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
+            yield f"{key} must hold expert ids 0..{experts - 1}, holds {int(tensor.min())}..{int(tensor.max())}"
 
 
 def as_stored(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Teacher-forced logits: prefill some positions, decode the rest, for comparisons with other engines."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ def write_logits(path: Path, logits: Tensor) -> None:
     try:
         save_file({"logits": logits}, temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"{path} cannot be written: {error}") from None
+        raise

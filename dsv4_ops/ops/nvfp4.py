@@ -51,7 +51,7 @@ def quant_nvfp4_reference(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tens
 
 def dequant_nvfp4_reference(q: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """Code times block scale (exact in fp32), then times the global scale: one rounding."""
-    blocks = decode_e2m1(unpack_e2m1(q.contiguous())).unflatten(-1, (-1, NVFP4_GROUP))
+    blocks = decode_e2m1(unpack_e2m1(q)).unflatten(-1, (-1, NVFP4_GROUP))
     return (blocks * scale.float()[..., None]).flatten(-2) * global_scale
 
 

@@ -115,7 +115,7 @@ def quant_mxfp4_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequant_mxfp4_reference(q: Tensor, scale: Tensor) -> Tensor:
     """Codes times the scale of their group of 32."""
-    groups = decode_e2m1(unpack_e2m1(q.contiguous())).unflatten(-1, (-1, MXFP4_GROUP))
+    groups = decode_e2m1(unpack_e2m1(q)).unflatten(-1, (-1, MXFP4_GROUP))
     return (groups * decode_ue8m0(scale)[..., None]).flatten(-2)
 
 

@@ -1,0 +1,71 @@
+"""The decode step, sampling included, never asks for device data: it runs on tensors that have none."""
+
+import pytest
+import torch
+
+from graph_tests.host_reads import HostReadError, RefuseHostReads
+from graph_tests.tiny import FORMATS, tiny_checkpoint
+from model.loading import load
+from model.state import DecodeState
+
+
+def meta_model(tmp_path, weight_format: str, **options):
+    model = load(tiny_checkpoint(tmp_path, weight_format), max_batch=3, max_seq_len=64, max_chunk=8, **options)
+    return model.to("meta")
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@torch.no_grad()
+def test_decode_step_makes_no_host_read(tmp_path, weight_format):
+    model = meta_model(tmp_path, weight_format)
+    with RefuseHostReads() as mode:
+        tokens = model.decode_step()
+    assert tokens.device.type == "meta" and tokens.shape == (3,)
+    ran = {name for name in mode.calls if name.startswith("dsv4.")}
+    expected = {"sample", "gate", "hc_pre", "hc_post", "index_topk_fp4", "sparse_attention_selected"}
+    assert {f"dsv4.{name}" for name in expected} <= ran
+
+
+@pytest.mark.parametrize("options", [{"exact": True}, {"index_fp8": True}], ids=str)
+@torch.no_grad()
+def test_other_cache_formats_make_no_host_read(tmp_path, options):
+    model = meta_model(tmp_path, "bf16", **options)
+    with RefuseHostReads():
+        model.decode_step()
+
+
+@torch.no_grad()
+def test_prefill_makes_no_host_read(tmp_path):
+    model = meta_model(tmp_path, "official")
+    with RefuseHostReads():
+        logits = model.prefill(torch.zeros(3, 8, dtype=torch.int64, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta"))
+    assert logits.shape == (3, model.config.vocab_size)
+
+
+def broken_item(state: DecodeState):
+    return state.position.max().item()
+
+
+def broken_branch(state: DecodeState):
+    if (state.position > 3).any():
+        state.position.add_(1)
+
+
+def broken_mask(state: DecodeState):
+    return state.token[state.active]
+
+
+def broken_upload(state: DecodeState):
+    return state.token + torch.tensor([1, 2, 3]).to(state.token.device)
+
+
+def broken_nonzero(state: DecodeState):
+    return state.active.nonzero()
+
+
+@pytest.mark.parametrize("broken", [broken_item, broken_branch, broken_mask, broken_upload, broken_nonzero])
+def test_the_mode_catches_every_kind_of_read(tmp_path, broken):
+    """A check that cannot fail would prove nothing."""
+    model = meta_model(tmp_path, "bf16")
+    with pytest.raises((HostReadError, RuntimeError, NotImplementedError)), RefuseHostReads():
+        broken(model.state)

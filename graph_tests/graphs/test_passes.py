@@ -1,0 +1,187 @@
+"""Fusion passes: what they make of each kind of block, and that they change no bit."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+from dsv4_ops.backend import HOOK, dsv4
+from dsv4_ops.passes import SOURCES, GraphPasses
+from graph_tests.graphs.rewritten import FusedThenEager, aten_operators, operators
+from graph_tests.tiny import FORMATS, tiny_checkpoint
+from model.loading import load
+
+BATCH, STEPS = 3, 6
+KIND_OF_LAYER = {"window": 0, "csa": 1, "hca": 2}
+# rms_norm + quantise: input of attention, query latent, input of the MoE. SwiGLU + quantise: shared expert.
+MATCHES = {
+    "bf16": {},
+    "official": {"rms_norm_quant_fp8": 3, "swiglu_quant_fp8": 1},
+    "nvfp4-experts": {"rms_norm_quant_fp8": 3, "swiglu_quant_fp8": 1},
+    "nvfp4": {"rms_norm_quant_nvfp4": 3, "swiglu_quant_nvfp4": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    return {weight_format: tiny_checkpoint(directory, weight_format, layers=3) for weight_format in FORMATS}
+
+
+@torch.no_grad()
+def decode(model, steps: int = STEPS) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Prefill ragged prompts, decode greedily; tokens [steps, B] and every buffer of the state afterwards."""
+    state = model.state
+    tokens = torch.arange(BATCH * 7).view(BATCH, 7) % model.config.vocab_size
+    logits = model.prefill(tokens, torch.tensor([7, 4, 2]))
+    state.active.fill_(True)
+    model.sample_next(logits, state.active.clone())
+    sampled = torch.stack([model.decode_step() for _ in range(steps)])
+    return sampled, {name: buffer.clone() for name, buffer in state.named_buffers()}
+
+
+def fresh(checkpoint):
+    torch._dynamo.reset()
+    return load(checkpoint, max_batch=BATCH, max_seq_len=32, max_chunk=8)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_fused_graph_equals_eager_bit_for_bit(checkpoints, weight_format):
+    expected, expected_state = decode(fresh(checkpoints[weight_format]))
+    model, backend = fresh(checkpoints[weight_format]), FusedThenEager()
+    model.compile(backend=backend)
+    tokens, state = decode(model)
+    assert torch.equal(tokens, expected)
+    for name, buffer in state.items():
+        assert torch.equal(buffer, expected_state[name]), name
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@torch.no_grad()
+def test_every_block_is_fused_as_often_as_it_can_be(checkpoints, weight_format):
+    model, backend = fresh(checkpoints[weight_format]), FusedThenEager()
+    model.compile(backend=backend)
+    model.decode_step()
+    assert len(backend.graphs) == 3
+    assert backend.matches == {name: 3 * count for name, count in MATCHES[weight_format].items()}
+    left = {name for graph in backend.graphs for name in operators(graph)}
+    # Quantisers that stay alone read what attention and the grouped product return: there is nothing to fuse them with.
+    assert left & {"rms_norm", "swiglu"} == ({"rms_norm", "swiglu"} if weight_format == "bf16" else set())
+
+
+@torch.no_grad()
+def decode_graph(checkpoint, layer: int):
+    model, backend = fresh(checkpoint), FusedThenEager()
+    model.compile(backend=backend)
+    model.decode_step()
+    return backend.graphs[layer]
+
+
+def test_operators_of_a_window_block(checkpoints):
+    graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["window"])
+    assert_expected_inline("\n".join(operators(graph)), """\
+hc_pre
+rms_norm_quant_fp8
+linear_fp8
+rms_norm_quant_fp8
+linear_fp8
+q_norm_rope
+linear_fp8
+kv_norm_rope_append
+sparse_attention_window
+grouped_linear_dense
+quant_fp8
+linear_fp8
+hc_post
+hc_pre
+rms_norm_quant_fp8
+gate
+moe_mxfp4
+linear_fp8
+linear_fp8
+swiglu_quant_fp8
+linear_fp8
+hc_post""")
+
+
+def test_operators_of_a_csa_block(checkpoints):
+    graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["csa"])
+    assert_expected_inline("\n".join(operators(graph)), """\
+hc_pre
+rms_norm_quant_fp8
+linear_fp8
+rms_norm_quant_fp8
+linear_fp8
+q_norm_rope
+linear_fp8
+kv_norm_rope_append
+linear_fp32
+linear_fp32
+csa_compress_append
+linear_fp32
+linear_fp32
+index_compress_append_fp4
+linear_fp8
+linear_dense
+index_query_fp4
+index_topk_fp4
+sparse_attention_selected
+grouped_linear_dense
+quant_fp8
+linear_fp8
+hc_post
+hc_pre
+rms_norm_quant_fp8
+gate
+moe_mxfp4
+linear_fp8
+linear_fp8
+swiglu_quant_fp8
+linear_fp8
+hc_post""")
+
+
+def test_operators_of_an_hca_block(checkpoints):
+    graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["hca"])
+    assert_expected_inline("\n".join(operators(graph)), """\
+hc_pre
+rms_norm_quant_fp8
+linear_fp8
+rms_norm_quant_fp8
+linear_fp8
+q_norm_rope
+linear_fp8
+kv_norm_rope_append
+linear_fp32
+linear_fp32
+hca_compress_append
+sparse_attention_compressed
+grouped_linear_dense
+quant_fp8
+linear_fp8
+hc_post
+hc_pre
+rms_norm_quant_fp8
+gate
+moe_mxfp4
+linear_fp8
+linear_fp8
+swiglu_quant_fp8
+linear_fp8
+hc_post""")
+
+
+@pytest.mark.parametrize("kind", KIND_OF_LAYER)
+def test_a_block_has_no_product_softmax_or_copy_outside_our_operators(checkpoints, kind):
+    aten = aten_operators(decode_graph(checkpoints["official"], KIND_OF_LAYER[kind]))
+    assert not set(aten) & {"mm", "bmm", "addmm", "_softmax", "sort", "topk", "index_put", "clone"}, aten
+
+
+def test_the_uuid_covers_the_sources_of_passes_and_references():
+    names = {path.rsplit("/", 1)[1] for path in SOURCES}
+    assert {"fuse.py", "inline.py", "registry.py", "norm.py", "quant.py", "fused_quant.py"} <= names
+    assert GraphPasses().uuid() == GraphPasses().uuid() is not None
+
+
+def test_a_pass_of_the_user_for_our_hook_is_refused():
+    with pytest.raises(ValueError, match=HOOK):
+        dsv4(None, [], options={HOOK: lambda graph: None})
