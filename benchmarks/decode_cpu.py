@@ -85,10 +85,10 @@ def our_round(directory: Path, compiled: bool, capacity: int) -> Round:
 
 
 @torch.no_grad()
-def serve(pipe, engine: Engine, directory: Path, threads: int, prompt: list[int], steps: int) -> None:
+def serve(pipe, engine: Engine, directory: Path, cache: str, threads: int, prompt: list[int], steps: int) -> None:
     """Process of one engine: for every message run a round and answer with the seconds of each token."""
     torch.set_num_threads(threads)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=directory.parent)  # so that compile times are cold
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty at first: compile times are cold
     if engine.transformers_dtype is not None:
         run = transformers_round(directory, engine.transformers_dtype)
     else:
@@ -101,14 +101,15 @@ def serve(pipe, engine: Engine, directory: Path, threads: int, prompt: list[int]
         pipe.send([end - start for start, end in zip(times[:-1], times[1:], strict=True)])
 
 
-def measure(directories: dict[str, Path], arguments: argparse.Namespace, prompt: list[int]) -> dict[str, dict]:
+def measure(directories: dict[str, Path], work: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Start all engines, let them take turns, return what each needed."""
+    prompt = make_prompt(arguments.checkpoint, arguments.prompt_tokens)
     spawn = multiprocessing.get_context("spawn")
     pipes = {}
     for engine in ENGINES:
         pipes[engine], child = spawn.Pipe()
-        where = directories[engine.weights].resolve()
-        task = (child, engine, where, arguments.threads, prompt, arguments.steps)
+        cache = tempfile.mkdtemp(dir=work)
+        task = (child, engine, directories[engine.weights], cache, arguments.threads, prompt, arguments.steps)
         spawn.Process(target=serve, args=task, daemon=True).start()
         child.close()
         pipes[engine].recv()
@@ -150,7 +151,9 @@ def make_prompt(directory: Path, length: int) -> list[int]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_cpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.decode_cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", nargs="?", type=Path, default=BUILTIN, help="directory (default model/builtin)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all CPUs")
@@ -168,10 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         twin = Path(work) / "bf16"
         convert(arguments.checkpoint, twin, "bf16")
-        stored = Path(work) / "stored"
-        stored.symlink_to(arguments.checkpoint.resolve())
-        prompt = make_prompt(arguments.checkpoint, arguments.prompt_tokens)
-        engines = measure({"stored": stored, "bf16": twin}, arguments, prompt)
+        engines = measure({"stored": arguments.checkpoint, "bf16": twin}, Path(work), arguments)
     for name, result in engines.items():
         compile_time = "" if result["compile_seconds"] is None else f"   compile {result['compile_seconds']:.0f} s"
         print(f"{name:<26} {result['ms_per_token']:8.2f} ms per token{compile_time}")

@@ -1,7 +1,7 @@
 """The op table: one call of `define` (or `define_mutating`) makes a `torch.library` operator out of its parts.
 
-A functional op is written down once, as a schema, an `alloc` that creates its outputs, and a `reference` that says what it
-computes. From these `define` derives
+A functional op is written down once, as a schema, an `alloc` that creates its outputs, and a `reference` that says what
+it computes. From these `define` derives
 
   dsv4::foo        functional overload; on CPU tensors the reference is the kernel
   dsv4::foo.out    the overload that a CUDA kernel implements: it never allocates and knows no shapes
@@ -60,9 +60,9 @@ def define(schema: str, *, alloc: Callable, reference: Callable, check: Callable
     """Register a functional op and return its packet `torch.ops.dsv4.<name>`.
 
     schema     `name(Tensor x, float eps) -> (Tensor q, Tensor scale)`; every output is named
-    alloc      same arguments, returns uninitialised outputs (a tensor or a tuple); dtype, shape and strides are decided here
+    alloc      same arguments, returns uninitialised outputs (a tensor or a tuple): decides dtype, shape and strides
     reference  same arguments, returns the outputs: plain torch, fp32 inside, never a view or an input
-    check      same arguments, raises on arguments that no kernel may see; must not look at the batch (symbolic) or at data
+    check      same arguments, raises on arguments that no kernel may see; looks at neither the batch nor data
     inline     the reference is element-wise or a short reduction that Inductor should fuse where there is no kernel
     """
     name, args, outputs = _parse(schema)
@@ -71,8 +71,8 @@ def define(schema: str, *, alloc: Callable, reference: Callable, check: Callable
     aliases = [f"Tensor({letter}!)" for letter in "abcdefgh"[: len(outputs)]]
     returns = aliases[0] if len(aliases) == 1 else f"({', '.join(aliases)})"
     out_arguments = ", ".join(f"{alias} {output}" for alias, output in zip(aliases, outputs, strict=True))
-    # Not tagged torch.Tag.out: Inductor of torch 2.13 then lowers a single-output op with the symbolic sizes of its fake
-    # tensor instead of their expressions, and fails on every graph with a dynamic dimension.
+    # Not tagged torch.Tag.out: Inductor of torch 2.13 then lowers a single-output op with the symbolic sizes of its
+    # fake tensor instead of their expressions, and fails on every graph with a dynamic dimension.
     LIBRARY.define(f"{name}.out({args}, *, {out_arguments}) -> {returns}")
     op = TABLE[name] = Op(name, schema, reference, alloc, inline, outputs)
 

@@ -55,7 +55,7 @@ def assert_mutates(name: str, arguments: tuple) -> None:
 
 
 def check_symbolic_batch(name: str, make) -> None:
-    """Trace the fake with a symbolic first dimension; `make(batch)` builds the arguments. A guard is a specialisation."""
+    """Trace the fake with a symbolic first dimension; `make(batch)` builds arguments. A guard is a specialisation."""
     batch = 5
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)

@@ -15,7 +15,7 @@ from model.storage import Storage
 
 
 class Compressor(nn.Module):
-    """Projections and parameters that turn `ratio` tokens into one entry of width `dim` (CSA: two overlapping halves)."""
+    """Projections and parameters that turn `ratio` tokens into one entry of width `dim`; CSA overlaps two halves."""
 
     def __init__(self, name: str, config: ModelConfig, dim: int, ratio: int, overlap: bool, storage: Storage):
         super().__init__()

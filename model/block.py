@@ -35,7 +35,7 @@ class HyperConnection(nn.Module):
 
 
 class Block(nn.Module):
-    """streams [B, S, n, d] -> streams. Blocks of one kind share one compiled graph: all that differs is in their tensors."""
+    """streams [B, S, n, d] -> streams. Blocks of one kind share a compiled graph: what differs is in their tensors."""
 
     def __init__(
         self, name: str, config: ModelConfig, kind: str, ratio: int, hashed: bool, storage: Storage, index_format: str

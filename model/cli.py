@@ -78,8 +78,8 @@ def _add_logits(commands) -> None:
     parser = commands.add_parser(
         "logits",
         help="logits of given tokens, to compare with other engines",
-        description="Read int64 `tokens` [B, T], run N positions as prefill and the rest one decode step at a time, write "
-        "float32 `logits` [B, T, vocab].",
+        description="Read int64 `tokens` [B, T], run N positions as prefill and the rest one decode step at a time, "
+        "write float32 `logits` [B, T, vocab].",
     )
     parser.set_defaults(run=run_logits)
     parser.add_argument("checkpoint", type=Path)
@@ -98,7 +98,7 @@ def _add_convert(commands) -> None:
     parser.add_argument("target", type=Path, help="directory to make; must not exist")
     parser.add_argument(
         "--format", required=True, choices=("bf16", "fp32", "official", "nvfp4-experts", "nvfp4"),
-        help="official: FP8 linears and MXFP4 experts; nvfp4-experts: FP8 linears and NVFP4 experts; nvfp4: all linears",
+        help="official: FP8 linears, MXFP4 experts; nvfp4-experts: FP8 linears, NVFP4 experts; nvfp4: all linears",
     )  # fmt: skip
     parser.add_argument(
         "--requantize",

@@ -69,7 +69,7 @@ def generate(
 
 
 def prefill(model: DeepseekV4, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Read the prompts from the sequences' positions on, a chunk at a time; logits [B, vocab] of each one's last token."""
+    """Read the prompts from the sequences' positions on, chunk by chunk; logits [B, vocab] of each one's last token."""
     state, sizes = model.state, model.state.sizes
     device = state.token.device
     longest = max(len(prompt) for prompt in prompts)
@@ -105,6 +105,6 @@ def check_prompts(
         needed = len(prompt) + max_new_tokens
         if needed > max_seq_len:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens and with {max_new_tokens} new ones needs {needed} positions, the "
-                f"state has {max_seq_len}; raise --max-seq-len or ask for fewer tokens"
+                f"prompt {index} has {len(prompt)} tokens and with {max_new_tokens} new ones needs {needed} positions, "
+                f"the state has {max_seq_len}; raise --max-seq-len or ask for fewer tokens"
             )

@@ -1,7 +1,7 @@
 """Linear layers in the storage formats of the checkpoints, and how their inputs are quantised.
 
-A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of its
-own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each.
+A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of
+its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Binding:
 
 
 def quantise(x: Tensor, activation: str) -> tuple[Tensor, ...]:
-    """The form of x [..., K] that layers of this kind multiply: "dense" x itself, "fp8" 1x128 UE8M0, "nvfp4" 1x16 per row."""
+    """What layers of this kind multiply of x [..., K]: "dense" x itself, "fp8" 1x128 UE8M0, "nvfp4" 1x16 and a row scale."""
     if activation == "dense":
         return (x,)
     if activation == "fp8":
@@ -93,7 +93,7 @@ class Fp8Linear(nn.Module):
 
     def bindings(self) -> list[Binding]:
         return [
-            Binding((f"{self.name}.weight",), self.weight),
+            fp8_binding(f"{self.name}.weight", self.weight),
             Binding((f"{self.name}.scale",), self.weight_scale, as_bytes),
         ]
 
@@ -139,3 +139,14 @@ class Nvfp4GroupedLinear(Nvfp4Linear):
 def as_bytes(tensor: Tensor) -> Tensor:
     """UE8M0 scales and packed E2M1 pairs travel as uint8; fp32 scales stay."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def fp8_binding(key: str, target: Tensor) -> Binding:
+    """E4M3 weights, refused if a code is NaN: kernels read the bits without looking for it."""
+
+    def finite(weight: Tensor) -> Tensor:
+        if weight.device.type != "meta" and ((weight.view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise CheckpointError(f"{key} holds NaN; the file is damaged or was quantised from a diverged model")
+        return weight
+
+    return Binding((key,), target, finite)

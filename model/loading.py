@@ -50,7 +50,7 @@ def load(
     exact                   compute in fp32 and quantise neither activations nor caches nor index keys
     quantise_activations    off: quantised weights are dequantised while loading and multiply plain activations
     index_fp8               store index keys as FP8 instead of FP4
-    Raises CheckpointError if a tensor is missing, unused, mis-shaped or unreadable, UserError for a device that is not there.
+    Raises CheckpointError if a tensor is missing, unused, mis-shaped or unreadable, UserError if the device is not there.
     """
     device = usable_device(device)
     config = ModelConfig.from_directory(checkpoint_dir)
@@ -94,13 +94,13 @@ def refit(model: DeepseekV4, state_dict: Mapping[str, Tensor]) -> None:
 
 def _misfits(expected: Mapping[str, Expected], state_dict: Mapping[str, Tensor], experts: int) -> Iterator[str]:
     """Tensors whose shape or storage type a checkpoint of this format could not have, and tables of unknown experts."""
-    for key, (shape, dtypes) in ((key, (tensor.shape, tensor.dtypes)) for key, tensor in expected.items()):
+    for key, wanted in expected.items():
         tensor = state_dict[key]
-        same_shape = tuple(tensor.shape) == shape or (shape == () and tuple(tensor.shape) == (1,))
-        if not same_shape or tensor.dtype not in [TORCH_DTYPES[dtype] for dtype in dtypes]:
+        same_shape = tuple(tensor.shape) == wanted.shape or (wanted.shape == () and tuple(tensor.shape) == (1,))
+        if not same_shape or tensor.dtype not in [TORCH_DTYPES[dtype] for dtype in wanted.dtypes]:
             got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            yield f"{key} must be {list(shape)} {' or '.join(dtypes)}, is {got}"
-        elif dtypes == INTEGER_CLASS and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
+            yield f"{key} must be {list(wanted.shape)} {' or '.join(wanted.dtypes)}, is {got}"
+        elif wanted.dtypes == INTEGER_CLASS and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
             yield f"{key} must hold expert ids 0..{experts - 1}, holds {int(tensor.min())}..{int(tensor.max())}"
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsv4_ops import ops
 from model.config import ModelConfig
-from model.linear import FP8_BLOCK, Binding, as_bytes, parameter, quantise, require_blocks
+from model.linear import FP8_BLOCK, Binding, as_bytes, fp8_binding, parameter, quantise, require_blocks
 from model.storage import Storage
 
 
@@ -51,7 +51,7 @@ class Experts(nn.Module):
     def forward(
         self, y: Tensor, shared_activation: tuple[Tensor, ...], kind: str, ids: Tensor, weights: Tensor
     ) -> Tensor:
-        """Routed sum [B, S, d] fp32. `shared_activation` is y already quantised as `kind`, used if the experts want the same."""
+        """Routed sum [B, S, d] fp32. `shared_activation` is y quantised as `kind`, used if the experts want the same."""
         activation = shared_activation if kind == self.activation else quantise(y, self.activation)
         return self.op(*activation, ids, weights, *self.projections(), self.limit)
 
@@ -64,7 +64,10 @@ class Experts(nn.Module):
                     result.append(self.storage.dense_binding(key, weight))
                     continue
                 scale = getattr(self, f"{projection}_scale")[expert]
-                result.append(Binding((f"{key}.weight",), weight, as_bytes if weight.dtype == torch.uint8 else None))
+                if self.format == "fp8":
+                    result.append(fp8_binding(f"{key}.weight", weight))
+                else:
+                    result.append(Binding((f"{key}.weight",), weight, as_bytes))
                 if self.format == "nvfp4":
                     target = getattr(self, f"{projection}_global")[expert : expert + 1]
                     result.append(Binding((f"{key}.weight_scale",), scale))
@@ -98,7 +101,7 @@ class MoE(nn.Module):
     """Router, routed experts, shared expert.
 
     Which experts a token takes may be fixed from outside (`fixed_ids`: the token's row of a hash table, or a recorded
-    choice); rows of -1 take the `num_experts_per_tok` best of score + bias. So hash layers and scored layers are one graph.
+    choice); rows of -1 take the `num_experts_per_tok` best of score + bias. So hash and scored layers are one graph.
     """
 
     def __init__(self, name: str, config: ModelConfig, hashed: bool, storage: Storage):

@@ -1,8 +1,8 @@
 """Everything that changes from step to step, in registered buffers with fixed addresses.
 
-A `DecodeState` is made once for a batch and a length. CUDA graphs capture its addresses; prompts, positions and sampling
-settings are written into it in place. No buffer needs clearing between sequences: what an op may read of a sequence follows
-from the position alone.
+A `DecodeState` is made once for a batch and a length. CUDA graphs capture its addresses; prompts, positions and
+sampling settings are written into it in place. No buffer needs clearing between sequences: what an op may read of a
+sequence follows from the position alone.
 """
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ class Storage:
         return PlainLinear(name, rows, columns, self)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
-        """The output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
+        """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
         kind = Nvfp4GroupedLinear if self.format_of(name) == NVFP4 else DenseGroupedLinear
         return kind(name, groups * rank, columns, self)
 

@@ -119,6 +119,7 @@ class DeepseekV4(nn.Module):
         self.register_buffer("window_rope", plain.to(device), persistent=False)
         self.register_buffer("compressed_rope", compressed.to(device), persistent=False)
 
+    @torch.no_grad()
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, S] int64, positions [B, S] int32 (-1: no token; a sequence's rows are consecutive) -> streams
         [B, S, n, d] after the last block. Writes the caches. B is the batch of the state, S at most its chunk."""
@@ -139,6 +140,7 @@ class DeepseekV4(nn.Module):
         """streams [B, S, n, d] -> [B, S, vocab] fp32."""
         return self.head(streams, self.vocabulary)
 
+    @torch.no_grad()
     def draft_logits(self, streams: Tensor, next_tokens: Tensor, positions: Tensor, draft: int = 0) -> Tensor:
         """Trunk streams at `positions` and the tokens that follow them -> logits of the tokens after those."""
         module = self.drafts[draft]
@@ -148,6 +150,7 @@ class DeepseekV4(nn.Module):
         streams = module.block(streams, positions, chosen, self.window_rope, layer)
         return module.head(streams, self.vocabulary)
 
+    @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Read `lengths[b]` tokens of each row of tokens [B, S] from the sequence's position on.
 
@@ -161,6 +164,7 @@ class DeepseekV4(nn.Module):
         self.state.position.add_(lengths.to(torch.int32))
         return self.logits(streams.gather(1, last))[:, 0]
 
+    @torch.no_grad()
     def decode_step(self) -> Tensor:
         """One token for every active sequence: read state.token at state.position, sample, write both back.
 
@@ -186,7 +190,7 @@ class DeepseekV4(nn.Module):
         return emitted
 
     def compile(self, backend: str | Callable = dsv4, **options) -> None:
-        """Compile block by block: one graph for each kind of block in decode and one in prefill, however many layers."""
+        """Compile block by block: a graph for each kind of block in decode and one in prefill, however many layers."""
         limit = 4 * len(set(self.config.layer_kinds))
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         for block in (*self.blocks, *(draft.block for draft in self.drafts)):

@@ -12,11 +12,26 @@ from dsv4_ops.ops import (
     indexer,
     moe,
     norm,
+    nvfp4,
     quant,
-    sample,
+    router,
+    sampling,
 )
 from dsv4_ops.registry import TABLE
 
-FAMILIES = (quant, fused_quant, norm, hyper_connection, compressor, indexer, attention, gemm, moe, sample)
+FAMILIES = (
+    quant,
+    nvfp4,
+    fused_quant,
+    norm,
+    hyper_connection,
+    compressor,
+    indexer,
+    attention,
+    gemm,
+    router,
+    moe,
+    sampling,
+)
 
 globals().update({name: op.packet for name, op in TABLE.items()})

@@ -209,23 +209,44 @@ def _check_key(
     _check_pool(op, pool, block_table, pages.index_page_bytes(page_size, dim, fp8=form == "fp8"), torch.uint8)
 
 
-def _define(name: str, insert: Callable, check: Callable):
-    return define_mutating(f"{name}({ARGUMENTS}) -> ()", reference=partial(_compress_append, insert), check=check)
+def _define(name: str, summary: str, insert: Callable, check: Callable):
+    reference = partial(_compress_append, insert)
+    reference.__doc__ = summary
+    return define_mutating(f"{name}({ARGUMENTS}) -> ()", reference=reference, check=check)
 
 
 # width 2D, slots 2 * ratio; pool: packed KV or plain
-csa_compress_append = _define("csa_compress_append", pages.write_kv, partial(_check_kv, "csa_compress_append", 2))
+csa_compress_append = _define(
+    "csa_compress_append",
+    "CSA: keep new tokens, write the KV entry of every group they complete, pooled with the group before.",
+    pages.write_kv,
+    partial(_check_kv, "csa_compress_append", 2),
+)
 # width D, slots ratio; pool: packed KV or plain
-hca_compress_append = _define("hca_compress_append", pages.write_kv, partial(_check_kv, "hca_compress_append", 1))
+hca_compress_append = _define(
+    "hca_compress_append",
+    "HCA: keep new tokens, write the KV entry of every group they complete.",
+    pages.write_kv,
+    partial(_check_kv, "hca_compress_append", 1),
+)
 # width 2D, slots 2 * ratio, D the index dimension; pool: plain keys, not rotated by a Hadamard transform
 index_compress_append_plain = _define(
-    "index_compress_append_plain", _insert_key_plain, partial(_check_key, "index_compress_append_plain", "plain")
+    "index_compress_append_plain",
+    "The same as csa_compress_append for index keys, in fp32.",
+    _insert_key_plain,
+    partial(_check_key, "index_compress_append_plain", "plain"),
 )
 # the same, Hadamard, packed FP8 keys
 index_compress_append_fp8 = _define(
-    "index_compress_append_fp8", _insert_key_fp8, partial(_check_key, "index_compress_append_fp8", "fp8")
+    "index_compress_append_fp8",
+    "The same for index keys after a Hadamard transform, in FP8 with an fp32 scale.",
+    _insert_key_fp8,
+    partial(_check_key, "index_compress_append_fp8", "fp8"),
 )
 # the same, Hadamard, packed FP4 keys
 index_compress_append_fp4 = _define(
-    "index_compress_append_fp4", _insert_key_fp4, partial(_check_key, "index_compress_append_fp4", "fp4")
+    "index_compress_append_fp4",
+    "The same for index keys after a Hadamard transform, in FP4 with a UE8M0 scale for each group of 32.",
+    _insert_key_fp4,
+    partial(_check_key, "index_compress_append_fp4", "fp4"),
 )

@@ -50,7 +50,7 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callable, rows_per_scale: int) -> Tensor:
-    """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time: what is dequantised stays in a CPU's cache."""
+    """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time to stay in a CPU's cache."""
     rows = max(1, VALUES_AT_ONCE // (BLOCK * x.shape[-1])) * BLOCK
     starts = range(0, weight.shape[0], rows)
     scales = [scale[start // rows_per_scale : -(-(start + rows) // rows_per_scale)] for start in starts]
@@ -60,21 +60,25 @@ def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callabl
 
 
 def linear_dense_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Product of bf16 or fp32 operands, rounded to the dtype of x."""
     return linear_fp32_reference(x, weight).to(x.dtype)
 
 
 def linear_fp32_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Product of bf16 or fp32 operands, kept in fp32."""
     if weight.dtype == torch.float32:
         return linear(x.float(), weight)
     return linear_by_rows(x.float(), weight, weight, lambda rows, _: rows.float(), 1)
 
 
 def linear_fp8_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Product of FP8 activations and FP8 weights that have a scale for each 128x128 block."""
     x32 = dequant_fp8_reference(x, x_scale)
     return linear_by_rows(x32, weight, weight_scale, dequantise_blocks, BLOCK).to(torch.bfloat16)
 
 
 def linear_mxfp4_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Product of FP8 activations and MXFP4 weights."""
     x32 = dequant_fp8_reference(x, x_scale)
     return linear_by_rows(x32, weight, weight_scale, dequantise_mxfp4, 1).to(torch.bfloat16)
 
@@ -82,20 +86,24 @@ def linear_mxfp4_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_sc
 def linear_nvfp4_reference(
     x: Tensor, x_scale: Tensor, x_global: Tensor, weight: Tensor, weight_scale: Tensor, weight_global: Tensor
 ) -> Tensor:
+    """Product of NVFP4 activations and NVFP4 weights; the global scales are applied to the fp32 sum."""
     y = linear_by_rows(dequantise_nvfp4(x, x_scale), weight, weight_scale, dequantise_nvfp4, 1)
     return (y * (x_global * weight_global)).to(torch.bfloat16)
 
 
 def grouped_linear_dense_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """linear_dense with a block-diagonal weight: every group of x has rows of its own."""
     return grouped(x.float(), weight.float()).flatten(-2).to(x.dtype)
 
 
 def grouped_linear_fp8_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """linear_fp8 with a block-diagonal weight."""
     y = grouped(dequant_fp8_reference(x, x_scale), dequantise_blocks(weight, weight_scale))
     return y.flatten(-2).to(torch.bfloat16)
 
 
 def grouped_linear_mxfp4_reference(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """linear_mxfp4 with a block-diagonal weight."""
     y = grouped(dequant_fp8_reference(x, x_scale), dequantise_mxfp4(weight, weight_scale))
     return y.flatten(-2).to(torch.bfloat16)
 
@@ -103,6 +111,7 @@ def grouped_linear_mxfp4_reference(x: Tensor, x_scale: Tensor, weight: Tensor, w
 def grouped_linear_nvfp4_reference(
     x: Tensor, x_scale: Tensor, x_global: Tensor, weight: Tensor, weight_scale: Tensor, weight_global: Tensor
 ) -> Tensor:
+    """linear_nvfp4 with a block-diagonal weight."""
     y = grouped(dequantise_nvfp4(x, x_scale), dequantise_nvfp4(weight, weight_scale))
     return (y * (x_global * weight_global)).flatten(-2).to(torch.bfloat16)
 

@@ -152,16 +152,19 @@ def hc_post_reference(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tenso
 
 
 def hc_post_pre_reference(f, x, post, comb, fn, scale, base, norm_eps, hc_eps, iterations):
+    """hc_post, then the hc_pre of the next sub-layer."""
     streams = hc_post_reference(f, x, post, comb)
     return streams, *hc_pre_reference(streams, fn, scale, base, norm_eps, hc_eps, iterations)
 
 
 def hc_pre_rms_norm_reference(x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations):
+    """hc_pre, then rms_norm of the sub-layer's input."""
     y, post, comb = hc_pre_reference(x, fn, scale, base, norm_eps, hc_eps, iterations)
     return rms_norm_reference(y, norm_weight, norm_eps), post, comb
 
 
 def hc_post_pre_rms_norm_reference(f, x, post, comb, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations):
+    """hc_post, then the hc_pre and rms_norm of the next sub-layer."""
     streams = hc_post_reference(f, x, post, comb)
     return streams, *hc_pre_rms_norm_reference(streams, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations)
 

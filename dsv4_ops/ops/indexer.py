@@ -45,15 +45,18 @@ def _rotated_query(q: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
 
 
 def index_query_plain_reference(q: Tensor, weights: Tensor, rope_table: Tensor, positions: Tensor):
+    """Index queries in fp32: RoPE; scaled head weights."""
     return apply_rope(q.float(), rope_table, positions).contiguous(), _scaled_weights(q, weights).contiguous()
 
 
 def index_query_fp8_reference(q: Tensor, weights: Tensor, rope_table: Tensor, positions: Tensor):
+    """Index queries in FP8: RoPE, Hadamard, E4M3 with the scale folded into the head weights."""
     q8, scale = quant_fp8_fp32_scale_reference(_rotated_query(q, rope_table, positions), q.shape[-1])
     return q8, (_scaled_weights(q, weights) * scale[..., 0]).contiguous()
 
 
 def index_query_fp4_reference(q: Tensor, weights: Tensor, rope_table: Tensor, positions: Tensor):
+    """Index queries in FP4: RoPE, Hadamard, E2M1 with a UE8M0 scale for each group of 32; scaled head weights."""
     q4, scale = quant_mxfp4_reference(_rotated_query(q, rope_table, positions))
     return q4, scale, _scaled_weights(q, weights).contiguous()
 
@@ -129,18 +132,21 @@ def _blocked_scores(q: Tensor, w: Tensor, keys: Tensor, positions: Tensor, ratio
 
 
 def index_scores_plain_reference(q, w, key_pool, block_table, positions, ratio, page_size):
+    """Score of every compressed entry from fp32 queries and keys: sum over heads of w * relu(q . k); unseen: -inf."""
     entries = _all_entries(block_table, page_size)
     keys = pages.gather_entries(key_pool, block_table, entries, page_size, 0, q.shape[-1])
     return _blocked_scores(q, w, keys, positions, ratio)
 
 
 def index_scores_fp8_reference(q8, w, key_pool, block_table, positions, ratio, page_size):
+    """Score of every compressed entry from FP8 queries and keys: sum over heads of w * relu(q . k); unseen: -inf."""
     entries = _all_entries(block_table, page_size)
     keys = pages.read_index_keys_fp8(key_pool, block_table, entries, page_size, q8.shape[-1])
     return _blocked_scores(q8.float(), w, keys, positions, ratio)
 
 
 def index_scores_fp4_reference(q4, scale, w, key_pool, block_table, positions, ratio, page_size):
+    """Score of every compressed entry from FP4 queries and keys: sum over heads of w * relu(q . k); unseen: -inf."""
     entries = _all_entries(block_table, page_size)
     keys = pages.read_index_keys_fp4(key_pool, block_table, entries, page_size, 2 * q4.shape[-1])
     return _blocked_scores(dequant_mxfp4_reference(q4, scale), w, keys, positions, ratio)
@@ -228,16 +234,19 @@ def top_k_reference(scores: Tensor, positions: Tensor, ratio: int, k: int) -> Te
 
 
 def index_topk_plain_reference(q, w, key_pool, block_table, positions, ratio, page_size, k):
+    """The k entries with the largest index_scores_plain, ties to the lowest index, ascending, then -1."""
     scores = index_scores_plain_reference(q, w, key_pool, block_table, positions, ratio, page_size)
     return top_k_reference(scores, positions, ratio, k)
 
 
 def index_topk_fp8_reference(q8, w, key_pool, block_table, positions, ratio, page_size, k):
+    """The k entries with the largest index_scores_fp8, ties to the lowest index, ascending, then -1."""
     scores = index_scores_fp8_reference(q8, w, key_pool, block_table, positions, ratio, page_size)
     return top_k_reference(scores, positions, ratio, k)
 
 
 def index_topk_fp4_reference(q4, scale, w, key_pool, block_table, positions, ratio, page_size, k):
+    """The k entries with the largest index_scores_fp4, ties to the lowest index, ascending, then -1."""
     scores = index_scores_fp4_reference(q4, scale, w, key_pool, block_table, positions, ratio, page_size)
     return top_k_reference(scores, positions, ratio, k)
 

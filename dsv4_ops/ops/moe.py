@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4_ops.ops.formats import FP8
-from dsv4_ops.ops.gate import expect_slots
+from dsv4_ops.ops.router import expect_slots
 from dsv4_ops.ops.gemm import (
     dequantise_blocks,
     dequantise_mxfp4,
@@ -32,7 +32,6 @@ from dsv4_ops.registry import define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts
 BLOCKS_AT_ONCE = 8  # experts that lie dequantised in memory at the same time
-
 
 Operand = tuple[Tensor, Tensor | float]  # fp32 values [b, N, K] and a factor of every product with them (global scale)
 
@@ -125,6 +124,8 @@ def requantise_nvfp4(h: Tensor) -> Operand:
 def moe_dense_reference(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
+    """Weighted sum of the routed experts of each row: bf16 or fp32 activations and weights."""
+
     def read(chosen: Tensor) -> tuple[Operand, ...]:
         return tuple((take(w, chosen).float(), 1.0) for w in (w1, w3, w2))
 
@@ -133,8 +134,6 @@ def moe_dense_reference(
 
 
 def moe_fp8_input(dequantise: Callable[[Tensor, Tensor], Tensor]):
-    """Reference of the formats whose activations are FP8; they differ in how a weight is dequantised."""
-
     def reference(
         x: Tensor,
         x_scale: Tensor,
@@ -148,6 +147,8 @@ def moe_fp8_input(dequantise: Callable[[Tensor, Tensor], Tensor]):
         w2_scale: Tensor,
         limit: float,
     ) -> Tensor:
+        """Weighted sum of the routed experts of each row: FP8 activations, weights FP8 in blocks or MXFP4."""
+
         def read(chosen: Tensor) -> tuple[Operand, ...]:
             scaled = ((w1, w1_scale), (w3, w3_scale), (w2, w2_scale))
             return tuple((dequantise(take(w, chosen), take(scale, chosen)), 1.0) for w, scale in scaled)
@@ -175,6 +176,8 @@ def moe_nvfp4_reference(
     w2_global: Tensor,
     limit: float,
 ) -> Tensor:
+    """Weighted sum of the routed experts of each row: NVFP4 activations and weights."""
+
     def read(chosen: Tensor) -> tuple[Operand, ...]:
         triples = ((w1, w1_scale, w1_global), (w3, w3_scale, w3_global), (w2, w2_scale, w2_global))
         return tuple(
@@ -182,8 +185,7 @@ def moe_nvfp4_reference(
             for w, scale, factor in triples
         )
 
-    experts = Experts(len(w1), read, requantise_nvfp4)
-    x32 = dequantise_nvfp4(x, x_scale)
+    x32, experts = dequantise_nvfp4(x, x_scale), Experts(len(w1), read, requantise_nvfp4)
     return routed_experts(x32, x_global, ids, weights, experts, limit, torch.bfloat16)
 
 

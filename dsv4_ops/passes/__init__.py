@@ -1,4 +1,4 @@
-"""Graph passes on the functional post-grad graph: fuse pairs of our ops, then open up what the device has no kernel for."""
+"""Graph passes on the functional post-grad graph: fuse pairs of our ops, then open up ops without a kernel."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,8 +15,8 @@ SOURCES = tuple(str(path) for path in sorted(Path(__file__).parents[1].rglob("*.
 class GraphPasses(CustomGraphPass):
     """Callable that Inductor runs on every graph; `matches` of the class counts what each rule did, for tests.
 
-    Inductor does not run passes on a graph that it finds in its cache; the uuid covers every source file that decides the
-    result.
+    Inductor does not run passes on a graph that it finds in its cache; the uuid covers every source file that decides
+    the result.
     """
 
     matches: Counter = Counter()

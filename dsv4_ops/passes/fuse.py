@@ -1,7 +1,7 @@
 """Rewrite pairs of neighbouring dsv4 ops into their fused op.
 
-The rules match our own nodes, so they do not depend on how torch decomposes anything. A fused op's reference is the literal
-composition of its parts: rewriting changes no bit.
+The rules match our own nodes, so they do not depend on how torch decomposes anything. A fused op's reference is the
+literal composition of its parts: rewriting changes no bit.
 """
 
 import operator

@@ -1,7 +1,8 @@
 """Replace an op by its reference where the device has no kernel, so that Inductor fuses it with its neighbours.
 
-On the CPU no op has a kernel of its own; those marked `inline` (element-wise, short reductions) are opened up, the others
-(products, attention, selection) stay calls of their reference. On CUDA nothing is replaced: a missing kernel is an error.
+On the CPU no op has a kernel of its own; those marked `inline` (element-wise, short reductions) are opened up, the
+others (products, attention, selection) stay calls of their reference. On CUDA nothing is replaced: a missing kernel is
+an error.
 """
 
 from collections import Counter

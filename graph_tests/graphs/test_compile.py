@@ -1,4 +1,4 @@
-"""The compiled model: one graph for each kind of block and mode, no recompile, no copy of a pool, the tokens of eager."""
+"""The compiled model: one graph for each kind of block and mode, no recompile, no pool copied, eager's tokens."""
 
 import re
 import subprocess
@@ -82,7 +82,7 @@ def test_layers_do_not_add_graphs(tmp_path):
 
 @pytest.fixture(scope="module")
 def inductor(checkpoint):
-    """Greedy tokens of the model compiled with backend dsv4, and the code that Inductor generated for its six graphs."""
+    """Greedy tokens of the model compiled with backend dsv4, and the code of Inductor for its six graphs."""
     model = fresh(checkpoint)
     model.compile()
     tokens, codes = run_and_get_code(greedy, model, 20)
@@ -94,7 +94,7 @@ def test_compiled_tokens_equal_eager(checkpoint, inductor):
 
 
 def test_generated_code_never_copies_a_pool(inductor):
-    """A clone of a mutated argument would show as a copy of a whole pool (pytorch#198031 is the silent-wrong variant)."""
+    """A clone of a mutated argument shows as a copy of a whole pool (pytorch#198031: the silent-wrong variant)."""
     _, codes = inductor
     assert len(codes) == 6
     for code in codes:

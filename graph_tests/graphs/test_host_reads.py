@@ -38,7 +38,8 @@ def test_other_cache_formats_make_no_host_read(tmp_path, options):
 def test_prefill_makes_no_host_read(tmp_path):
     model = meta_model(tmp_path, "official")
     with RefuseHostReads():
-        logits = model.prefill(torch.zeros(3, 8, dtype=torch.int64, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta"))
+        tokens, lengths = (torch.zeros(shape, dtype=torch.int64, device="meta") for shape in ((3, 8), (3,)))
+        logits = model.prefill(tokens, lengths)
     assert logits.shape == (3, model.config.vocab_size)
 
 

@@ -78,7 +78,9 @@ def decode_graph(checkpoint, layer: int):
 
 def test_operators_of_a_window_block(checkpoints):
     graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["window"])
-    assert_expected_inline("\n".join(operators(graph)), """\
+    assert_expected_inline(
+        "\n".join(operators(graph)),
+        """\
 hc_pre
 rms_norm_quant_fp8
 linear_fp8
@@ -100,12 +102,15 @@ linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
-hc_post""")
+hc_post""",
+    )
 
 
 def test_operators_of_a_csa_block(checkpoints):
     graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["csa"])
-    assert_expected_inline("\n".join(operators(graph)), """\
+    assert_expected_inline(
+        "\n".join(operators(graph)),
+        """\
 hc_pre
 rms_norm_quant_fp8
 linear_fp8
@@ -137,12 +142,15 @@ linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
-hc_post""")
+hc_post""",
+    )
 
 
 def test_operators_of_an_hca_block(checkpoints):
     graph = decode_graph(checkpoints["official"], KIND_OF_LAYER["hca"])
-    assert_expected_inline("\n".join(operators(graph)), """\
+    assert_expected_inline(
+        "\n".join(operators(graph)),
+        """\
 hc_pre
 rms_norm_quant_fp8
 linear_fp8
@@ -167,7 +175,8 @@ linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
-hc_post""")
+hc_post""",
+    )
 
 
 @pytest.mark.parametrize("kind", KIND_OF_LAYER)

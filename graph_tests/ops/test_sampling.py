@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsv4_ops.ops.sample import gumbel_noise, philox
+from dsv4_ops.ops.sampling import gumbel_noise, philox
 from graph_tests import checks
 
 OPS = torch.ops.dsv4
