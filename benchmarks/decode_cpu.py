@@ -149,6 +149,22 @@ def make_prompt(directory: Path, length: int) -> list[int]:
     return tokens if config.bos_token_id is None else [config.bos_token_id, *tokens[1:]]
 
 
+def markdown(record: dict) -> str:
+    """The table of the README; times are also given relative to the faster of the two transformers rows."""
+    engines = record["engines"]
+    best = min(result["ms_per_token"] for name, result in engines.items() if name.startswith("transformers"))
+    lines = ["| engine | ms per token | time against transformers | compile time |", "|---|--:|--:|--:|"]
+    for name, result in engines.items():
+        compiling = "" if result["compile_seconds"] is None else f"{result['compile_seconds']:.0f} s"
+        ms = result["ms_per_token"]
+        lines.append(f"| {name} | {ms:.2f} | {ms / best:.2f} | {compiling} |")
+    lines += [
+        "",
+        f"Batch 1, {record['prompt_tokens']} prompt tokens, {record['steps']} steps, {record['rounds']} rounds.",
+    ]
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decode_cpu",
@@ -172,11 +188,10 @@ def main() -> None:
         twin = Path(work) / "bf16"
         convert(arguments.checkpoint, twin, "bf16")
         engines = measure({"stored": arguments.checkpoint, "bf16": twin}, Path(work), arguments)
-    for name, result in engines.items():
-        compile_time = "" if result["compile_seconds"] is None else f"   compile {result['compile_seconds']:.0f} s"
-        print(f"{name:<26} {result['ms_per_token']:8.2f} ms per token{compile_time}")
-    settings = {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps, "rounds": arguments.rounds}
-    write(arguments.out, record | settings | {"engines": engines})
+    record |= {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps, "rounds": arguments.rounds}
+    record |= {"engines": engines}
+    print(markdown(record))
+    write(arguments.out, record)
 
 
 if __name__ == "__main__":

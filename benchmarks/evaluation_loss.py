@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.record import BUILTIN, RESULTS, header, write
+from benchmarks.record import BUILTIN, RESULTS, header, weights, write
 from model.config import ModelConfig
 from model.convert import convert
 from model.loading import load
@@ -64,8 +64,8 @@ def documents(ids: list[int], length: int, bos: list[int]) -> Iterator[list[int]
 
 
 @torch.no_grad()
-def total_loss(model: DeepseekV4, batch: list[list[int]]) -> float:
-    """Sum of -log p over the tokens of the documents, the first of each left out."""
+def document_losses(model: DeepseekV4, batch: list[list[int]]) -> list[float]:
+    """Sum of -log p over the tokens of each document, its first left out."""
     rows, length = model.state.sizes.max_batch, max(len(document) for document in batch)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     positions = torch.full((rows, length), -1, dtype=torch.int32)
@@ -74,19 +74,17 @@ def total_loss(model: DeepseekV4, batch: list[list[int]]) -> float:
         positions[row, : len(document)] = torch.arange(len(document), dtype=torch.int32)
     model.state.reset()
     logits = model.logits(model(tokens, positions))
-    return sum(
-        float(document_loss(logits[row, : len(document)], tokens[row, : len(document)]))
-        for row, document in enumerate(batch)
-    )
+    ends = [len(document) for document in batch]
+    return [float(loss(logits[row, : end - 1], tokens[row, 1:end])) for row, end in enumerate(ends)]
 
 
-def document_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [S, vocab], tokens [S] -> sum of the cross entropies of tokens[1:], float64."""
-    return torch.nn.functional.cross_entropy(logits[:-1].double(), tokens[1:], reduction="sum")
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [S, vocab], targets [S] -> sum of the cross entropies, float64."""
+    return torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
 
 
-def evaluate(row: Row, directory: Path, texts: list[list[int]], arguments: argparse.Namespace, bar: tqdm) -> float:
-    """Sum of the losses in nats of the documents under one format."""
+def evaluate(row: Row, directory: Path, texts: list[list[int]], arguments: argparse.Namespace, bar: tqdm) -> Tensor:
+    """Loss in nats of each document under one format, float64."""
     model = load(
         directory,
         max_batch=arguments.batch,
@@ -96,12 +94,25 @@ def evaluate(row: Row, directory: Path, texts: list[list[int]], arguments: argpa
         quantise_activations=row.quantise_activations,
         index_fp8=row.index_fp8,
     )
-    total = 0.0
+    losses = []
     for start in range(0, len(texts), arguments.batch):
         batch = texts[start : start + arguments.batch]
-        total += total_loss(model, batch)
+        losses += document_losses(model, batch)
         bar.update(len(batch))
-    return total
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def summary(row: Row, losses: Tensor, first: Tensor, tokens: int, size: int) -> dict:
+    """Means, and the difference to the first row with the standard error that the spread over documents gives."""
+    difference = losses - first
+    return {
+        "weights": row.weights,
+        "everything_else": row.rest,
+        "nats_per_token": float(losses.sum()) / tokens,
+        "nats_per_byte": float(losses.sum()) / size,
+        "difference_per_token": float(difference.sum()) / tokens,
+        "difference_standard_error": float(difference.std()) * len(losses) ** 0.5 / tokens,
+    }
 
 
 def converted(row: Row, source: Path, work: Path, rounded: dict[str, int]) -> Path:
@@ -115,16 +126,18 @@ def converted(row: Row, source: Path, work: Path, rounded: dict[str, int]) -> Pa
 
 
 def markdown(record: dict) -> str:
-    """The table of the README; the last column compares with the first row."""
+    """The table of the README; the last column is the difference to the first row and its standard error."""
     lines = [
-        "| weights | everything else | nats per token | nats per byte | perplexity | against first row |",
+        "| weights | everything else | nats per token | nats per byte | perplexity | difference per token |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    first = record["rows"][0]["nats_per_token"]
     for row in record["rows"]:
         token, byte = row["nats_per_token"], row["nats_per_byte"]
-        values = f"{token:.4f} | {byte:.4f} | {exp(token):.2f} | {token - first:+.4f}"
+        difference = f"{row['difference_per_token']:+.4f} ± {row['difference_standard_error']:.4f}"
+        values = f"{token:.4f} | {byte:.4f} | {exp(token):.2f} | {difference}"
         lines.append(f"| {row['weights']} | {row['everything_else']} | {values} |")
+    text, length = record["text"], record["document_tokens"]
+    lines += ["", f"{text['tokens']} tokens ({text['bytes']} bytes) in documents of {length} tokens."]
     return "\n".join(lines)
 
 
@@ -158,14 +171,15 @@ def main() -> None:
     tokens, size = len(predicted), len(tokenizer.decode(predicted).encode())
     sources = {STORED: arguments.checkpoint, TRAINED: arguments.reference}
     rows = [row for row in ROWS if sources[row.source] is not None]
-    results, rounded = [], {}
+    losses, results, rounded = [], [], {}
     with tempfile.TemporaryDirectory() as work, tqdm(total=len(rows) * len(texts), unit="document") as bar:
         for row in rows:
             bar.set_postfix_str(f"{row.weights} / {row.rest}")
             directory = converted(row, sources[row.source], Path(work), rounded)
-            nats = evaluate(row, directory, texts, arguments, bar)
-            losses = {"nats_per_token": nats / tokens, "nats_per_byte": nats / size}
-            results.append({"weights": row.weights, "everything_else": row.rest, **losses})
+            losses.append(evaluate(row, directory, texts, arguments, bar))
+            results.append(summary(row, losses[-1], losses[0], tokens, size))
+    if arguments.reference is not None:
+        record["reference"] = weights(arguments.reference)
     record |= {"text": {"path": str(arguments.text), "tokens": tokens, "bytes": size}}
     record |= {"document_tokens": arguments.tokens, "rounded_mxfp4_weights": rounded, "rows": results}
     print(markdown(record))

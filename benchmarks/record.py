@@ -27,11 +27,16 @@ def header(module: str, checkpoint: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "checkpoint": {
-            "path": str(checkpoint),
-            "sha256": {path.name: sha256([path]) for path in sorted(checkpoint.glob("*.safetensors"))},
-        },
+        "checkpoint": weights(checkpoint),
         "source_sha256": sha256([*sorted(ROOT.glob("dsv4_ops/**/*.py")), *sorted(ROOT.glob("model/*.py"))]),
+    }
+
+
+def weights(checkpoint: Path) -> dict[str, Any]:
+    """Which checkpoint it was: its path and the hash of each of its files."""
+    return {
+        "path": str(checkpoint),
+        "sha256": {path.name: sha256([path]) for path in sorted(checkpoint.glob("*.safetensors"))},
     }
 
 

@@ -1,7 +1,7 @@
 """Draw docs/block.svg: how one token flows through a block, with the names of the operators.
 
-    python docs/block_picture.py            writes docs/block.svg
-    python docs/block_picture.py --check    fails if docs/block.svg is not what this script draws
+    python -m docs.block_picture            writes docs/block.svg
+    python -m docs.block_picture --check    fails if docs/block.svg is not what this script draws
 
 Boxes are operators of the official format; the colour says what kind. Shapes on arrows are those of one token. Sizes of
 state are computed from the page layouts for the released head dimensions.
@@ -10,12 +10,11 @@ state are computed from the page layouts for the released head dimensions.
 import sys
 from pathlib import Path
 
-from svg import Canvas
-
+from docs.svg import Canvas
 from dsv4_ops.ops.pages import index_page_bytes, kv_entry_bytes
 
 TARGET = Path(__file__).with_name("block.svg")
-WIDTH, HEIGHT = 900, 1330
+WIDTH, HEIGHT = 900, 1362
 PRODUCT, GLUE = ("#dbeafe", "#2563eb"), ("#e7f5ec", "#2f855a")
 WRITE, READ, STATE = ("#ffe8cc", "#d9480f"), ("#efe5ff", "#7c3aed"), ("#fff8d9", "#b08900")
 PLAIN_LANE, CSA_LANE, BOTH_LANE = "#f5f7fa", "#f3f0fa", "#fbf4ec"
@@ -63,7 +62,7 @@ def before_sub_layer(c: Canvas, y: float, arriving: str) -> float:
     """Streams arrive at y, hc_pre, rms_norm; returns the bottom of rms_norm. The lines that go round start here."""
     c.line((SPINE_X, y), (SPINE_X, y + 36), class_="streams")
     c.text((SPINE_X + 10, y + 15), arriving, "shape", "start")
-    c.box((SPINE[0], y + 36, SPINE[1], 40), ("hc_pre  sinkhorn",), GLUE, "n streams to one; weights of the mix")
+    c.box((SPINE[0], y + 36, SPINE[1], 40), ("hc_pre · sinkhorn",), GLUE, "n streams to one; weights of the mix")
     c.line((SPINE_X, y + 76), (SPINE_X, y + 102))
     c.text((SPINE_X + 8, y + 93), "[d]", "shape", "start")
     c.box((SPINE[0], y + 102, SPINE[1], 28), ("rms_norm",), GLUE)
@@ -72,12 +71,12 @@ def before_sub_layer(c: Canvas, y: float, arriving: str) -> float:
 
 def after_sub_layer(c: Canvas, start: float, y: float) -> None:
     """hc_post at y, where the streams from `start` and the weights of the mix from hc_pre come back."""
-    c.line((SPINE_X, start + 12), (STREAMS_X, start + 12), (STREAMS_X, y + 28), (LEFT, y + 28), class_="streams")
-    c.line((LEFT, start + 56), (MIX_X, start + 56), (MIX_X, y + 13), (LEFT, y + 13), class_="mix")
-    c.text((LEFT + 14, y + 16.5), "post [n], comb [n, n]", "shape", "start")
-    c.text((LEFT + 14, y + 31.5), "streams [n, d]", "shape", "start")
-    c.box((LEFT + 156, y, RIGHT - LEFT - 156, 40), ("hc_post",), GLUE, "new streams = post f + combᵀ streams")
-    c.add("path", d=f"M{LEFT} {y + 13} h14 M{LEFT} {y + 28} h14", class_="nothing")
+    left = LEFT + 112
+    c.line((SPINE_X, start + 12), (STREAMS_X, start + 12), (STREAMS_X, y + 31), (left, y + 31), class_="streams")
+    c.line((LEFT, start + 56), (MIX_X, start + 56), (MIX_X, y + 9), (left, y + 9), class_="mix")
+    c.text((MIX_X + 10, y + 4), "post, comb", "shape", "start")
+    c.text((MIX_X + 10, y + 25), "streams [n, d]", "shape", "start")
+    c.box((left, y, RIGHT - left, 40), ("hc_post",), GLUE, "new streams = post · f + combᵀ · streams")
 
 
 def attention_inputs(c: Canvas, norm_bottom: float) -> None:
@@ -100,7 +99,7 @@ def window_column(c: Canvas) -> None:
     c.box((x, 306, width, 40), ("linear_fp8",), PRODUCT, "wkv")
     c.line((centre(KV), 346), (centre(KV), 374))
     c.text((centre(KV) + 8, 364), "kv [512]", "shape", "start")
-    c.box((x, 374, width, 40), ("kv_norm_rope_append",), WRITE, "RMS, rope, quantise, insert")
+    c.box((x, 374, width, 40), ("kv_norm_rope_append",), WRITE, "norm, rope, FP8, insert")
     c.line((centre(KV), 414), (centre(KV), 452))
     c.store((x, 452, width, 62), "window_pool", (f"{ENTRY_BYTES} bytes a token", "a ring of window + chunk"), STATE)
     c.line((centre(KV), 514), (centre(KV), 672))
@@ -120,7 +119,7 @@ def query_column(c: Canvas) -> None:
     c.text((middle + 8, 510), "[H, 512]", "shape", "start")
     c.box((x, 520, width, 40), ("q_norm_rope",), GLUE, "per head")
     c.line((middle, 560), (middle, 672))
-    c.text((middle + 8, 620), "q [H, 512]", "shape", "start")
+    c.text((middle - 8, 620), "q [H, 512]", "shape", "end")
 
 
 def index_columns(c: Canvas) -> None:
@@ -132,8 +131,8 @@ def index_columns(c: Canvas) -> None:
     c.text((beside - 6, 364), "[64]", "shape", "end")
     c.line((QUERY[0] + QUERY[1], 394), (x, 394))
     c.box((x, 374, width - 30, 40), ("linear_fp8",), PRODUCT, "wq_b")
-    c.line((x + 51, 414), (x + 51, 452))
-    c.text((x + 45, 436), "[64, 128]", "shape", "end") if False else c.text((x + 58, 436), "[64, 128]", "shape", "start")
+    c.line((x + 40, 414), (x + 40, 452))
+    c.text((x + 46, 436), "[64, 128]", "shape", "start")
     c.box((x, 452, width, 40), ("index_query_fp4",), GLUE, "rope, Hadamard, FP4")
     c.line((centre(INDEX_QUERY), 492), (centre(INDEX_QUERY), 588))
     c.text((centre(INDEX_QUERY) + 8, 546), "q4, w", "shape", "start")
@@ -141,8 +140,8 @@ def index_columns(c: Canvas) -> None:
     middle = centre(INDEX_KEY)
     c.box((x, 306, width, 40), ("linear_fp32",), PRODUCT, "compressor wkv, wgate")
     c.line((middle, 346), (middle, 374))
-    c.text((middle + 8, 364), "kv, score [256] fp32", "shape", "start")
-    c.box((x, 374, width, 40), ("index_compress_append_fp4",), WRITE, "pool, norm, rope, Hadamard, FP4")
+    c.text((middle - 8, 364), "kv, score [256]", "shape", "end")
+    c.box((x, 374, width, 40), ("index_compress_append_fp4",), WRITE, "norm, rope, Hadamard, FP4")
     c.line((middle, 414), (middle, 452))
     size = state_bytes(2 * CSA_RATIO, 2 * INDEX_DIM)
     c.store((x, 452, width, 48), "index_state", (f"{size} a sequence",), STATE)
@@ -159,7 +158,7 @@ def compressor_column(c: Canvas) -> None:
     middle = centre(COMPRESSOR)
     c.box((x, 306, width, 40), ("linear_fp32",), PRODUCT, "compressor wkv, wgate")
     c.line((middle, 346), (middle, 374))
-    c.text((middle + 8, 364), "kv, score", "shape", "start")
+    c.text((middle - 8, 364), "kv, score", "shape", "end")
     c.box((x, 374, width, 54), ("csa_compress_append", "hca_compress_append"), WRITE, "ratio 4 | ratio 128")
     c.line((middle, 428), (middle, 452))
     sizes = [state_bytes(2 * CSA_RATIO, 2 * HEAD_DIM), state_bytes(HCA_RATIO, HEAD_DIM)]
@@ -174,7 +173,9 @@ def attention_output(c: Canvas) -> None:
     c.box((LEFT, 672, RIGHT - LEFT, 74), (), READ)
     for number, (name, kind) in enumerate(zip(names, ("window block", "CSA block", "HCA block"), strict=True)):
         c.box((LEFT + 12 + 274 * number, 680, 264, 36), (name,), ("#ffffff", READ[1]), f"{kind}")
-    note = "one softmax over window entries and, in CSA and HCA, compressed entries; sink in the denominator; rope undone"
+    note = (
+        "one softmax over window entries and, in CSA and HCA, compressed entries; sink in the denominator; rope undone"
+    )
     c.text(((LEFT + RIGHT) / 2, 735), note)
     places = ((LEFT, 178, "grouped_linear_dense", PRODUCT, "wo_a"), (338, 110, "quant_fp8", GLUE, ""),
               (556, 130, "linear_fp8", PRODUCT, "wo_b"))  # fmt: skip
@@ -190,8 +191,30 @@ def attention_output(c: Canvas) -> None:
     c.text((629, 834), "f [d]", "shape", "start")
 
 
+def formats(c: Canvas, y: float) -> None:
+    """Which names stand for the boxes where a checkpoint is not in the official format."""
+    c.text(
+        (372, y),
+        "Drawn is the official format: FP8 linears, MXFP4 experts, FP4 index keys. In others:",
+        anchor="start",
+    )
+    rows = (
+        ("bf16, fp32", "linear_dense, moe_dense"),
+        ("FP8 experts", "moe_fp8"),
+        ("NVFP4", "nvfp4_row_scale, quant_nvfp4, linear_nvfp4,"),
+        ("", "grouped_linear_nvfp4, moe_nvfp4"),
+        ("FP8 keys", "index_compress_append_fp8, index_query_fp8, index_topk_fp8"),
+        ("fp32 keys", "index_compress_append_plain, index_query_plain, index_topk_plain"),
+    )
+    for number, (label, names) in enumerate(rows):
+        c.text((372, y + 18 + 15 * number), label, anchor="start")
+        c.text((450, y + 18 + 15 * number), names, "variant", "start")
+    c.text((606, y + 18), "and no quantisers", anchor="start")
+
+
 def moe(c: Canvas, norm_bottom: float) -> None:
     top = norm_bottom + 34
+    c.lane((LEFT - 8, top - 24, RIGHT - LEFT + 16, 150), ("mixture of experts",), PLAIN_LANE, "end")
     c.line((SPINE_X, norm_bottom), (SPINE_X, top - 14), (118, top - 14), (118, top))
     c.line((SPINE_X, top - 14), (centre((212, 126)), top - 14), (centre((212, 126)), top))
     c.box((40, top, 156, 40), ("gate",), READ, "best k, or the hash table's")
@@ -226,7 +249,7 @@ def ends(c: Canvas, y: float) -> None:
     """What comes before the first and after the last block."""
     c.line((SPINE_X, y - 46), (SPINE_X, y - 14), class_="streams")
     c.text((SPINE_X + 10, y - 28), "streams [n, d], to the next block", "shape", "start")
-    c.lane((LEFT - 12, y - 8, RIGHT - LEFT + 24, 74), "after the last block", PLAIN_LANE)
+    c.lane((LEFT - 12, y - 8, RIGHT - LEFT + 24, 74), ("after the last block",), PLAIN_LANE)
     chain = ((40, "hc_head", GLUE, "n streams to one"), (252, "rms_norm", GLUE, ""),
              (464, "linear_fp32", PRODUCT, "head"), (676, "sample", READ, "greedy, top-k, top-p"))  # fmt: skip
     for x, name, colours, note in chain:
@@ -241,9 +264,9 @@ def ends(c: Canvas, y: float) -> None:
 def draw() -> str:
     c = Canvas(WIDTH, HEIGHT, "How one token flows through a block of DeepSeek-V4, with the operators' names")
     heading(c)
-    c.lane((LEFT - 8, 212, 314, 436), "every block", PLAIN_LANE)
-    c.lane((INDEX_QUERY[0] - 8, 212, 350, 436), "CSA: indexer", CSA_LANE)
-    c.lane((COMPRESSOR[0] - 6, 212, 176, 436), "CSA | HCA: compressor", BOTH_LANE)
+    c.lane((LEFT - 8, 212, 314, 436), ("every block",), PLAIN_LANE)
+    c.lane((INDEX_QUERY[0] - 8, 212, 350, 436), ("CSA", "indexer"), CSA_LANE)
+    c.lane((COMPRESSOR[0] - 6, 212, 176, 436), ("CSA | HCA", "compressor"), BOTH_LANE)
     norm_bottom = before_sub_layer(c, 56, "streams [n, d], from the block before")
     attention_inputs(c, norm_bottom)
     window_column(c)
@@ -253,6 +276,7 @@ def draw() -> str:
     attention_output(c)
     after_sub_layer(c, 56, 846)
     norm_bottom = before_sub_layer(c, 886, "streams [n, d]")
+    formats(c, 912)
     moe(c, norm_bottom)
     after_sub_layer(c, 886, norm_bottom + 182)
     ends(c, norm_bottom + 182 + 86)

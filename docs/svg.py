@@ -9,6 +9,7 @@ STYLE = f"""
 text {{ font-family: {SANS}; font-size: 11px; fill: #475569; }}
 .op {{ font-family: {MONO}; font-size: 11.5px; font-weight: 600; fill: #0f172a; }}
 .name {{ font-family: {MONO}; font-size: 11.5px; fill: #0f172a; }}
+.variant {{ font-family: {MONO}; font-size: 10.5px; fill: #0f172a; }}
 .shape {{ font-family: {MONO}; font-size: 10.5px; fill: #334155; }}
 .lane {{ font-size: 11.5px; font-weight: 600; fill: #64748b; }}
 .title {{ font-size: 17px; font-weight: 700; fill: #0f172a; }}
@@ -25,6 +26,8 @@ orient="auto"><path d="M0 0.5 L8 4 L0 7.5 z" fill="#0f766e"/></marker>
 orient="auto"><path d="M0 0.5 L8 4 L0 7.5 z" fill="#0f766e"/></marker>"""
 
 Point = tuple[float, float]
+Place = tuple[float, float, float, float]  # x, y, width, height
+Colours = tuple[str, str]  # fill, stroke
 
 
 @dataclass
@@ -45,8 +48,8 @@ class Canvas:
     def text(self, at: Point, content: str, class_: str = "note", anchor: str = "middle") -> None:
         self.add("text", escape(content), x=at[0], y=at[1], class_=class_, text_anchor=anchor)
 
-    def box(self, place: tuple[float, float, float, float], ops: tuple[str, ...], colours: Point, note: str = "") -> None:
-        """Rectangle (x, y, width, height) with op names and below them a note, centred together."""
+    def box(self, place: Place, ops: tuple[str, ...], colours: Colours, note: str = "") -> None:
+        """Rectangle with op names and below them a note, centred together."""
         x, y, width, height = place
         fill, stroke = colours
         self.add("rect", x=x, y=y, width=width, height=height, rx=6, fill=fill, stroke=stroke, stroke_width=1.3)
@@ -55,8 +58,8 @@ class Canvas:
         for number, (line, class_) in enumerate(lines):
             self.text((x + width / 2, first + 14 * number), line, class_)
 
-    def store(self, place: tuple[float, float, float, float], name: str, notes: tuple[str, ...], colours: Point) -> None:
-        """A drum (x, y, width, height) for a piece of state."""
+    def store(self, place: Place, name: str, notes: tuple[str, ...], colours: Colours) -> None:
+        """A drum for a piece of state."""
         x, y, width, height = place
         fill, stroke = colours
         rim = 5
@@ -73,11 +76,13 @@ class Canvas:
         path = " L".join(f"{x} {y}" for x, y in points)
         self.add("path", d=f"M{path}", class_=class_)
 
-    def lane(self, place: tuple[float, float, float, float], label: str, fill: str) -> None:
-        """A tinted background with a label in its top left corner."""
+    def lane(self, place: Place, labels: tuple[str, ...], fill: str, anchor: str = "start") -> None:
+        """A tinted background with lines of text in its top left (or, anchor "end", top right) corner."""
         x, y, width, height = place
         self.add("rect", x=x, y=y, width=width, height=height, rx=9, fill=fill)
-        self.text((x + 10, y + 17), label, "lane", "start")
+        for number, label in enumerate(labels):
+            at = (x + 10 if anchor == "start" else x + width - 10, y + 18 + 15 * number)
+            self.text(at, label, "lane", anchor)
 
     def __str__(self) -> str:
         head = (

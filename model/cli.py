@@ -4,6 +4,7 @@ What a user can get wrong is a UserError: one line on stderr, exit status 2, not
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,14 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except UserError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the interpreter would flush once more at exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:  # an OSError names its file: no permission, name too long, disk full
         print(f"dsv4: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dsv4: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 1
     return 0
 
 

@@ -32,7 +32,7 @@ class Binding:
 
 
 def quantise(x: Tensor, activation: str) -> tuple[Tensor, ...]:
-    """What layers of this kind multiply of x [..., K]: "dense" x itself, "fp8" 1x128 UE8M0, "nvfp4" 1x16 and a row scale."""
+    """What a layer multiplies of x [..., K]: "dense" x itself, "fp8" 1x128 UE8M0, "nvfp4" 1x16 and a row scale."""
     if activation == "dense":
         return (x,)
     if activation == "fp8":

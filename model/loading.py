@@ -50,7 +50,7 @@ def load(
     exact                   compute in fp32 and quantise neither activations nor caches nor index keys
     quantise_activations    off: quantised weights are dequantised while loading and multiply plain activations
     index_fp8               store index keys as FP8 instead of FP4
-    Raises CheckpointError if a tensor is missing, unused, mis-shaped or unreadable, UserError if the device is not there.
+    Raises CheckpointError if a tensor is missing, unused, mis-shaped or unreadable, UserError for a missing device.
     """
     device = usable_device(device)
     config = ModelConfig.from_directory(checkpoint_dir)

@@ -51,7 +51,7 @@ class Experts(nn.Module):
     def forward(
         self, y: Tensor, shared_activation: tuple[Tensor, ...], kind: str, ids: Tensor, weights: Tensor
     ) -> Tensor:
-        """Routed sum [B, S, d] fp32. `shared_activation` is y quantised as `kind`, used if the experts want the same."""
+        """Routed sum [B, S, d] fp32. `shared_activation`: y quantised as `kind`, used if experts want the same."""
         activation = shared_activation if kind == self.activation else quantise(y, self.activation)
         return self.op(*activation, ids, weights, *self.projections(), self.limit)
 

@@ -112,6 +112,9 @@ def _compress_append(
     positions = positions.long()
     rows = torch.stack((kv, score + ape[positions.clamp_min(0) % ratio]), dim=2)
     groups = _completed_groups(positions, ratio)
+    if not (groups >= 0).any():  # most decode steps
+        _store_rows(state, rows, positions)
+        return
     pooled = _pool_groups(state, rows, positions, groups, ratio)
     _store_rows(state, rows, positions)
     pooled = pooled if pool.dtype == torch.float32 else pooled.to(torch.bfloat16)
@@ -239,14 +242,14 @@ index_compress_append_plain = _define(
 # the same, Hadamard, packed FP8 keys
 index_compress_append_fp8 = _define(
     "index_compress_append_fp8",
-    "The same for index keys after a Hadamard transform, in FP8 with an fp32 scale.",
+    "The same as csa_compress_append for index keys, after a Hadamard transform, in FP8 with an fp32 scale.",
     _insert_key_fp8,
     partial(_check_key, "index_compress_append_fp8", "fp8"),
 )
 # the same, Hadamard, packed FP4 keys
 index_compress_append_fp4 = _define(
     "index_compress_append_fp4",
-    "The same for index keys after a Hadamard transform, in FP4 with a UE8M0 scale for each group of 32.",
+    "The same as csa_compress_append for index keys, after a Hadamard transform, in FP4, UE8M0 scale per 32.",
     _insert_key_fp4,
     partial(_check_key, "index_compress_append_fp4", "fp4"),
 )

@@ -64,9 +64,9 @@ def ceil_ue8m0(x: Tensor) -> Tensor:
 
 
 def decode_ue8m0(byte: Tensor) -> Tensor:
-    """UE8M0 byte -> fp32. Byte 0 is 2^-127, a subnormal."""
-    value = torch.where(byte == 0, 2.0**-127, pow2(byte.to(torch.int32).clamp(1, 254) - 127))
-    return torch.where(byte == 255, torch.nan, value)
+    """UE8M0 byte -> fp32: the byte is the exponent. Byte 0 is 2^-127, a subnormal, and 255 is NaN: both set bit 22."""
+    special = (byte + 1) < 2  # uint8 wraps: 255 and 0
+    return ((byte.to(torch.int32) << 23) + (special.to(torch.int32) << 22)).view(torch.float32)
 
 
 def fp8_group_scale(amax: Tensor) -> Tensor:
@@ -93,9 +93,15 @@ def hadamard(x: Tensor) -> Tensor:
     return x * size**-0.5
 
 
-# E2M1 pairs as a table over a byte, for CPU kernels that read many codes: one pass instead of ten. A pair is one int64.
+# Tables over a byte, for CPU kernels that read many codes: one pass instead of ten. A pair of E2M1 values is one int64.
 BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
 E2M1_PAIRS = decode_e2m1(unpack_e2m1(BYTES[:, None])).view(torch.int64).flatten()
+UE8M0_VALUES = decode_ue8m0(BYTES)
+
+
+def look_up_ue8m0(byte: Tensor) -> Tensor:
+    """decode_ue8m0 by table."""
+    return UE8M0_VALUES.to(byte.device).index_select(0, byte.flatten().int()).view(byte.shape)
 
 
 def look_up_e2m1_pairs(packed: Tensor) -> Tensor:
@@ -111,4 +117,5 @@ def decode_finite_e4m3(x: Tensor) -> Tensor:
     the sign's copy in bit 14 is cleared. A NaN code would read as 480. Weights are checked while loading; a quantised
     group that held NaN has a NaN scale.
     """
-    return ((x.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16).float() * 256.0
+    bits = x.view(torch.int8).to(torch.int16)
+    return bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16).float().mul_(256.0)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, decode_ue8m0, look_up_e2m1_pairs
+from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, look_up_e2m1_pairs, look_up_ue8m0
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
-VALUES_AT_ONCE = 1 << 16  # weights that the reference of a product dequantises at a time
+VALUES_AT_ONCE = 1 << 17  # weights that the reference of a product dequantises at a time
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -27,14 +27,16 @@ def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
 
 def dequantise_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     """E4M3 [..., N, K] with a scale [..., ceil(N/128), ceil(K/128)] (UE8M0 or fp32) for each block -> fp32."""
-    scale = decode_ue8m0(scale) if scale.dtype == torch.uint8 else scale
+    scale = look_up_ue8m0(scale) if scale.dtype == torch.uint8 else scale
     rows = scale.repeat_interleave(BLOCK, -2)[..., : weight.shape[-2], :]
+    if weight.shape[-1] % BLOCK == 0:
+        return scale_groups(decode_finite_e4m3(weight), rows)
     return decode_finite_e4m3(weight) * rows.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
 
 
 def dequantise_mxfp4(weight: Tensor, scale: Tensor) -> Tensor:
     """Packed E2M1 [..., N, K/2] with UE8M0 scales [..., N, K/32] -> fp32 [..., N, K]."""
-    return scale_groups(look_up_e2m1_pairs(weight), decode_ue8m0(scale))
+    return scale_groups(look_up_e2m1_pairs(weight), look_up_ue8m0(scale))
 
 
 def dequantise_nvfp4(weight: Tensor, scale: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def dequantise_nvfp4(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def grouped(x: Tensor, weight: Tensor) -> Tensor:
-    """fp32 x [T, G, K] and weight [G*R, K] -> [T, G, R]."""
+    """x [T, G, K] and weight [G*R, K] -> [T, G, R]."""
     groups = weight.unflatten(0, (x.shape[-2], -1))
     y = (x.flatten(0, -3).transpose(0, 1) @ groups.mT).transpose(0, 1)
     return y.reshape(*x.shape[:-1], groups.shape[1])
@@ -61,6 +63,8 @@ def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callabl
 
 def linear_dense_reference(x: Tensor, weight: Tensor) -> Tensor:
     """Product of bf16 or fp32 operands, rounded to the dtype of x."""
+    if x.dtype == weight.dtype:
+        return linear(x, weight)  # torch accumulates bf16 products in fp32
     return linear_fp32_reference(x, weight).to(x.dtype)
 
 
@@ -93,6 +97,8 @@ def linear_nvfp4_reference(
 
 def grouped_linear_dense_reference(x: Tensor, weight: Tensor) -> Tensor:
     """linear_dense with a block-diagonal weight: every group of x has rows of its own."""
+    if x.dtype == weight.dtype:
+        return grouped(x, weight).flatten(-2)
     return grouped(x.float(), weight.float()).flatten(-2).to(x.dtype)
 
 

@@ -114,6 +114,7 @@ def _alloc_post_pre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def sinkhorn_reference(logits: Tensor, eps: float, iterations: int) -> Tensor:
     """Softmax over the rows, a column normalisation, then iterations - 1 times rows and columns."""
+    eps = logits.new_full((), eps)  # as a Python number it would be converted in every one of the additions
     comb = logits.softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):

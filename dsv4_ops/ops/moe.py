@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dsv4_ops.ops.formats import FP8
-from dsv4_ops.ops.router import expect_slots
 from dsv4_ops.ops.gemm import (
     dequantise_blocks,
     dequantise_mxfp4,
@@ -28,6 +27,7 @@ from dsv4_ops.ops.gemm import (
 from dsv4_ops.ops.norm import ACTIVATION_DTYPES, swiglu_reference
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale, nvfp4_row_scale_reference, quant_nvfp4_reference
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference, quant_fp8_reference
+from dsv4_ops.ops.router import expect_slots
 from dsv4_ops.registry import define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts

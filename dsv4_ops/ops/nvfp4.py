@@ -31,7 +31,7 @@ def nvfp4_scale_of(amax: Tensor) -> Tensor:
 
 
 def nvfp4_global_scale_reference(x: Tensor) -> Tensor:
-    """max(amax / 2688, 2^-126) of the whole tensor; the appended zero gives an empty tensor an amax."""
+    """max(amax / 2688, 2^-126) of the whole tensor. The appended zero gives an empty tensor an amax."""
     return nvfp4_scale_of(torch.nn.functional.pad(x.float().abs().flatten(), (0, 1)).amax(0, keepdim=True))
 
 

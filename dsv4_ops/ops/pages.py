@@ -25,6 +25,7 @@ from dsv4_ops.ops.formats import (
     encode_e2m1,
     fp8_group_scale,
     look_up_e2m1_pairs,
+    look_up_ue8m0,
     mxfp4_group_scale,
     pack_e2m1,
 )
@@ -82,7 +83,7 @@ def read_kv(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, 
     data = gather_entries(pool, block_table, entries, page_size, 0, data_bytes)
     scales = gather_entries(pool, block_table, entries, page_size, page_size * data_bytes, scale_bytes)
     groups = decode_finite_e4m3(data[..., :nope].contiguous().view(FP8)).unflatten(-1, (-1, KV_GROUP))
-    groups = groups * decode_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
+    groups = groups * look_up_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
     return torch.cat((groups.flatten(-2), data[..., nope:].contiguous().view(torch.bfloat16).float()), dim=-1)
 
 
@@ -135,4 +136,4 @@ def read_index_keys_fp4(pool: Tensor, block_table: Tensor, entries: Tensor, page
     data = gather_entries(pool, block_table, entries, page_size, 0, dim // 2)
     scale = gather_entries(pool, block_table, entries, page_size, page_size * (dim // 2), dim // INDEX_GROUP)
     groups = look_up_e2m1_pairs(data).unflatten(-1, (-1, INDEX_GROUP))
-    return (groups * decode_ue8m0(scale)[..., None]).flatten(-2)
+    return (groups * look_up_ue8m0(scale)[..., None]).flatten(-2)

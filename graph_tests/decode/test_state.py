@@ -1,5 +1,5 @@
-"""What sequences that share a state owe each other: nothing. Exact mode is judged by transformers' logits of each sequence
-alone; what must not matter at all (stale bytes, block tables, absent rows) is compared bit for bit.
+"""What sequences that share a state owe each other: nothing. Exact mode is judged by transformers' logits of each
+sequence alone; what must not matter at all (stale bytes, block tables, absent rows) is compared bit for bit.
 """
 
 import pytest
@@ -163,7 +163,7 @@ def test_a_call_without_any_token_writes_nothing(model, prompts, size):
 
 
 def test_an_absent_sequence_is_neither_written_nor_read(model, prompts):
-    """Sequence 1 sits out a call: its own state keeps every byte, the others get the same logits with any token there."""
+    """Sequence 1 sits out a call: its state keeps every byte, the others get the same logits with any token there."""
     step(model, *rows(prompts, [0] * len(prompts), CHUNK))
     before, others = own_rows(model.state, 1), own_rows(model.state, 2)
     saved = snapshot(model.state)

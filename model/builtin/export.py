@@ -50,6 +50,7 @@ def released_tensors(model: DeepseekV4ForCausalLM) -> dict[str, torch.Tensor]:
 
 def export(model: DeepseekV4ForCausalLM, directory: Path) -> None:
     save_file(released_tensors(model), directory / "model.tmp", metadata={"format": "pt"})
+    (directory / "model.tmp").chmod(0o644)  # save_file makes it private to the user
     os.replace(directory / "model.tmp", directory / "model.safetensors")
 
 

@@ -1,0 +1,125 @@
+"""Fill the generated regions of README.md: the op table, and the tables of measured results.
+
+    python -m docs.readme_tables            rewrites README.md
+    python -m docs.readme_tables --check    fails if README.md is not up to date
+
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`. What an op computes is the first sentence of its
+reference's docstring; numbers come from benchmarks/results.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.decode_cpu import markdown as decode_table
+from benchmarks.evaluation_loss import markdown as evaluation_table
+from benchmarks.record import RESULTS
+from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
+from dsv4_ops import ops
+from dsv4_ops.registry import TABLE, Op
+
+README = Path(__file__).parents[1] / "README.md"
+REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z])")
+WORKING_NAMES = {  # of the design: {op prefix: name it had there}
+    "csa_compress_append": "compress_append",
+    "hca_compress_append": "compress_append",
+    "index_compress_append": "indexer_k",
+    "index_query": "indexer_q",
+    "index_topk": "indexer_topk",
+    "sparse_attention": "sparse_attention",
+    "linear_dense": "linear_bf16",
+    "grouped_linear": "grouped_output",
+}
+
+
+def op_table() -> str:
+    lines = ["| family | op | computes | CPU | CUDA kernel |", "|---|---|---|---|---|"]
+    for family in ops.FAMILIES:
+        label = family.__name__.rpartition(".")[2]
+        for op in TABLE.values():
+            if module_of(op) != family.__name__:
+                continue
+            cpu = "reference, fused" if op.inline else "reference"
+            cuda = "yes" if op.has_kernel("cuda") else "no"
+            lines.append(f"| {label} | `{op.name}` | {meaning(op)} | {cpu} | {cuda} |")
+            label = ""
+    return "\n".join(lines)
+
+
+def module_of(op: Op) -> str:
+    """The file of the op's reference; some references are one function with a part filled in."""
+    return getattr(op.reference, "func", op.reference).__module__
+
+
+def meaning(op: Op) -> str:
+    """First sentence of the reference's docstring, and the name that the design calls the op by if that differs."""
+    paragraph = " ".join((op.reference.__doc__ or "").strip().split("\n\n")[0].split())
+    if not paragraph:
+        raise ValueError(f"the reference of dsv4::{op.name} has no docstring")
+    text = SENTENCE_END.split(paragraph)[0].replace("|", "\\|").replace("*", "\\*")
+    working = next((name for prefix, name in WORKING_NAMES.items() if op.name.startswith(prefix)), None)
+    return text if working is None else f"{text} Working name: `{working}`."
+
+
+def results(name: str, table: Callable[[dict], str]) -> str:
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return f"Not measured yet: `python -m benchmarks.{name}`."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return f"{table(record)}\n\n{provenance(record)}"
+
+
+def provenance(record: dict) -> str:
+    weights = ", ".join(digest[:12] for digest in record["checkpoint"]["sha256"].values())
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    return (
+        f"{record['cpu']}, {threads}; torch {record['torch']}; {record['date']}; weights sha256 {weights}; "
+        f"`{record['command']}`."
+    )
+
+
+def state_table() -> str:
+    """Buffers of a layer in the packed formats, for the released head dimensions."""
+    key, ratio = f"{KEY_BYTES / CSA_RATIO:g}", f"{ENTRY_BYTES / CSA_RATIO:g} (CSA), {ENTRY_BYTES / HCA_RATIO:.2f} (HCA)"
+    states = f"{state_bytes(2 * CSA_RATIO, 2 * HEAD_DIM)} (CSA), {state_bytes(HCA_RATIO, HEAD_DIM)} (HCA)"
+    rows = (
+        ("`window_pool`", "all", "ring of the last tokens' KV", f"{ENTRY_BYTES} a token of the ring"),
+        ("`compressed_pool`", "CSA, HCA", "one KV entry per 4 or 128 tokens", f"{ratio} a token"),
+        ("`index_pool`", "CSA", "FP4 index keys of the same entries", f"{key} a token"),
+        ("`compressor_state`", "CSA, HCA", "fp32 projections of the open groups", f"{states} a sequence"),
+        ("`index_state`", "CSA", "the same for index keys", f"{state_bytes(2 * CSA_RATIO, 2 * INDEX_DIM)} a sequence"),
+        ("`window_table`, `compressed_table`", "as the pools", "block tables, int32", "4 a page"),
+    )
+    lines = ["| buffer | blocks | holds | bytes |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+REGIONS = {
+    "state": state_table,
+    "ops": op_table,
+    "evaluation": lambda: results("evaluation_loss", evaluation_table),
+    "decode": lambda: results("decode_cpu", decode_table),
+}
+
+
+def filled(text: str) -> str:
+    """README with every region generated anew. KeyError if a region has no generator."""
+    return REGION.sub(lambda match: f"{match[1]}{REGIONS[match[2]]()}\n{match[4]}", text)
+
+
+def main() -> int:
+    old = README.read_text(encoding="utf-8")
+    new = filled(old)
+    if sys.argv[1:] == ["--check"]:
+        if new != old:
+            print("README.md is not up to date; run python -m docs.readme_tables", file=sys.stderr)
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
