@@ -18,7 +18,7 @@ from benchmarks.evaluation_loss import markdown as evaluation_table
 from benchmarks.record import RESULTS
 from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
 from dsv4_ops import ops
-from dsv4_ops.registry import TABLE, Op
+from dsv4_ops.registry import TABLE, Inline, Op
 
 README = Path(__file__).parents[1] / "README.md"
 REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -42,7 +42,7 @@ def op_table() -> str:
         for op in TABLE.values():
             if module_of(op) != family.__name__:
                 continue
-            cpu = "reference, fused" if op.inline else "reference"
+            cpu = "reference" if op.inline is Inline.NEVER else "reference, fused"
             cuda = "yes" if op.has_kernel("cuda") else "no"
             lines.append(f"| {label} | `{op.name}` | {meaning(op)} | {cpu} | {cuda} |")
             label = ""

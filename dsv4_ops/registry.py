@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ from torch.utils._pytree import tree_leaves
 NAMESPACE = "dsv4"
 REMEMBERED_SIGNATURES = 1024  # of one op
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+class Inline(Enum):
+    """Whether a graph pass may replace an op by its reference where the device has no kernel."""
+
+    NEVER = 0
+    ALWAYS = 1  # element-wise or a short reduction: Inductor fuses it with its neighbours
+    STATIC_SHAPES = 2  # the reference loops over its shape: only where that is known
 
 
 class MissingKernelError(RuntimeError):
@@ -37,7 +46,7 @@ class Op:
     schema: str
     reference: Callable
     alloc: Callable | None  # None for an op that mutates its arguments
-    inline: bool  # a graph pass may replace the op by its reference where the device has no kernel
+    inline: Inline
     outputs: tuple[str, ...]
 
     @property
@@ -57,14 +66,16 @@ class Op:
 TABLE: dict[str, Op] = {}
 
 
-def define(schema: str, *, alloc: Callable, reference: Callable, check: Callable | None = None, inline: bool = False):
+def define(
+    schema: str, *, alloc: Callable, reference: Callable, check: Callable | None = None, inline: Inline = Inline.NEVER
+):
     """Register a functional op and return its packet `torch.ops.dsv4.<name>`.
 
     schema     `name(Tensor x, float eps) -> (Tensor q, Tensor scale)`; every output is named
     alloc      same arguments, returns uninitialised outputs (a tensor or a tuple): decides dtype, shape and strides
     reference  same arguments, returns the outputs: plain torch, fp32 inside, never a view or an input
     check      same arguments, raises on arguments that no kernel may see; looks at neither the batch nor data
-    inline     the reference is element-wise or a short reduction that Inductor should fuse where there is no kernel
+    inline     where a graph pass may open up the op
     """
     name, args, outputs = _parse(schema)
     checked = alloc if check is None else _sequence(check, alloc)
@@ -113,7 +124,7 @@ def define_mutating(schema: str, *, reference: Callable, check: Callable | None 
     if outputs:
         raise ValueError(f"{name}: an op that mutates state must return (), got {outputs}")
     LIBRARY.define(schema)
-    op = TABLE[name] = Op(name, schema, reference, None, False, ())
+    op = TABLE[name] = Op(name, schema, reference, None, Inline.NEVER, ())
 
     check_once = _once_per_signature(check)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
 
@@ -69,6 +69,8 @@ def rows_times(a: Tensor, b: Tensor) -> Tensor:
 
 def in_blocks(attend_rows: Callable[[slice], tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
     """attend_rows(slice of the S rows) -> (o, lse), block after block."""
+    if isinstance(rows, int) and rows <= ROWS_AT_ONCE:
+        return attend_rows(slice(None))
     blocks = [attend_rows(slice(row, row + ROWS_AT_ONCE)) for row in range(0, max(rows, 1), ROWS_AT_ONCE)]
     o, lse = zip(*blocks, strict=True)
     return torch.cat(o, 1), torch.cat(lse, 1)
@@ -217,6 +219,7 @@ sparse_attention_window = define(
     alloc=alloc_attention,
     reference=window_reference,
     check=check_window,
+    inline=Inline.STATIC_SHAPES,
 )
 
 # as above, and compressed_pool [pages, page stride] uint8 | f32, compressed_table [B, pages of a sequence] int32,
@@ -228,6 +231,7 @@ sparse_attention_selected = define(
     alloc=alloc_attention,
     reference=selected_reference,
     check=check_selected,
+    inline=Inline.STATIC_SHAPES,
 )
 
 # as above without indices: a row sees compressed entries 0 .. (position + 1) // ratio - 1
@@ -238,4 +242,5 @@ sparse_attention_compressed = define(
     alloc=alloc_attention,
     reference=compressed_reference,
     check=check_compressed,
+    inline=Inline.STATIC_SHAPES,
 )

@@ -21,7 +21,7 @@ from dsv4_ops.ops.quant import (
     quant_fp8_reference,
     quant_mxfp4_reference,
 )
-from dsv4_ops.registry import define
+from dsv4_ops.registry import Inline, define
 
 # ---- RMS norm ----
 
@@ -72,7 +72,7 @@ rms_norm_quant_fp8 = define(
     alloc=lambda x, weight, eps, group: (x.new_empty(x.shape), *alloc_fp8(x, group, torch.uint8)),
     reference=rms_norm_quant_fp8_reference,
     check=check_rms_norm_quant_fp8,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32, weight [K] bf16 | f32 -> y [T, K] of x's dtype, q [T, K/2] uint8, scale [T, K/32] uint8 (UE8M0)
@@ -81,7 +81,7 @@ rms_norm_quant_mxfp4 = define(
     alloc=lambda x, weight, eps: (x.new_empty(x.shape), *alloc_fp4(x, MXFP4_GROUP, torch.uint8)),
     reference=rms_norm_quant_mxfp4_reference,
     check=check_rms_norm_quant_mxfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32, weight [K] bf16 | f32
@@ -92,7 +92,7 @@ rms_norm_quant_nvfp4 = define(
     alloc=lambda x, weight, eps: (x.new_empty(x.shape), *alloc_nvfp4(x)),
     reference=rms_norm_quant_nvfp4_reference,
     check=check_rms_norm_quant_nvfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 
@@ -145,7 +145,7 @@ swiglu_quant_fp8 = define(
     alloc=lambda gate_up, route_weight, limit, group: alloc_fp8(gate_half(gate_up), group, torch.uint8),
     reference=swiglu_quant_fp8_reference,
     check=check_swiglu_quant_fp8,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # gate_up [T, 2*I] bf16 | f32, route_weight [T] f32 -> q [T, I/2] uint8, scale [T, I/32] uint8 (UE8M0)
@@ -154,7 +154,7 @@ swiglu_quant_mxfp4 = define(
     alloc=lambda gate_up, route_weight, limit: alloc_fp4(gate_half(gate_up), MXFP4_GROUP, torch.uint8),
     reference=swiglu_quant_mxfp4_reference,
     check=check_swiglu_quant_mxfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # gate_up [T, 2*I] bf16 | f32, route_weight [T] f32 -> q [T, I/2] uint8, scale [T, I/16] E4M3, global_scale [T, 1] f32
@@ -164,5 +164,5 @@ swiglu_quant_nvfp4 = define(
     alloc=lambda gate_up, route_weight, limit: alloc_nvfp4(gate_half(gate_up)),
     reference=swiglu_quant_nvfp4_reference,
     check=check_swiglu_quant_nvfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsv4_ops.ops.norm import rms_norm_reference
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 MAX_STREAMS = 16
 
@@ -189,7 +189,7 @@ hc_pre = define(
     alloc=lambda x, fn, scale, base, norm_eps, hc_eps, iterations: _alloc_pre(x),
     reference=hc_pre_reference,
     check=partial(_check_pre, "hc_pre"),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 # -> y [..., n, d] in the dtype of x: the streams after a sub-layer
 hc_post = define(
@@ -197,7 +197,7 @@ hc_post = define(
     alloc=lambda f, x, post, comb: x.new_empty(x.shape),
     reference=hc_post_reference,
     check=partial(_check_post, "hc_post"),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 # hc_post of one sub-layer, then hc_pre of the next (its weights are fn, scale, base)
 hc_post_pre = define(
@@ -206,7 +206,7 @@ hc_post_pre = define(
     alloc=lambda f, x, post, comb, fn, scale, base, norm_eps, hc_eps, iterations: _alloc_post_pre(x),
     reference=hc_post_pre_reference,
     check=partial(_check_post_pre, "hc_post_pre"),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 # hc_pre, then the RMSNorm of the sub-layer: norm_weight [d] bf16|f32; y is the normed row
 hc_pre_rms_norm = define(
@@ -215,7 +215,7 @@ hc_pre_rms_norm = define(
     alloc=lambda x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations: _alloc_pre(x),
     reference=hc_pre_rms_norm_reference,
     check=_check_pre_rms_norm,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 # hc_post, then hc_pre_rms_norm
 hc_post_pre_rms_norm = define(
@@ -225,7 +225,7 @@ hc_post_pre_rms_norm = define(
     alloc=lambda f, x, post, comb, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations: _alloc_post_pre(x),
     reference=hc_post_pre_rms_norm_reference,
     check=_check_post_pre_rms_norm,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 # fn f32 [n, n * d], scale f32 [1], base f32 [n] -> y [..., d] in the dtype of x
 hc_head = define(
@@ -233,5 +233,5 @@ hc_head = define(
     alloc=lambda x, fn, scale, base, norm_eps, hc_eps: x.new_empty((*x.shape[:-2], x.shape[-1])),
     reference=hc_head_reference,
     check=_check_head,
-    inline=True,
+    inline=Inline.ALWAYS,
 )

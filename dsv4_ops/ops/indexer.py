@@ -25,7 +25,7 @@ from dsv4_ops.ops.formats import FP8, hadamard
 from dsv4_ops.ops.norm import expect_activation, expect_rope
 from dsv4_ops.ops.quant import dequant_mxfp4_reference, quant_fp8_fp32_scale_reference, quant_mxfp4_reference
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 QUERY_BLOCK = 64  # query rows scored at a time: bounds the [B, rows, Hi, C] intermediate of the reference
 
@@ -94,7 +94,7 @@ def _define_query(form: str, outputs: str, alloc: Callable, reference: Callable)
         alloc=alloc,
         reference=reference,
         check=partial(_check_query, name),
-        inline=form == "plain",  # the others round to bf16 on the way, which a fusing compiler may skip
+        inline=Inline.ALWAYS,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4_ops.ops.pages import kv_entry_bytes, write_kv
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import define, define_mutating, describe, expect
+from dsv4_ops.registry import Inline, define, define_mutating, describe, expect
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -44,7 +44,7 @@ rms_norm = define(
     alloc=lambda x, weight, eps: x.new_empty(x.shape),
     reference=rms_norm_reference,
     check=lambda x, weight, eps: expect_rms_norm("rms_norm", x, weight),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 
@@ -70,7 +70,7 @@ swiglu = define(
     alloc=lambda gate_up, route_weight, limit: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
     reference=swiglu_reference,
     check=lambda gate_up, route_weight, limit: expect_swiglu("swiglu", gate_up, route_weight),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 
@@ -101,7 +101,7 @@ q_norm_rope = define(
     alloc=lambda q, rope_table, positions, eps: q.new_empty(q.shape),
     reference=q_norm_rope_reference,
     check=check_q_norm_rope,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 

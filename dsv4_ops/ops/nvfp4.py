@@ -19,7 +19,7 @@ from dsv4_ops.ops.formats import (
     unpack_e2m1,
 )
 from dsv4_ops.ops.quant import alloc_fp4, alloc_unpacked, expect_groups, row_amax
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 NVFP4_GROUP = 16
 NVFP4_SCALE_FLOOR = 2.0**-126  # keeps the global scale of an all-zero tensor a normal number
@@ -146,7 +146,7 @@ nvfp4_global_scale = define(
     alloc=lambda x: x.new_empty((1,), dtype=torch.float32),
     reference=nvfp4_global_scale_reference,
     check=lambda x: expect_groups("nvfp4_global_scale", x, 1),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32 -> scale [T, 1] f32
@@ -155,7 +155,7 @@ nvfp4_row_scale = define(
     alloc=lambda x: x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     reference=nvfp4_row_scale_reference,
     check=lambda x: expect_groups("nvfp4_row_scale", x, 1),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32, global_scale [1] | [T, 1] f32 -> q [T, K/2] uint8, scale [T, K/16] E4M3
@@ -164,7 +164,7 @@ quant_nvfp4 = define(
     alloc=lambda x, global_scale: alloc_fp4(x, NVFP4_GROUP, FP8),
     reference=quant_nvfp4_reference,
     check=lambda x, global_scale: expect_nvfp4("quant_nvfp4", x, global_scale),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32, global_scale [1] | [T, 1] f32 -> q [T, K/2] uint8, scale [ceil(T/128) * ceil(K/64) * 512] E4M3
@@ -173,7 +173,7 @@ quant_nvfp4_128x4 = define(
     alloc=alloc_quant_nvfp4_128x4,
     reference=quant_nvfp4_128x4_reference,
     check=check_quant_nvfp4_128x4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # q [T, K/2] uint8, scale [T, K/16] E4M3, global_scale [1] | [T, 1] f32 -> x [T, K] f32
@@ -182,7 +182,7 @@ dequant_nvfp4 = define(
     alloc=lambda q, scale, global_scale: alloc_unpacked(q),
     reference=dequant_nvfp4_reference,
     check=check_dequant_nvfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # q [T, K/2] uint8, scale [ceil(T/128) * ceil(K/64) * 512] E4M3, global_scale [1] | [T, 1] f32 -> x [T, K] f32
@@ -191,7 +191,7 @@ dequant_nvfp4_128x4 = define(
     alloc=lambda q, scale, global_scale: alloc_unpacked(q),
     reference=dequant_nvfp4_128x4_reference,
     check=check_dequant_nvfp4_128x4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # scale [rows, columns] E4M3 -> layout [ceil(rows/128) * ceil(columns/4) * 512] E4M3
@@ -200,7 +200,7 @@ nvfp4_scale_to_128x4 = define(
     alloc=lambda scale: scale.new_empty((size_128x4(*scale.shape),)),
     reference=nvfp4_scale_to_128x4_reference,
     check=check_scale_to_128x4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # scale [ceil(rows/128) * ceil(columns/4) * 512] E4M3 -> linear [rows, columns] E4M3
@@ -209,5 +209,5 @@ nvfp4_scale_from_128x4 = define(
     alloc=lambda scale, rows, columns: scale.new_empty((rows, columns)),
     reference=nvfp4_scale_from_128x4_reference,
     check=lambda scale, rows, columns: expect_flat("nvfp4_scale_from_128x4", scale),
-    inline=True,
+    inline=Inline.ALWAYS,
 )

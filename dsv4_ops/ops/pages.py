@@ -83,7 +83,7 @@ def read_kv(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, 
     data = gather_entries(pool, block_table, entries, page_size, 0, data_bytes)
     scales = gather_entries(pool, block_table, entries, page_size, page_size * data_bytes, scale_bytes)
     groups = decode_finite_e4m3(data[..., :nope].contiguous().view(FP8)).unflatten(-1, (-1, KV_GROUP))
-    groups = groups * look_up_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
+    groups = groups * decode_ue8m0(scales[..., : nope // KV_GROUP])[..., None]
     return torch.cat((groups.flatten(-2), data[..., nope:].contiguous().view(torch.bfloat16).float()), dim=-1)
 
 

@@ -16,7 +16,7 @@ from dsv4_ops.ops.formats import (
     pack_e2m1,
     unpack_e2m1,
 )
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 FP8_GROUPS = (32, 64, 128)
 MXFP4_GROUP = 32
@@ -81,7 +81,7 @@ quant_fp8 = define(
     alloc=lambda x, group: alloc_fp8(x, group, torch.uint8),
     reference=quant_fp8_reference,
     check=lambda x, group: expect_fp8_groups("quant_fp8", x, group),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # x [T, K] bf16 | f32; group 32 | 64 | 128 -> q [T, K] E4M3, scale [T, K/group] f32
@@ -90,7 +90,7 @@ quant_fp8_fp32_scale = define(
     alloc=lambda x, group: alloc_fp8(x, group, torch.float32),
     reference=quant_fp8_fp32_scale_reference,
     check=lambda x, group: expect_fp8_groups("quant_fp8_fp32_scale", x, group),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # q [T, K] E4M3, scale [T, K/group] uint8 (UE8M0) | f32 -> x [T, K] f32
@@ -99,7 +99,7 @@ dequant_fp8 = define(
     alloc=lambda q, scale: q.new_empty(q.shape, dtype=torch.float32),
     reference=dequant_fp8_reference,
     check=check_dequant_fp8,
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 
@@ -143,7 +143,7 @@ quant_mxfp4 = define(
     alloc=lambda x: alloc_fp4(x, MXFP4_GROUP, torch.uint8),
     reference=quant_mxfp4_reference,
     check=lambda x: expect_groups("quant_mxfp4", x, MXFP4_GROUP),
-    inline=True,
+    inline=Inline.ALWAYS,
 )
 
 # q [T, K/2] uint8, scale [T, K/32] uint8 (UE8M0) -> x [T, K] f32
@@ -152,5 +152,5 @@ dequant_mxfp4 = define(
     alloc=lambda q, scale: alloc_unpacked(q),
     reference=dequant_mxfp4_reference,
     check=check_dequant_mxfp4,
-    inline=True,
+    inline=Inline.ALWAYS,
 )

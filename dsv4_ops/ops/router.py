@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear, softplus
 
 from dsv4_ops.ops.norm import expect_activation
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 
 def gate_reference(
@@ -53,5 +53,5 @@ gate = define(
     alloc=alloc_gate,
     reference=gate_reference,
     check=check_gate,
-    inline=True,
+    inline=Inline.ALWAYS,
 )

@@ -109,7 +109,7 @@ def test_generated_code_never_copies_a_pool(inductor):
 
 def test_generated_code_opens_what_has_no_kernel_and_calls_what_has_to_be_called(inductor):
     called = {name for code in inductor[1] for name in re.findall(r"torch\.ops\.dsv4\.(\w+)\.\w+\(", code)}
-    assert {"linear_fp8", "moe_mxfp4", "index_topk_fp4", "sparse_attention_window", "kv_norm_rope_append"} <= called
+    assert {"linear_fp8", "moe_mxfp4", "index_topk_fp4", "sinkhorn", "kv_norm_rope_append"} <= called
     assert not called & {"rms_norm", "quant_fp8", "rms_norm_quant_fp8", "swiglu_quant_fp8", "hc_pre", "hc_post", "gate"}
 
 
