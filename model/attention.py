@@ -21,8 +21,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.name, self.ratio, self.eps = name, ratio, config.rms_norm_eps
         width = dim * (2 if overlap else 1)
-        self.wkv = storage.plain_linear(f"{name}.wkv", width, config.hidden_size)
-        self.wgate = storage.plain_linear(f"{name}.wgate", width, config.hidden_size)
+        self.wkv = storage.plain_linear(f"{name}.wkv", width, config.hidden_size, fp32=True)
+        self.wgate = storage.plain_linear(f"{name}.wgate", width, config.hidden_size, fp32=True)
         self.ape = parameter(ratio, width, dtype=torch.float32, device=storage.device)
         self.norm = parameter(dim, dtype=storage.dtype, device=storage.device)
 
@@ -64,7 +64,7 @@ class Indexer(nn.Module):
             state.compressed_table, positions, keys.eps, self.ratio, page_size,
         )  # fmt: skip
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
-        query_parts = query(q, self.weights_proj(x), rope_table, positions)
+        query_parts = query(q, ops.linear_dense(x, self.weights_proj.weight), rope_table, positions)
         return select(
             *query_parts, state.index_pool, state.compressed_table, positions, self.ratio, page_size, self.topk
         )

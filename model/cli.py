@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4_ops.registry import MissingKernelError
 from model.config import ModelConfig
 from model.errors import UserError
 from model.generation import Sampling, check_prompts, generate
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the interpreter would flush once more at exit, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError) as error:  # an OSError names its file: no permission, name too long, disk full
+    except (UserError, MissingKernelError, OSError) as error:  # an OSError names its file: no permission, disk full
         print(f"dsv4: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -137,8 +138,20 @@ def load_model(arguments: argparse.Namespace, batch: int, max_seq_len: int):
         progress=sys.stderr.isatty(),
     )
     if arguments.compile:
+        check_compiler()
         model.compile()
     return model
+
+
+def check_compiler() -> None:
+    """On a CPU Inductor writes C++."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError("--compile needs a C++ compiler (g++ or clang++, or CXX set to one)") from None
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

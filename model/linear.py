@@ -68,8 +68,13 @@ class DenseLinear(nn.Module):
         return [self.storage.dense_binding(self.name, self.weight)]
 
 
-class PlainLinear(DenseLinear):
-    """A linear that no checkpoint quantises."""
+class PlainLinear(nn.Module):
+    """The weight of a linear that no checkpoint quantises; its user chooses the product."""
+
+    def __init__(self, name: str, rows: int, columns: int, storage: Storage, dtype: torch.dtype):
+        super().__init__()
+        self.name = name
+        self.weight = parameter(rows, columns, dtype=dtype, device=storage.device)
 
     def bindings(self) -> list[Binding]:
         return [Binding((f"{self.name}.weight",), self.weight)]

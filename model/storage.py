@@ -42,8 +42,14 @@ class Storage:
         kind = {DENSE: DenseLinear, FP8: Fp8Linear, NVFP4: Nvfp4Linear}[self.format_of(name)]
         return kind(name, rows, columns, self)
 
-    def plain_linear(self, name: str, rows: int, columns: int) -> nn.Module:
-        return PlainLinear(name, rows, columns, self)
+    @property
+    def fp32_operand_dtype(self) -> torch.dtype:
+        """Of weights multiplied in fp32. A CPU would convert them in every call, a GPU does so while reading."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def plain_linear(self, name: str, rows: int, columns: int, *, fp32: bool = False) -> nn.Module:
+        """A linear that no checkpoint quantises; `fp32`: one whose product is computed and kept in fp32."""
+        return PlainLinear(name, rows, columns, self, self.fp32_operand_dtype if fp32 else self.dtype)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
         """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_ops import ops
-from dsv4_ops.backend import dsv4
 from dsv4_ops.ops.rope import rope_table
 from model.block import Block
 from model.config import ModelConfig
@@ -85,7 +84,9 @@ class DeepseekV4(nn.Module):
         super().__init__()
         self.config, self.storage, self.cache = config, storage, cache
         self.embed = parameter(config.vocab_size, config.hidden_size, dtype=storage.dtype, device=storage.device)
-        self.vocabulary = parameter(config.vocab_size, config.hidden_size, dtype=storage.dtype, device=storage.device)
+        self.vocabulary = parameter(
+            config.vocab_size, config.hidden_size, dtype=storage.fp32_operand_dtype, device=storage.device
+        )
         layers = zip(config.layer_kinds, config.compress_ratios, config.hash_layers, strict=True)
         self.blocks = nn.ModuleList(
             Block(f"layers.{index}", config, kind, ratio, hashed, storage, cache.index)
@@ -154,14 +155,16 @@ class DeepseekV4(nn.Module):
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Read `lengths[b]` tokens of each row of tokens [B, S] from the sequence's position on.
 
-        Returns the logits [B, vocab] of each sequence's last token in this chunk (of row 0 where the length is 0).
+        Returns the logits [B, vocab] of each sequence's last token in this chunk (of row 0 where the length is 0). What
+        lies beyond the state's capacity is not read; who keeps positions on the host checks there.
         """
         row = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-        valid = row < lengths[:, None]
-        positions = torch.where(valid, self.state.position[:, None] + row, -1)
+        position = self.state.position[:, None] + row
+        valid = (row < lengths[:, None]) & (position < self.state.sizes.max_seq_len)
+        positions = torch.where(valid, position, -1)
         streams = self.forward(tokens, positions)
         last = (lengths.long() - 1).clamp_min(0)[:, None, None, None].expand(-1, 1, *streams.shape[2:])
-        self.state.position.add_(lengths.to(torch.int32))
+        self.state.position.add_(valid.sum(1, dtype=torch.int32))
         return self.logits(streams.gather(1, last))[:, 0]
 
     @torch.no_grad()
@@ -189,12 +192,14 @@ class DeepseekV4(nn.Module):
         state.active.copy_(active & (sampled[:, None] != state.eos).all(-1))
         return emitted
 
-    def compile(self, backend: str | Callable = dsv4, **options) -> None:
+    def compile(self, backend: str | Callable | None = None, **options) -> None:
         """Compile block by block: a graph for each kind of block in decode and one in prefill, however many layers."""
+        from dsv4_ops.backend import dsv4  # Inductor: seconds of import that eager use need not wait for
+
         limit = 4 * len(set(self.config.layer_kinds))
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         for block in (*self.blocks, *(draft.block for draft in self.drafts)):
-            block.compile(backend=backend, fullgraph=True, dynamic=False, **options)
+            block.compile(backend=backend or dsv4, fullgraph=True, dynamic=False, **options)
         self.compiled = True
 
     def _mark_rows_dynamic(self, *tensors: Tensor) -> None:

@@ -68,10 +68,8 @@ def scatter_entries(
     sequence, row = (entries >= 0).nonzero(as_tuple=True)
     entry = entries[sequence, row].long()
     page = block_table[sequence, entry // page_size].long()
-    offset = start + (entry % page_size) * width
-    pool[page[:, None], offset[:, None] + torch.arange(width, device=pool.device)] = values[sequence, row].to(
-        pool.dtype
-    )
+    parts = pool[:, start : start + page_size * width].unflatten(1, (page_size, width))
+    parts[page, entry % page_size] = values[sequence, row].to(pool.dtype)
 
 
 def read_kv(pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, head_dim: int, rope_dim: int) -> Tensor:

@@ -16,8 +16,8 @@ Choices worth knowing:
   DeepSeek sparse attention. The final evaluation prints what top-k selection costs against attending to everything.
 * Expert balance by the auxiliary-loss-free bias: after each step the bias moves by the sign of the load error.
 
-The default takes 75 minutes on one core with AVX512-BF16; `--minutes 15` already gives phrases. The environment
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 saves a fifth of that time in page faults (glibc).
+The default takes 75 minutes on one core with AVX512-BF16; `--minutes 15` already gives phrases. With glibc, the
+environment MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 avoids most page faults.
 """
 
 import argparse
