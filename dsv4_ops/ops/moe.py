@@ -28,7 +28,7 @@ from dsv4_ops.ops.norm import ACTIVATION_DTYPES, swiglu_reference
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale, nvfp4_row_scale_reference, quant_nvfp4_reference
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference, quant_fp8_reference
 from dsv4_ops.ops.router import expect_slots
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts
 BLOCKS_AT_ONCE = 8  # experts that lie dequantised in memory at the same time
@@ -262,6 +262,7 @@ moe_dense = define(
     alloc=lambda x, ids, weights, w1, w3, w2, limit: alloc_moe(x, 1),
     reference=moe_dense_reference,
     check=check_moe_dense,
+    inline=Inline.STATIC_SHAPES,
 )
 
 FP8_INPUT_ARGUMENTS = (
