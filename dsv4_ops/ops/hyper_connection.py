@@ -116,10 +116,10 @@ def sinkhorn_reference(logits: Tensor, eps: float, iterations: int) -> Tensor:
     """Softmax over the rows, a column normalisation, then iterations - 1 times rows and columns."""
     eps = logits.new_full((), eps)  # as a Python number it would be converted in every one of the additions
     comb = logits.softmax(-1) + eps
-    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    comb.div_(comb.sum(-2, keepdim=True).add_(eps))  # in place: on a CPU the allocations take as long as the sums
     for _ in range(iterations - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+        comb.div_(comb.sum(-1, keepdim=True).add_(eps))
+        comb.div_(comb.sum(-2, keepdim=True).add_(eps))
     return comb.contiguous()
 
 
