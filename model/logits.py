@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import UserError
+from model.new_directory import default_mode
 from model.transformer import DeepseekV4
 
 
@@ -56,6 +57,7 @@ def write_logits(path: Path, logits: Tensor) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({"logits": logits}, temporary)
+        temporary.chmod(default_mode())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):

@@ -31,6 +31,8 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     try:
         yield work
         _require_free(target)
+        for path in work.iterdir():
+            path.chmod(default_mode())
         for path in (*work.iterdir(), work):  # else the rename could reach the disk before the contents
             _sync(path)
         os.rename(work, target)  # replaces an empty directory, fails on any other
@@ -42,6 +44,13 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+def default_mode() -> int:
+    """Permissions of a new file; safetensors makes its files readable by the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def remove_stale(target: Path) -> None:

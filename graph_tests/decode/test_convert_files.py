@@ -144,3 +144,11 @@ def test_progress_is_shown_on_stderr_only(source, tmp_path, capfd):
     convert(source, tmp_path / "out", "bf16", progress=True)
     shown = capfd.readouterr()
     assert shown.out == "" and "bf16" in shown.err
+
+
+def test_written_files_have_the_usual_permissions(source, tmp_path):
+    """safetensors makes files that only their owner may read; a converted checkpoint is for others too."""
+    run(source, tmp_path / "target", "fp32")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in (tmp_path / "target").iterdir()} == {plain.stat().st_mode}
