@@ -26,9 +26,15 @@ class Compressor(nn.Module):
         self.ape = parameter(ratio, width, dtype=torch.float32, device=storage.device)
         self.norm = parameter(dim, dtype=storage.dtype, device=storage.device)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, d] -> key/value and gate score [B, S, width] fp32; everything up to the entry is fp32."""
-        return ops.linear_fp32(x, self.wkv.weight), ops.linear_fp32(x, self.wgate.weight)
+    def forward(
+        self, append, state: Tensor, pool: Tensor, x: Tensor, rope_table: Tensor, table: Tensor, positions: Tensor
+    ) -> None:
+        """Op `append` keeps the rows of x [B, S, d] in `state` and writes the entries that they complete to `pool`."""
+        kv, score = ops.linear_fp32(x, self.wkv.weight), ops.linear_fp32(x, self.wgate.weight)
+        page_size = compressed_page_size(self.ratio)
+        append(
+            state, pool, kv, score, self.ape, self.norm, rope_table, table, positions, self.eps, self.ratio, page_size
+        )
 
     def bindings(self) -> list[Binding]:
         return [
@@ -54,15 +60,11 @@ class Indexer(nn.Module):
         self, x: Tensor, qr: tuple[Tensor, ...], positions: Tensor, rope_table: Tensor, state: LayerState
     ) -> Tensor:
         """x [B, S, d], qr = the quantised query latent -> indices [B, S, index_topk] int32, -1 padded."""
-        keys = self.compressor
         page_size = compressed_page_size(self.ratio)
-        compress = getattr(ops, f"index_compress_append_{self.format}")
+        append = getattr(ops, f"index_compress_append_{self.format}")
         query = getattr(ops, f"index_query_{self.format}")
         select = getattr(ops, f"index_topk_{self.format}")
-        compress(
-            state.index_state, state.index_pool, *keys.project(x), keys.ape, keys.norm, rope_table,
-            state.compressed_table, positions, keys.eps, self.ratio, page_size,
-        )  # fmt: skip
+        self.compressor(append, state.index_state, state.index_pool, x, rope_table, state.compressed_table, positions)
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
         query_parts = query(q, ops.linear_dense(x, self.weights_proj.weight), rope_table, positions)
         return select(
@@ -135,15 +137,14 @@ class SelectedAttention(WindowAttention):
         self.indexer = Indexer(f"{name}.indexer", config, ratio, storage, index_format)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
-        compressor, page_size = self.compressor, compressed_page_size(self.ratio)
-        ops.csa_compress_append(
-            state.compressor_state, state.compressed_pool, *compressor.project(x), compressor.ape, compressor.norm,
-            rope_table, state.compressed_table, positions, self.eps, self.ratio, page_size,
+        self.compressor(
+            ops.csa_compress_append, state.compressor_state, state.compressed_pool, x, rope_table,
+            state.compressed_table, positions,
         )  # fmt: skip
         indices = self.indexer(x, qr, positions, rope_table, state)
         return ops.sparse_attention_selected(
             q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
-            state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, page_size,
+            state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, compressed_page_size(self.ratio),
         )  # fmt: skip
 
     def bindings(self) -> list[Binding]:
@@ -161,14 +162,14 @@ class CompressedAttention(WindowAttention):
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, False, storage)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
-        compressor, page_size = self.compressor, compressed_page_size(self.ratio)
-        ops.hca_compress_append(
-            state.compressor_state, state.compressed_pool, *compressor.project(x), compressor.ape, compressor.norm,
-            rope_table, state.compressed_table, positions, self.eps, self.ratio, page_size,
+        self.compressor(
+            ops.hca_compress_append, state.compressor_state, state.compressed_pool, x, rope_table,
+            state.compressed_table, positions,
         )  # fmt: skip
         return ops.sparse_attention_compressed(
             q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
-            state.compressed_table, positions, self.window, self.ratio, WINDOW_PAGE_SIZE, page_size,
+            state.compressed_table, positions, self.window, self.ratio, WINDOW_PAGE_SIZE,
+            compressed_page_size(self.ratio),
         )  # fmt: skip
 
     def bindings(self) -> list[Binding]:
