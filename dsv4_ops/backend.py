@@ -22,6 +22,7 @@ def dsv4(gm: torch.fx.GraphModule, example_inputs, *, mode: str | None = None, o
         )
     patches = {
         HOOK: GraphPasses(),
+        # Else Inductor drops the bf16 roundings inside a fused kernel, and quantisers see other values than eager.
         "emulate_precision_casts": True,
         **(list_mode_options(mode) if mode else {}),
         **options,

@@ -80,7 +80,7 @@ def _pool_groups(state: Tensor, rows: Tensor, positions: Tensor, groups: Tensor,
 
 
 def _store_rows(state: Tensor, rows: Tensor, positions: Tensor) -> None:
-    """Write the chunk's last `slots` rows that hold a token into their slots."""
+    """Write the chunk's last `slots` rows that hold a token into their slots. Looks at the data: CPU only."""
     _, end = _chunk_span(positions)
     sequence, row = ((positions >= 0) & (positions >= end - state.shape[1])).nonzero(as_tuple=True)
     state[sequence, positions[sequence, row].long() % state.shape[1]] = rows[sequence, row]

@@ -63,7 +63,7 @@ def gather_entries(
 def scatter_entries(
     pool: Tensor, block_table: Tensor, entries: Tensor, page_size: int, start: int, values: Tensor
 ) -> None:
-    """Write `values` [B, N, width] to entries [B, N]; a negative entry is not written."""
+    """Write `values` [B, N, width] to entries [B, N]; a negative entry is not written. Looks at the data: CPU only."""
     width = values.shape[-1]
     sequence, row = (entries >= 0).nonzero(as_tuple=True)
     entry = entries[sequence, row].long()

@@ -6,6 +6,7 @@ from expecttest import assert_expected_inline
 
 from dsv4_ops.backend import HOOK, dsv4
 from dsv4_ops.passes import SOURCES, GraphPasses
+from graph_tests import checks
 from graph_tests.graphs.rewritten import FusedThenEager, aten_operators, operators
 from graph_tests.tiny import FORMATS, tiny_checkpoint
 from model.loading import load
@@ -183,6 +184,53 @@ hc_post""",
 def test_a_block_has_no_product_softmax_or_copy_outside_our_operators(checkpoints, kind):
     aten = aten_operators(decode_graph(checkpoints["official"], KIND_OF_LAYER[kind]))
     assert not set(aten) & {"mm", "bmm", "addmm", "_softmax", "sort", "topk", "index_put", "clone"}, aten
+
+
+@torch.no_grad()
+def test_mxfp4_pairs_are_fused_bit_for_bit():
+    """No weight format of the model quantises activations to MXFP4; callers of the operators may."""
+    ops = torch.ops.dsv4
+    x, weight, ones = torch.randn(5, 128).bfloat16(), torch.randn(128).bfloat16(), torch.ones(5)
+
+    def function(x):
+        y = ops.rms_norm(x, weight, 1e-6)
+        return y, *ops.quant_mxfp4(y), *ops.quant_mxfp4(ops.swiglu(x, ones, 10.0))
+
+    torch._dynamo.reset()
+    backend = FusedThenEager()
+    for actual, expected in zip(torch.compile(function, backend=backend)(x), function(x), strict=True):
+        checks.assert_bits_equal(actual, expected)
+    assert backend.matches == {"rms_norm_quant_mxfp4": 1, "swiglu_quant_mxfp4": 1}
+
+
+@torch.no_grad()
+def test_an_activation_that_something_else_reads_is_not_fused_away():
+    """swiglu_quant_fp8 does not return its activation, so swiglu stays where that has another user."""
+    ops = torch.ops.dsv4
+    x, ones = torch.randn(5, 256).bfloat16(), torch.ones(5)
+
+    def function(x):
+        h = ops.swiglu(x, ones, 10.0)
+        return h + 1, *ops.quant_fp8(h, 128)
+
+    torch._dynamo.reset()
+    backend = FusedThenEager()
+    for actual, expected in zip(torch.compile(function, backend=backend)(x), function(x), strict=True):
+        checks.assert_bits_equal(actual, expected)
+    assert not backend.matches
+
+
+@torch.no_grad()
+def test_inductor_keeps_the_roundings_inside_a_fused_kernel():
+    """Without emulate_precision_casts the quantiser reads the unrounded activation and some codes differ."""
+    x, ones = torch.randn(64, 512).bfloat16() * 4, torch.ones(64)
+
+    def function(x):
+        return torch.ops.dsv4.swiglu_quant_fp8(x, ones, 10.0, 128)
+
+    torch._dynamo.reset()
+    for actual, expected in zip(torch.compile(function, backend="dsv4")(x), function(x), strict=True):
+        checks.assert_bits_equal(actual, expected)
 
 
 def test_the_uuid_covers_the_sources_of_passes_and_references():
