@@ -7,7 +7,8 @@ it computes. From these `define` derives
   dsv4::foo.out    the overload that a CUDA kernel implements: it never allocates and knows no shapes
   fake kernels     of both, from `alloc`, so fake and real cannot disagree
 
-There is no fallback on other devices: an op without a kernel for its tensors' device raises `MissingKernelError`.
+There is no fallback on other devices: an op without a kernel for its tensors' device raises `MissingKernelError`. What
+an op runs on CUDA stands in its definition (`Cuda`), it is never decided by a call.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ class Inline(Enum):
     STATIC_SHAPES = 2  # the reference loops over its shape: only where that is known
 
 
+class Cuda(Enum):
+    """What runs on CUDA tensors."""
+
+    KERNEL = 0  # the kernel that csrc registers
+    REFERENCE = 1  # the reference, registered for CUDA: safe in CUDA graphs, and slow
+
+
 class MissingKernelError(RuntimeError):
     """An op was called on a device for which no kernel is registered."""
 
@@ -48,6 +56,8 @@ class Op:
     alloc: Callable | None  # None for an op that mutates its arguments
     inline: Inline
     outputs: tuple[str, ...]
+    cuda: Cuda
+    workspace: Callable | None = None
 
     @property
     def packet(self) -> torch._ops.OpOverloadPacket:
@@ -64,10 +74,18 @@ class Op:
 
 
 TABLE: dict[str, Op] = {}
+why_no_cuda_library = ""  # set by dsv4_ops.kernels where the library of CUDA kernels could not be loaded
 
 
 def define(
-    schema: str, *, alloc: Callable, reference: Callable, check: Callable | None = None, inline: Inline = Inline.NEVER
+    schema: str,
+    *,
+    alloc: Callable,
+    reference: Callable,
+    check: Callable | None = None,
+    inline: Inline = Inline.NEVER,
+    cuda: Cuda = Cuda.KERNEL,
+    workspace: Callable | None = None,
 ):
     """Register a functional op and return its packet `torch.ops.dsv4.<name>`.
 
@@ -76,6 +94,9 @@ def define(
     reference  same arguments, returns the outputs: plain torch, fp32 inside, never a view or an input
     check      same arguments, raises on arguments that no kernel may see; looks at neither the batch nor data
     inline     where a graph pass may open up the op
+    cuda       what runs on CUDA tensors
+    workspace  same arguments, returns an uninitialised tensor for what a kernel hands from one launch to the next; the
+               `.out` overload takes it as its last keyword
     """
     name, args, outputs = _parse(schema)
     checked = alloc if check is None else _sequence(check, alloc)
@@ -83,31 +104,37 @@ def define(
     aliases = [f"Tensor({letter}!)" for letter in "abcdefgh"[: len(outputs)]]
     returns = aliases[0] if len(aliases) == 1 else f"({', '.join(aliases)})"
     out_arguments = ", ".join(f"{alias} {output}" for alias, output in zip(aliases, outputs, strict=True))
+    if workspace is not None:
+        out_arguments += ", Tensor(z!)? workspace=None"
     # Not tagged torch.Tag.out: Inductor of torch 2.13 then lowers a single-output op with the symbolic sizes of its
     # fake tensor instead of their expressions, and fails on every graph with a dynamic dimension.
     LIBRARY.define(f"{name}.out({args}, *, {out_arguments}) -> {returns}")
-    op = TABLE[name] = Op(name, schema, reference, alloc, inline, outputs)
+    op = TABLE[name] = Op(name, schema, reference, alloc, inline, outputs, cuda, workspace)
 
     def functional(*arguments):
         allocated = checked(*arguments)
         _require_kernel(op, arguments)
-        op.packet.out(*arguments, **dict(zip(outputs, _as_tuple(allocated), strict=True)))
+        out = dict(zip(outputs, _as_tuple(allocated), strict=True))
+        if workspace is not None:
+            out["workspace"] = workspace(*arguments)
+        op.packet.out(*arguments, **out)
         return allocated
 
     check_once = _once_per_signature(check)
 
-    def cpu(*arguments):
+    def by_reference(*arguments):
         check_once(*arguments)
         return reference(*arguments)
 
-    def cpu_out(*arguments, **out):
-        for result, output in zip(_as_tuple(cpu(*arguments)), outputs, strict=True):
+    def by_reference_out(*arguments, **out):
+        for result, output in zip(_as_tuple(by_reference(*arguments)), outputs, strict=True):
             out[output].copy_(result)
         return _from_tuple(tuple(out[output] for output in outputs))
 
     LIBRARY.impl(name, functional, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(f"{name}.out", cpu_out, "CPU")
+    for key in ("CPU", "CUDA") if cuda is Cuda.REFERENCE else ("CPU",):
+        LIBRARY.impl(name, by_reference, key)
+        LIBRARY.impl(f"{name}.out", by_reference_out, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=LIBRARY)
     torch.library.register_fake(
         f"{NAMESPACE}::{name}.out", lambda *a, **out: _from_tuple(tuple(out[o] for o in outputs)), lib=LIBRARY
@@ -124,7 +151,7 @@ def define_mutating(schema: str, *, reference: Callable, check: Callable | None 
     if outputs:
         raise ValueError(f"{name}: an op that mutates state must return (), got {outputs}")
     LIBRARY.define(schema)
-    op = TABLE[name] = Op(name, schema, reference, None, Inline.NEVER, ())
+    op = TABLE[name] = Op(name, schema, reference, None, Inline.NEVER, (), Cuda.KERNEL)
 
     check_once = _once_per_signature(check)
 
@@ -168,9 +195,9 @@ def _missing_kernel(op: Op, arguments: tuple) -> MissingKernelError:
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     devices = sorted({str(tensor.device) for tensor in tensors})
     shapes = ", ".join(describe(tensor) for tensor in tensors)
+    reason = why_no_cuda_library or "Build the CUDA kernels with `dsv4 build`, or move the tensors to the CPU."
     return MissingKernelError(
-        f"dsv4::{op.name} has no kernel for device {', '.join(devices)} (arguments: {shapes}). "
-        "Build the CUDA kernels with `dsv4 build`, or move the tensors to the CPU."
+        f"dsv4::{op.name} has no kernel for device {', '.join(devices)} (arguments: {shapes}). {reason}"
     )
 
 

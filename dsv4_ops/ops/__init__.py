@@ -17,6 +17,7 @@ from dsv4_ops.ops import (
     router,
     sampling,
 )
+from dsv4_ops.kernels import load_kernels
 from dsv4_ops.registry import TABLE
 
 FAMILIES = (
@@ -35,3 +36,5 @@ FAMILIES = (
 )
 
 globals().update({name: op.packet for name, op in TABLE.items()})
+
+load_kernels()

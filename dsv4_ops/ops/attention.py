@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import Inline, define, describe, expect
+from dsv4_ops.registry import Cuda, Inline, define, describe, expect
 
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
 
@@ -220,6 +220,7 @@ sparse_attention_window = define(
     reference=window_reference,
     check=check_window,
     inline=Inline.STATIC_SHAPES,
+    cuda=Cuda.REFERENCE,
 )
 
 # as above, and compressed_pool [pages, page stride] uint8 | f32, compressed_table [B, pages of a sequence] int32,
@@ -232,6 +233,7 @@ sparse_attention_selected = define(
     reference=selected_reference,
     check=check_selected,
     inline=Inline.STATIC_SHAPES,
+    cuda=Cuda.REFERENCE,
 )
 
 # as above without indices: a row sees compressed entries 0 .. (position + 1) // ratio - 1
@@ -243,4 +245,5 @@ sparse_attention_compressed = define(
     reference=compressed_reference,
     check=check_compressed,
     inline=Inline.STATIC_SHAPES,
+    cuda=Cuda.REFERENCE,
 )

@@ -5,6 +5,8 @@ E4M3   8 bits, largest finite value 448
 UE8M0  8 bits, value 2^(byte - 127), 255 is NaN; travels as uint8
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -99,15 +101,25 @@ E2M1_PAIRS = decode_e2m1(unpack_e2m1(BYTES[:, None])).view(torch.int64).flatten(
 UE8M0_VALUES = decode_ue8m0(BYTES)
 
 
+@cache
+def _cuda_copy(table: str, device: torch.device) -> Tensor:
+    """A table on a GPU, copied once: a copy from the host would break the capture of a CUDA graph."""
+    return globals()[table].to(device)
+
+
+def _table(name: str, device: torch.device) -> Tensor:
+    return _cuda_copy(name, device) if device.type == "cuda" else globals()[name].to(device)
+
+
 def look_up_ue8m0(byte: Tensor) -> Tensor:
     """decode_ue8m0 by table."""
-    return UE8M0_VALUES.to(byte.device).index_select(0, byte.flatten().int()).view(byte.shape)
+    return _table("UE8M0_VALUES", byte.device).index_select(0, byte.flatten().int()).view(byte.shape)
 
 
 def look_up_e2m1_pairs(packed: Tensor) -> Tensor:
     """decode_e2m1(unpack_e2m1(packed)) by table: [..., K/2] uint8 -> [..., K] fp32."""
     codes = packed.flatten().int()
-    return E2M1_PAIRS.to(packed.device).index_select(0, codes).view(packed.shape).view(torch.float32)
+    return _table("E2M1_PAIRS", packed.device).index_select(0, codes).view(packed.shape).view(torch.float32)
 
 
 def decode_finite_e4m3(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, look_up_e2m1_pairs, look_up_ue8m0
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
-from dsv4_ops.registry import define, describe, expect
+from dsv4_ops.registry import Cuda, define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
 VALUES_AT_ONCE = 1 << 17  # weights that the reference of a product dequantises at a time
@@ -213,6 +213,7 @@ linear_dense = define(
     alloc=lambda x, weight: alloc_rows(x, weight, x.dtype),
     reference=linear_dense_reference,
     check=check_dense("linear_dense"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, K] bf16 | f32, weight [N, K] bf16 | f32 -> y [T, N] f32
@@ -221,6 +222,7 @@ linear_fp32 = define(
     alloc=lambda x, weight: alloc_rows(x, weight, torch.float32),
     reference=linear_fp32_reference,
     check=check_dense("linear_fp32"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K] E4M3, weight_scale [ceil(N/128), ceil(K/128)] uint8 | f32
@@ -230,6 +232,7 @@ linear_fp8 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_fp8_reference,
     check=check_fp8("linear_fp8"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K/2] uint8, weight_scale [N, K/32] uint8 -> y [T, N] bf16
@@ -238,6 +241,7 @@ linear_mxfp4 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_mxfp4_reference,
     check=check_mxfp4("linear_mxfp4"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, K/2] uint8, x_scale [T, K/16] E4M3, x_global [T, 1] | [1] f32,
@@ -248,6 +252,7 @@ linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_nvfp4_reference,
     check=check_nvfp4("linear_nvfp4"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, G, K] bf16 | f32, weight [G*R, K] bf16 | f32 -> y [T, G*R] of x's dtype
@@ -256,6 +261,7 @@ grouped_linear_dense = define(
     alloc=lambda x, weight: alloc_groups(x, weight, x.dtype),
     reference=grouped_linear_dense_reference,
     check=check_dense("grouped_linear_dense"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K], weight_scale [ceil(G*R/128), ceil(K/128)] as linear_fp8
@@ -265,6 +271,7 @@ grouped_linear_fp8 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_fp8_reference,
     check=check_fp8("grouped_linear_fp8"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K/2], weight_scale [G*R, K/32] as linear_mxfp4 -> y [T, G*R] bf16
@@ -273,6 +280,7 @@ grouped_linear_mxfp4 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_mxfp4_reference,
     check=check_mxfp4("grouped_linear_mxfp4"),
+    cuda=Cuda.REFERENCE,
 )
 
 # x [T, G, K/2], x_scale [T, G, K/16], x_global [T, G, 1] | [1], weight [G*R, K/2], weight_scale [G*R, K/16],
@@ -283,4 +291,5 @@ grouped_linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_nvfp4_reference,
     check=check_nvfp4("grouped_linear_nvfp4"),
+    cuda=Cuda.REFERENCE,
 )

@@ -25,7 +25,7 @@ from dsv4_ops.ops.formats import FP8, hadamard
 from dsv4_ops.ops.norm import expect_activation, expect_rope
 from dsv4_ops.ops.quant import dequant_mxfp4_reference, quant_fp8_fp32_scale_reference, quant_mxfp4_reference
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import Inline, define, describe, expect
+from dsv4_ops.registry import Cuda, Inline, define, describe, expect
 
 QUERY_BLOCK = 64  # query rows scored at a time: bounds the [B, rows, Hi, C] intermediate of the reference
 
@@ -201,6 +201,7 @@ index_scores_plain = define(
     alloc=_alloc_scores,
     reference=index_scores_plain_reference,
     check=partial(_check_plain, "index_scores_plain"),
+    cuda=Cuda.REFERENCE,
 )
 # q8 E4M3 [B, S, Hi, Di], its scale folded into w
 index_scores_fp8 = define(
@@ -208,6 +209,7 @@ index_scores_fp8 = define(
     alloc=_alloc_scores,
     reference=index_scores_fp8_reference,
     check=partial(_check_fp8, "index_scores_fp8"),
+    cuda=Cuda.REFERENCE,
 )
 # q4 uint8 [B, S, Hi, Di / 2], scale uint8 [B, S, Hi, Di / 32]
 index_scores_fp4 = define(
@@ -217,6 +219,7 @@ index_scores_fp4 = define(
     ),
     reference=index_scores_fp4_reference,
     check=partial(_check_fp4, "index_scores_fp4"),
+    cuda=Cuda.REFERENCE,
 )
 
 
@@ -273,12 +276,14 @@ index_topk_plain = define(
     alloc=_alloc_topk,
     reference=index_topk_plain_reference,
     check=_check_topk_plain,
+    cuda=Cuda.REFERENCE,
 )
 index_topk_fp8 = define(
     f"index_topk_fp8(Tensor q8, {SCORE_ARGUMENTS}, int k) -> (Tensor indices)",
     alloc=_alloc_topk,
     reference=index_topk_fp8_reference,
     check=_check_topk_fp8,
+    cuda=Cuda.REFERENCE,
 )
 index_topk_fp4 = define(
     f"index_topk_fp4(Tensor q4, Tensor scale, {SCORE_ARGUMENTS}, int k) -> (Tensor indices)",
@@ -287,4 +292,5 @@ index_topk_fp4 = define(
     ),
     reference=index_topk_fp4_reference,
     check=_check_topk_fp4,
+    cuda=Cuda.REFERENCE,
 )

@@ -1,0 +1,55 @@
+// Launching with programmatic dependent launch, and choosing a template by the dtype of the activations.
+//
+// A kernel that is launched here may start before its predecessors have ended. It therefore
+//   1. calls ptx::launch_dependents() first,
+//   2. may then load parameters of the model (weights, scales, rope table: nothing that a kernel of the step writes),
+//   3. calls ptx::wait_for_predecessors() in every thread that goes on, and in at least one thread of every CTA, before
+//      it reads activations, state, positions or block tables, and before it writes anything at all,
+// also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+#include "common/types.h"
+
+namespace dsv4 {
+
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  cudaStream_t stream;
+  size_t shared_bytes = 0;  // dynamic shared memory
+};
+
+// Launch `kernel`; an empty grid launches nothing. Legal during stream capture.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& at, Arguments... arguments) {
+  if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return cudaSuccess;
+  if (at.shared_bytes > 48 * 1024) {
+    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t status = cudaFuncSetAttribute(kernel, limit, static_cast<int>(at.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = at.stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// function(T{}) with T the element type of `dtype`.
+template <typename Function>
+cudaError_t with_dtype(Dtype dtype, Function function) {
+  return dtype == Dtype::kBf16 ? function(__nv_bfloat16{}) : function(float{});
+}
+
+}  // namespace dsv4

@@ -1,0 +1,39 @@
+// PTX instructions that CUDA C++ has no name for: one wrapper, one instruction. No PTX stands anywhere else.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace dsv4::ptx {
+
+// griddepcontrol.launch_dependents: the next kernel of the stream may start its preamble once every CTA said so.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// griddepcontrol.wait: the kernels before this one have finished and their writes can be seen.
+__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ld.global.nc.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs.
+__device__ __forceinline__ uint4 load_once(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32: nearest even, saturating at 448; NaN gives 0x7F. `low` goes to bits 0..7.
+__device__ __forceinline__ uint16_t cvt_e4m3x2(float low, float high) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+
+// cvt.rn.f16x2.e4m3x2: exact.
+__device__ __forceinline__ __half2 cvt_half2(uint16_t e4m3x2) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(e4m3x2));
+  return *reinterpret_cast<__half2*>(&halves);
+}
+
+}  // namespace dsv4::ptx

@@ -1,0 +1,66 @@
+// Sums and maxima over lanes and CTAs in a fixed order: the same inputs give the same bits.
+//
+// A maximum of magnitudes is taken on their bits as integers. That is exact, and a NaN wins against everything, as it does
+// in torch; fmaxf would drop it.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Sum over groups of kLanes neighbouring lanes; every lane gets the result of its group.
+template <int kLanes = kWarp>
+__device__ __forceinline__ float sum_lanes(float value) {
+  static_assert(kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0, "a power of two of lanes");
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// Bits of |value|, ordered as unsigned integers: NaN above infinity above every number.
+__device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7FFFFFFFu; }
+
+// Largest of `bits` over groups of kLanes neighbouring lanes.
+template <int kLanes = kWarp>
+__device__ __forceinline__ uint32_t max_lanes(uint32_t bits) {
+  if constexpr (kLanes == kWarp) return __reduce_max_sync(kAllLanes, bits);
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
+  }
+  return bits;
+}
+
+// Sum over a CTA of kWarps whole warps; every thread gets the result. `scratch` holds kWarps floats and may be used again
+// after the next barrier.
+template <int kWarps>
+__device__ __forceinline__ float sum_cta(float value, float* scratch) {
+  value = sum_lanes(value);
+  if constexpr (kWarps == 1) return value;
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float total = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) total += scratch[warp];
+  return total;
+}
+
+// Largest of `bits` over a CTA of kWarps whole warps, as sum_cta.
+template <int kWarps>
+__device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
+  bits = max_lanes(bits);
+  if constexpr (kWarps == 1) return bits;
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = bits;
+  __syncthreads();
+  uint32_t largest = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) largest = max(largest, scratch[warp]);
+  return largest;
+}
+
+}  // namespace dsv4

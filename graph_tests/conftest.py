@@ -1,0 +1,17 @@
+"""GPU tests carry the mark `cuda`; without a GPU they are skipped, and the report says why."""
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU and the CUDA kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    reason = f"no GPU: torch.cuda.is_available() is False (torch {torch.__version__})"
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
