@@ -19,7 +19,7 @@ def load_kernels() -> None:
     from dsv4_ops.build import BuildError, load  # not needed, and not imported, on a machine without a GPU
 
     try:
-        load()
+        registry.cuda_library = str(load())
     except BuildError as error:
         registry.why_no_cuda_library = str(error)
 

@@ -67,6 +67,11 @@ class Op:
     def overload(self) -> torch._ops.OpOverload:
         return self.packet.default
 
+    @property
+    def runs_on_cuda(self) -> str:
+        """ "kernel" or "reference": what a call on CUDA tensors runs once the library is loaded."""
+        return self.cuda.name.lower()
+
     def has_kernel(self, device_type: str) -> bool:
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, device_type.upper())
         overload = f"{NAMESPACE}::{self.name}" + ("" if self.alloc is None or key == "CPU" else ".out")
@@ -74,7 +79,9 @@ class Op:
 
 
 TABLE: dict[str, Op] = {}
-why_no_cuda_library = ""  # set by dsv4_ops.kernels where the library of CUDA kernels could not be loaded
+# Set by dsv4_ops.kernels: the library of CUDA kernels, or why there is none.
+cuda_library = ""
+why_no_cuda_library = ""
 
 
 def define(

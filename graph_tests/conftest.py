@@ -6,6 +6,7 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a GPU and the CUDA kernels")
+    config.addinivalue_line("markers", "sanitize: a small case of a kernel, run again under compute-sanitizer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

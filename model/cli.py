@@ -1,4 +1,4 @@
-"""Command line: dsv4 generate | logits | convert | info.
+"""Command line: dsv4 generate | logits | convert | build | info.
 
 What a user can get wrong is a UserError: one line on stderr, exit status 2, nothing written.
 """
@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_logits(commands)
     _add_convert(commands)
+    _add_build(commands)
     info = commands.add_parser("info", help="what is installed and built, for which GPU; put it into bug reports")
     info.set_defaults(run=lambda arguments: print_info())
     return parser
@@ -111,8 +112,23 @@ def _add_convert(commands) -> None:
     )
 
 
+def _add_build(commands) -> None:
+    parser = commands.add_parser(
+        "build",
+        help="compile the CUDA kernels ahead of time; needs no GPU",
+        description="Compile the CUDA kernels into the cache ($DSV4_CACHE, default ~/.cache/dsv4_ops). Without this they "
+        "are compiled when the package is first imported on a machine with a GPU.",
+    )
+    parser.set_defaults(run=run_build)
+    parser.add_argument(
+        "--archs", metavar="LIST", help="90a, 100a or '90a;100a' (default: $DSV4_ARCHS, else those of the visible GPUs)"
+    )
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:N (default cpu); on a GPU decode steps are one CUDA graph"
+    )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile each kind of block (backend dsv4); takes a minute on a CPU, needs a C++ compiler",
@@ -138,7 +154,8 @@ def load_model(arguments: argparse.Namespace, batch: int, max_seq_len: int):
         progress=sys.stderr.isatty(),
     )
     if arguments.compile:
-        check_compiler()
+        if model.storage.device.type == "cpu":
+            check_compiler()
         model.compile()
     return model
 
@@ -213,6 +230,15 @@ def run_logits(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.out} is a directory; --out names the file to write")
     model = load_model(arguments, *sizes)
     write_logits(arguments.out, compute_logits(model, tokens.to(torch.int64), prefill, progress=sys.stderr.isatty()))
+
+
+def run_build(arguments: argparse.Namespace) -> None:
+    from dsv4_ops.build import BuildError, build
+
+    try:
+        print(build(arguments.archs.split(";") if arguments.archs else None))
+    except BuildError as error:
+        raise UserError(str(error)) from None
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.decoding import Decoder, make_decoder
 from model.errors import UserError
 from model.transformer import DeepseekV4
 
@@ -34,10 +35,15 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model: DeepseekV4, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    model: DeepseekV4,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    decoder: Decoder | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (sequence, token) in the order in which tokens become known; end-of-sentence tokens are not yielded.
 
+    decoder: made by `make_decoder(model)` before, to be used for several calls (default: one is made here).
     Raises UserError if a prompt is empty, has a token out of range, or does not fit into the state.
     """
     state = model.state
@@ -49,16 +55,19 @@ def generate(
     state.top_p.fill_(sampling.top_p)
     state.seed.copy_(torch.arange(sampling.seed, sampling.seed + batch))
 
+    decoder = make_decoder(model) if decoder is None else decoder
+    decoder.start(0)
     logits = prefill(model, prompts)
     state.active.copy_(torch.arange(batch) < len(prompts))
     model.sample_next(logits, state.active.clone())
+    decoder.publish()
 
     eos = set(model.config.eos_token_ids)
     running = set(range(len(prompts)))
     for step in range(max_new_tokens):
         if step + 1 < max_new_tokens:
-            model.decode_step()
-        tokens = state.output[step % state.output.shape[0]].tolist()
+            decoder.step(max(running) + 1)
+        tokens = decoder.tokens(step)
         for sequence in sorted(running):
             if tokens[sequence] in eos:
                 running.discard(sequence)

@@ -5,8 +5,8 @@ import platform
 
 import torch
 
-from dsv4_ops import ops
-from dsv4_ops.registry import TABLE
+from dsv4_ops import ops, registry
+from dsv4_ops.registry import TABLE, Cuda
 
 PACKAGES = ("dsv4-ops", "torch", "safetensors", "tokenizers", "ninja", "transformers")
 
@@ -19,8 +19,9 @@ def print_info() -> None:
     print(f"CUDA          {torch.version.cuda or 'none: this torch is a CPU build'}")
     print(f"GPUs          {', '.join(f'{gpu.name} (sm_{gpu.major}{gpu.minor})' for gpu in gpus) or 'none'}")
     print(f"CPU threads   {torch.get_num_threads()}")
-    kernels = sum(op.has_kernel("cuda") for op in TABLE.values())
-    print(f"operators     {len(TABLE)}; CPU: all by their reference; CUDA kernels: {kernels}")
+    print(f"CUDA kernels  {registry.why_no_cuda_library or registry.cuda_library}")
+    references = [op.name for op in TABLE.values() if op.cuda is Cuda.REFERENCE]
+    print(f"operators     {len(TABLE)}; on a CPU all run their reference, on CUDA these: {', '.join(references)}")
     for family in ops.FAMILIES:
         names = [
             op.name for op in TABLE.values() if op.reference.__module__ == family.__name__ or op.name in vars(family)

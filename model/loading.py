@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsv4_ops.kernels import require_kernels
 from model.checkpoint import Checkpoint, validate
 from model.checkpoint_keys import INTEGER_CLASS, Expected, expected_keys
 from model.config import ModelConfig
@@ -115,6 +116,8 @@ def _fill(model: DeepseekV4, tensor: Callable[[str], Tensor], progress: bool) ->
         parts = [tensor(key) for key in binding.keys]
         value = parts[0] if binding.convert is None else binding.convert(*parts)
         binding.target.copy_(value)
+    if model.storage.device.type == "cuda":  # kernels read weights before they wait for the work in front of them
+        torch.cuda.synchronize(model.storage.device)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -128,6 +131,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise UserError(
             f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
         )
+    if device.type == "cuda":
+        require_kernels()
     return device
 
 

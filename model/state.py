@@ -5,7 +5,7 @@ sampling settings are written into it in place. No buffer needs clearing between
 sequence follows from the position alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,14 @@ class LayerState(nn.Module):
                 add("index_pool", torch.zeros(batch * pages, page_size * index_dim, dtype=torch.float32, device=device))
             add("index_state", torch.zeros(batch, slots, 2, 2 * index_dim, dtype=torch.float32, device=device))
 
+    def first(self, rows: int) -> "LayerState":
+        """The state of the first `rows` sequences: views of the same memory; the pools are shared by all."""
+        view = LayerState.__new__(LayerState)
+        nn.Module.__init__(view)
+        for name, buffer in self.named_buffers():
+            view.register_buffer(name, buffer if name.endswith("_pool") else buffer[:rows], persistent=False)
+        return view
+
 
 @dataclass(frozen=True)
 class StateSizes:
@@ -124,6 +132,26 @@ class DecodeState(nn.Module):
         }
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor.to(device), persistent=False)
+        self._views: dict[int, DecodeState] = {}
+
+    def first(self, rows: int) -> "DecodeState":
+        """The state of the first `rows` sequences: views of the same memory, made once."""
+        if rows == self.sizes.max_batch:
+            return self
+        if rows not in self._views:
+            view = DecodeState.__new__(DecodeState)
+            nn.Module.__init__(view)
+            view.sizes = replace(self.sizes, max_batch=rows)
+            view.layers = nn.ModuleList(layer.first(rows) for layer in self.layers)
+            for name, buffer in self.named_buffers(recurse=False):
+                part = {"output": buffer[:, :rows], "step": buffer, "eos": buffer}.get(name, buffer[:rows])
+                view.register_buffer(name, part, persistent=False)
+            self._views[rows] = view
+        return self._views[rows]
+
+    def small_buffers(self) -> list[Tensor]:
+        """Everything but the layers' pools and compressor states: what a step changes even if no row is active."""
+        return [buffer for _, buffer in self.named_buffers(recurse=False)]
 
     def reset(self) -> None:
         """Forget all sequences. Pools keep their bytes: nothing reads an entry before its sequence has written it."""

@@ -121,13 +121,15 @@ class DeepseekV4(nn.Module):
         self.register_buffer("compressed_rope", compressed.to(device), persistent=False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, state: DecodeState | None = None) -> Tensor:
         """tokens [B, S] int64, positions [B, S] int32 (-1: no token; a sequence's rows are consecutive) -> streams
-        [B, S, n, d] after the last block. Writes the caches. B is the batch of the state, S at most its chunk."""
+        [B, S, n, d] after the last block. Writes the caches. B is the batch of the state (default: the model's whole
+        state), S at most its chunk."""
         streams = self.embedding(tokens).unsqueeze(-2).repeat(1, 1, self.config.hc_mult, 1)
         chosen = positions.new_full((*tokens.shape, self.config.num_experts_per_tok), -1)
         hashed = iter(self.hash_experts)
-        for block, layer in zip(self.blocks, self.state.layers, strict=False):
+        layers = (self.state if state is None else state).layers
+        for block, layer in zip(self.blocks, layers, strict=False):
             fixed = next(hashed)[tokens.clamp_min(0)] if block.ffn.hashed else chosen
             table = self.window_rope if block.attn.kind == "window" else self.compressed_rope
             self._mark_rows_dynamic(streams, positions, fixed)
@@ -168,21 +170,22 @@ class DeepseekV4(nn.Module):
         return self.logits(streams.gather(1, last))[:, 0]
 
     @torch.no_grad()
-    def decode_step(self) -> Tensor:
+    def decode_step(self, rows: int | None = None) -> Tensor:
         """One token for every active sequence: read state.token at state.position, sample, write both back.
 
-        Returns the sampled tokens [B] int64, -1 where the sequence was not active.
+        rows: only the first so many sequences take part (default: all). Returns the sampled tokens [rows] int64, -1
+        where the sequence was not active.
         """
-        state = self.state
+        state = self.state if rows is None else self.state.first(rows)
         active = state.active & (state.position < state.sizes.max_seq_len)
         positions = torch.where(active, state.position, -1)[:, None]
-        logits = self.logits(self.forward(state.token[:, None], positions))[:, 0]
+        logits = self.logits(self.forward(state.token[:, None], positions, state))[:, 0]
         state.position.add_(active.to(torch.int32))
-        return self.sample_next(logits, active)
+        return self.sample_next(logits, active, state)
 
-    def sample_next(self, logits: Tensor, active: Tensor) -> Tensor:
+    def sample_next(self, logits: Tensor, active: Tensor, state: DecodeState | None = None) -> Tensor:
         """Sample the token at state.position from logits [B, vocab] for the active rows; `eos` makes a row inactive."""
-        state = self.state
+        state = self.state if state is None else state
         counter = state.position.long()
         sampled = ops.sample(logits, state.temperature, state.top_k, state.top_p, state.seed, counter)
         emitted = torch.where(active, sampled, -1)

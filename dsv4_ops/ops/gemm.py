@@ -17,7 +17,9 @@ from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import Cuda, define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
-VALUES_AT_ONCE = 1 << 17  # weights that the reference of a product dequantises at a time
+# Weights that the reference of a product dequantises at a time: what fits into a CPU's cache; on a GPU, where every step
+# is a launch, what fits into its memory easily. The sum of a row does not depend on it.
+VALUES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -52,8 +54,8 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callable, rows_per_scale: int) -> Tensor:
-    """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time to stay in a CPU's cache."""
-    rows = max(1, VALUES_AT_ONCE // (BLOCK * x.shape[-1])) * BLOCK
+    """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time."""
+    rows = max(1, VALUES_AT_ONCE.get(x.device.type, 1 << 17) // (BLOCK * x.shape[-1])) * BLOCK
     starts = range(0, weight.shape[0], rows)
     scales = [scale[start // rows_per_scale : -(-(start + rows) // rows_per_scale)] for start in starts]
     return torch.cat(
