@@ -9,12 +9,10 @@ There is no build tree and no timestamp. The cache folder, $DSV4_CACHE or ~/.cac
     dsv4_cuda.build-*     what that process is compiling; if it dies, the next one to hold the lock removes it
 
 The key of the library has no compiler version in it, so a library that was built ahead of time, by CI or on another
-machine, is found where there is no compiler at all. The price: another g++ or nvcc alone does not rebuild it. The key of
-an object has them, so that objects of two compilers are never linked into one library.
+machine, is found where there is no compiler at all. The price: another g++ or nvcc alone does not rebuild it. The key
+of an object has them, so that objects of two compilers are never linked into one library.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -23,19 +21,18 @@ import platform
 import re
 import shlex
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
 import torch
 
+from dsv4_ops.artifacts import Progress, cache_folder, file_hash, is_intact, locked, publish
 from dsv4_ops.toolchain import (
     ARCHS,
     FLAGS,
@@ -61,7 +58,7 @@ class Project:
 
     name: str = "dsv4_cuda"
     csrc: Path = CSRC
-    flags: Mapping[str, tuple[str, ...]] = FLAGS
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FLAGS)
     toolchain: Callable[[], Mapping[str, Tool]] = find_toolchain
 
 
@@ -69,7 +66,10 @@ DSV4 = Project()
 
 
 def build(archs: Sequence[str] | None = None, project: Project = DSV4, *, progress: TextIO | None = None) -> Path:
-    """The library for `archs` (default: `detect_archs`), compiled if the cache has none; lines on stderr or `progress`."""
+    """The library for `archs` (default: those of `detect_archs`), compiled if the cache folder has none.
+
+    What it compiles, and whom it waits for, it says on `progress` (default: stderr).
+    """
     archs = detect_archs() if archs is None else canonical_archs(archs)
     if library := find_library(archs, project):
         return library
@@ -127,11 +127,6 @@ def source_hash(csrc: Path = CSRC) -> str:
     return hashlib.sha256(json.dumps([[name, file_hash(csrc / name)] for name in visible]).encode()).hexdigest()
 
 
-def cache_folder() -> Path:
-    """$DSV4_CACHE, or ~/.cache/dsv4_ops."""
-    return Path(os.environ.get("DSV4_CACHE") or "~/.cache/dsv4_ops").expanduser().absolute()
-
-
 def library_name(archs: Sequence[str], project: Project) -> str:
     """The file name of the library: it depends on the sources and on how they are built, not on who builds them."""
     flags = {kind: list(options) for kind, options in project.flags.items()}
@@ -163,104 +158,91 @@ def closure(source: Path, csrc: Path) -> list[Path]:
     return reached
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a complete artifact is at `path`: an empty, cut, altered or half-published one is as good as none."""
-    try:
-        return _checksum(path).read_bytes() == file_hash(path).encode()
-    except OSError:
-        return False
-
-
-def publish(made: Path, path: Path) -> None:
-    """Move the artifact `made` to `path`. If this process dies between the two steps, the artifact is not intact."""
-    checksum = _checksum(made)
-    checksum.write_text(file_hash(made))
-    os.replace(made, path)
-    os.replace(checksum, _checksum(path))
-
-
-@contextlib.contextmanager
-def locked(path: Path, task: str, say: "Progress") -> Iterator[None]:
-    """Hold the lock at `path`. The kernel frees it when the holder dies, however it dies; what remains is a file.
-
-    That file is never removed: two processes could then hold locks on two files of the same name.
-    """
-    with open(path, "a+") as file:
-        _acquire(file, path, say)
-        try:
-            file.truncate(0)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"pid {os.getpid()} on {socket.gethostname()}, building {task} since {since}", file=file, flush=True)
-            yield
-            file.truncate(0)
-        finally:
-            # Closing is not enough: a child that another thread forked meanwhile has the same open file.
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _acquire(file: IO, path: Path, say: "Progress") -> None:
-    owner = ""
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)  # before reading, so that a new holder has written who it is
-        file.seek(0)
-        if (text := file.read().strip()) and text != owner:
-            owner = text
-            say.line(f"waiting for {owner} ({path})")
-
-
-def _build(archs: Sequence[str], project: Project, toolchain: Mapping[str, Tool], cache: Path, say: "Progress") -> Path:
+def _build(archs: Sequence[str], project: Project, toolchain: Mapping[str, Tool], cache: Path, say: Progress) -> Path:
     """Compile what the cache lacks, link, publish. The caller holds the lock."""
     start = time.monotonic()
-    name = library_name(archs, project)
-    for left_by_the_dead in cache.glob(f"{project.name}.build-*"):
-        shutil.rmtree(left_by_the_dead, ignore_errors=True)
+    path = cache / library_name(archs, project)
     prefix = f"{project.name}.build-"
+    for left_by_the_dead in cache.glob(f"{prefix}*"):
+        shutil.rmtree(left_by_the_dead, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=cache, ignore_cleanup_errors=True) as folder:
-        objects = _compile(archs, project, toolchain, Path(folder), say)
-        library = _link(objects, project, toolchain["link"], Path(folder) / name)
-        if name != library_name(archs, project):
-            raise BuildError(f"the sources in {project.csrc} changed while they were compiled; build again")
-        publish(library, cache / name)
-    say.line(f"built {cache / name} in {time.monotonic() - start:.1f} s")
-    return cache / name
+        objects = _find_objects(archs, project, toolchain, cache)
+        _require_unchanged(path.name, library_name(archs, project), project)
+        missing = {source: object_ for source, object_ in objects.items() if not is_intact(object_)}
+        if missing:
+            say.line(f"compiling {len(missing)} of {len(objects)} objects for {_sm(archs)}")
+            _compile(missing, archs, project, toolchain, Path(folder), say)
+        made = Path(folder) / path.name
+        _link(list(objects.values()), made, project.flags["link"], toolchain["link"])
+        publish(made, path)
+    say.line(f"built {path} in {time.monotonic() - start:.1f} s")
+    return path
+
+
+def _find_objects(
+    archs: Sequence[str], project: Project, toolchain: Mapping[str, Tool], cache: Path
+) -> dict[Path, Path]:
+    """Each source, relative to csrc, and where its object is or will be."""
+    files = (path for path in project.csrc.rglob("*") if path.suffix in (".cu", ".cpp"))
+    sources = sorted(path.relative_to(project.csrc) for path in files)
+    if not sources:
+        raise BuildError(f"there is no .cu or .cpp file in {project.csrc}")
+    return {source: cache / object_name(source, archs, project, toolchain[source.suffix]) for source in sources}
 
 
 def _compile(
-    archs: Sequence[str], project: Project, toolchain: Mapping[str, Tool], folder: Path, say: "Progress"
-) -> list[Path]:
-    """All objects of the project; those that the cache lacks are compiled, and published as each one is ready."""
-    sources = sorted(p.relative_to(project.csrc) for p in project.csrc.rglob("*") if p.suffix in (".cu", ".cpp"))
-    if not sources:
-        raise BuildError(f"there is no .cu or .cpp file in {project.csrc}")
-    cached = {s: folder.parent / object_name(s, archs, project, toolchain[s.suffix]) for s in sources}
+    missing: Mapping[Path, Path],
+    archs: Sequence[str],
+    project: Project,
+    toolchain: Mapping[str, Tool],
+    folder: Path,
+    say: Progress,
+) -> None:
+    """Compile sources in `folder` and publish each object when it is ready, so that a killed build is not all lost."""
     steps = []
-    for source, path in cached.items():
-        if not is_intact(path):
-            tool, output = toolchain[source.suffix], folder / path.name
-            flags = _compile_flags(source, archs, project)
-            command = (tool.executable, *flags, *tool.search, "-c", str(source), "-o", str(output))
-            steps.append(Step(str(source), command, output))
-    if steps:
-        say.line(f"compiling {len(steps)} of {len(sources)} objects for {_sm(archs)}")
+    for source, path in missing.items():
+        tool, made = toolchain[source.suffix], folder / path.name
+        options = (*_compile_flags(source, archs, project), *tool.search)
+        steps.append(Step(str(source), (tool.executable, *options, "-c", str(source), "-o", str(made)), made))
     failures = []
-    for count, (step, succeeded, output) in enumerate(run_steps(steps, folder, project.csrc) if steps else (), 1):
+    for count, (step, succeeded, output) in enumerate(run_steps(steps, folder, project.csrc), 1):
         say.step(f"{count}/{len(steps)} {step.name}")
         source = Path(step.name)
         if not succeeded:
             failures.append(f"{output.rstrip()}\n(in {project.csrc}: {shlex.join(step.command)})")
-        # An object of a source that was edited meanwhile would lie under the key of the old text.
-        elif object_name(source, archs, project, toolchain[source.suffix]) == step.output.name:
-            publish(step.output, cached[source])
-            if output.strip():
-                say.line(f"{step.name} compiled, with this output:\n{output.rstrip()}")
+            continue
+        name = object_name(source, archs, project, toolchain[source.suffix])
+        _require_unchanged(missing[source].name, name, project)
+        publish(step.output, missing[source])
+        if output.strip():
+            say.line(f"{step.name} compiles with a warning:\n{output.rstrip()}")
     if failures:
-        raise BuildError(f"{len(failures)} of {len(sources)} sources did not compile:\n" + "\n\n".join(failures))
-    return list(cached.values())
+        raise BuildError(f"{len(failures)} of {len(steps)} sources did not compile:\n" + "\n\n".join(failures))
+
+
+def _require_unchanged(before: str, after: str, project: Project) -> None:
+    """What is made of a source that was edited meanwhile must not be published under the key of the old text."""
+    if before != after:
+        raise BuildError(f"the sources in {project.csrc} changed while they were compiled; build again")
+
+
+def _link(objects: Sequence[Path], output: Path, flags: Sequence[str], tool: Tool) -> None:
+    command = (tool.executable, *map(str, objects), "-o", str(output), *tool.search, *flags)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    log = (result.stdout + result.stderr).splitlines()
+    ours = [line for line in log if re.search(r"undefined .*\bdsv4::", line)]
+    if result.returncode or ours:
+        message = "\n".join(log if result.returncode else ours)
+        raise BuildError(f"{output.name} cannot be linked:\n{message}\n({shlex.join(command)})")
+
+
+def _compile_flags(source: Path, archs: Sequence[str], project: Project) -> tuple[str, ...]:
+    return (*project.flags[source.suffix], *(arch_flags(archs) if source.suffix == ".cu" else ()))
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def _sm(archs: Sequence[str]) -> str:
+    return " and ".join(f"sm_{arch}" for arch in archs)
