@@ -7,10 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv4_ops import build as build_module
-from dsv4_ops.build import BuildError, Project, build, cache_folder, find_library, load, source_hash
+from dsv4_ops.build import BuildError, Project, build, cache_folder, find_library, source_hash
 from graph_tests.build.tiny_project import ALL, TinyProject, text_of, wait_until
 
 
@@ -259,45 +258,6 @@ def test_source_hash_follows_names_and_contents_of_visible_files(tiny, tmp_path)
     renamed = source_hash(tiny.csrc)
     tiny.write("norm/norm.h", "constexpr int kScale = 3;\n")
     assert len({first, renamed, source_hash(tiny.csrc)}) == 3
-
-
-def test_load_builds_once_and_registers_once(tiny, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("DSV4_ARCHS", "90a")
-    library = load(tiny.project)
-    assert str(library) in torch.ops.loaded_libraries
-    assert tiny.compiled() == ["link", *ALL]
-    tiny.write("norm/norm.h", "constexpr int kScale = 3;\n")
-    assert load(tiny.project) == library
-    assert tiny.compiled() == []
-
-
-def test_load_without_building(tiny, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("DSV4_ARCHS", "90a")
-    monkeypatch.setenv("DSV4_NO_BUILD", "1")
-    with pytest.raises(BuildError) as error:
-        load(tiny.project)
-    assert "no library of these sources for sm_90a" in str(error.value)
-    assert "DSV4_ARCHS='90a' dsv4 build" in str(error.value)
-    assert tiny.compiled() == []
-    library, _ = tiny.build()
-    assert load(tiny.project) == library
-
-
-def test_library_that_does_not_load_is_named_with_the_cause(tiny, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("DSV4_ARCHS", "90a")
-    tiny.write("norm/norm.cpp", 'extern "C" int of_another_torch();\nint norm() { return of_another_torch(); }\n')
-    with pytest.raises(BuildError, match=r"tiny-\w+\.so does not load into torch(.|\n)*of_another_torch"):
-        load(tiny.project)
-
-
-def test_torch_without_cuda_does_not_load_the_library(tiny, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(BuildError, match="built without CUDA"):
-        load(tiny.project)
-    assert tiny.compiled() == []
 
 
 def test_default_cache_folder_is_in_the_home_folder(monkeypatch):
