@@ -66,7 +66,7 @@ def main() -> int:
 
     start = time.monotonic()
     build()
-    tests = run_tests(["-m", "cuda", "graph_tests", *options.pytest])
+    tests = run_tests(["-m", "cuda", "graph_tests/cuda", *options.pytest])
     passed = tests["status"] == 0
     sanitizer = {}
     for tool in () if options.no_sanitizer or options.pytest else SANITIZERS:
