@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-
 import dsv4_ops.ops  # noqa: F401  (fills the table)
 from dsv4_ops.registry import TABLE, Cuda
 
