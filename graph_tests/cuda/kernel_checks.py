@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+import dsv4_ops.ops  # noqa: F401  (fills the table)
 from dsv4_ops.registry import TABLE, Op
 from graph_tests.checks import POISON, assert_bits_equal
 
