@@ -5,10 +5,10 @@
     graph.step(rows)                            replay; returns at once
     graph.tokens(index)                         what step `index` sampled: waits for that step, not for later ones
 
-Nothing inside a step goes through the host. The step writes its tokens into a ring on the device; a second stream copies
-each row of it into pinned memory while the next step runs. All graphs share one memory pool: no two run at the same
-time. Weights and state keep their addresses, so both may be rewritten between replays (after a synchronisation:
-kernels read weights before they wait for the work in front of them).
+Nothing inside a step goes through the host. The step writes its tokens into a ring on the device; a second
+stream copies each row of it into pinned memory while the next step runs. All graphs share one memory pool: no two run
+at the same time. Weights and state keep their addresses, so both may be rewritten between replays (weights with a
+synchronisation after it: kernels read them before they wait for the work in front of them).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Loading the library of CUDA kernels when `dsv4_ops.ops` is imported on a machine with a GPU.
 
-A machine where the library cannot be built or loaded can still use the operators on CPU tensors: the reason is kept, and
-every call on a CUDA tensor raises an error that contains it. `require_kernels` raises it early.
+A machine where the library cannot be built or loaded can still use the operators on CPU tensors: the reason is kept,
+and every call on a CUDA tensor raises an error that contains it. `require_kernels` raises it early.
 """
 
 import torch

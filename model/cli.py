@@ -116,8 +116,8 @@ def _add_build(commands) -> None:
     parser = commands.add_parser(
         "build",
         help="compile the CUDA kernels ahead of time; needs no GPU",
-        description="Compile the CUDA kernels into the cache ($DSV4_CACHE, default ~/.cache/dsv4_ops). Without this they "
-        "are compiled when the package is first imported on a machine with a GPU.",
+        description="Compile the CUDA kernels into the cache ($DSV4_CACHE, default ~/.cache/dsv4_ops). Without this "
+        "they are compiled when the package is first imported on a machine with a GPU.",
     )
     parser.set_defaults(run=run_build)
     parser.add_argument(

@@ -17,8 +17,8 @@ from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import Cuda, define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
-# Weights that the reference of a product dequantises at a time: what fits into a CPU's cache; on a GPU, where every step
-# is a launch, what fits into its memory easily. The sum of a row does not depend on it.
+# Weights that the reference of a product dequantises at a time: what fits into a CPU's cache; on a GPU, where every
+# step is a launch, what fits into its memory easily. The sum of a row does not depend on it.
 VALUES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
 
 
