@@ -100,6 +100,16 @@ void Call::expect_contiguous(const char* name, const Tensor& tensor) const {
   expect(tensor.is_contiguous(), name, "contiguous (call .contiguous() on it)", tensor);
 }
 
+void Call::expect_output(const char* name, const Tensor& out, ScalarType dtype, const Tensor& x, int64_t width) const {
+  expect_device(name, out);
+  const int64_t dims = x.dim();
+  bool fits = has_dtype(out, {dtype}) && out.dim() == dims && out.is_contiguous();
+  for (int64_t i = 0; fits && i < dims; ++i) fits = out.size(i) == (i + 1 < dims ? x.size(i) : width);
+  if (fits) return;
+  const auto size = [&](int64_t i) { return std::to_string(i + 1 < dims ? x.size(i) : width); };
+  expect(false, name, "contiguous " + list(dims, size) + " " + name_of(dtype), out);
+}
+
 Rows Call::rows(const char* name, const Tensor& tensor, int alignment) const {
   const int64_t last = tensor.dim() - 1;
   Rows rows{row_count(tensor), tensor.size(last), tensor.size(last)};

@@ -56,6 +56,9 @@ class Call {
   // Raise unless the tensor is contiguous. Outputs that `alloc` made are.
   void expect_contiguous(const char* name, const Tensor& tensor) const;
 
+  // Raise unless `out` is a contiguous tensor of the dtype whose shape is that of `x` but for the last size, `width`.
+  void expect_output(const char* name, const Tensor& out, ScalarType dtype, const Tensor& x, int64_t width) const;
+
   // View [..., width] as rows at one distance; raise if the strides do not allow that, or if a row does not start at a
   // multiple of `alignment` bytes.
   Rows rows(const char* name, const Tensor& tensor, int alignment) const;

@@ -22,6 +22,33 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return value;
 }
 
+// min.NaN.f32, max.NaN.f32: NaN if an operand is NaN, where fminf and fmaxf return the other operand.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// ex2.approx.ftz.f32: 2^value within 2^-22 of itself; a result below 2^-126 is 0.
+__device__ __forceinline__ float ex2_approx_ftz(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// rcp.approx.ftz.f32: 1 / value within one ulp; a result below 2^-126 is 0.
+__device__ __forceinline__ float rcp_approx_ftz(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // cvt.rn.satfinite.e4m3x2.f32: nearest even, saturating at 448; NaN gives 0x7F. `low` goes to bits 0..7.
 __device__ __forceinline__ uint16_t cvt_e4m3x2(float low, float high) {
   uint16_t codes;

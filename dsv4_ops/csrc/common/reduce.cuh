@@ -63,4 +63,33 @@ __device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
   return largest;
 }
 
+// Sum over a CTA of blockDim.x / 32 whole warps, at most kMaxWarps, for kernels that choose their threads by the width of
+// a row; every thread gets the result. `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again
+// after the next barrier.
+template <int kMaxWarps>
+__device__ __forceinline__ float sum_warps(float value, float* scratch) {
+  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "read four at a time");
+  value = sum_lanes(value);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) scratch[warp] = value;
+  if (warp == 0 && lane >= warps && lane < kMaxWarps) scratch[lane] = 0.0f;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMaxWarps / 4; ++i) {
+    const float4 four = reinterpret_cast<const float4*>(scratch)[i];
+    total += (four.x + four.y) + (four.z + four.w);
+  }
+  return total;
+}
+
+// Largest of `bits` over such a CTA; `scratch` holds a word for each warp.
+__device__ __forceinline__ uint32_t max_warps(uint32_t bits, uint32_t* scratch) {
+  bits = max_lanes(bits);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) scratch[warp] = bits;
+  __syncthreads();
+  return max_lanes(lane < warps ? scratch[lane] : 0u);
+}
+
 }  // namespace dsv4

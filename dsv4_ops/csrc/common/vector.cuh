@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace dsv4 {
 
 // kCount elements that are loaded or stored by one instruction (up to 16 bytes).
@@ -41,6 +43,20 @@ __device__ __forceinline__ void load_floats(const T* address, float (&values)[kC
 #pragma unroll
   for (int first = 0; first < kCount; first += kWidth) {
     const auto part = *reinterpret_cast<const Vector<T, kWidth>*>(address + first);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[first + i] = to_float(part.values[i]);
+  }
+}
+
+// load_floats in accesses of 16 bytes that leave nothing in L1, for what is read once and not written meanwhile.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_floats_once(const T* address, float (&values)[kCount]) {
+  constexpr int kWidth = 16 / sizeof(T);
+  static_assert(kCount % kWidth == 0, "whole accesses of 16 bytes");
+#pragma unroll
+  for (int first = 0; first < kCount; first += kWidth) {
+    const uint4 loaded = ptx::load_once(address + first);
+    const auto& part = reinterpret_cast<const Vector<T, kWidth>&>(loaded);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[first + i] = to_float(part.values[i]);
   }
