@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 WARM_UP_STEPS = 3  # compilation, library handles and workspaces, the allocator's blocks
 
@@ -31,10 +32,11 @@ class DecodeGraph:
               the host; where no sequence is active it may change nothing but what the caller puts back.
     ring      [R, B] int64 on the device: step number i writes its tokens into row i % R
     buckets   numbers of rows to capture; `step(rows)` replays the smallest that is large enough
+    progress  show a bar on stderr: the first step may compile for minutes
     Raises torch's capture error if a step does something that a graph cannot hold, a host read for example.
     """
 
-    def __init__(self, step: Callable[[int], Tensor], ring: Tensor, buckets: Sequence[int]):
+    def __init__(self, step: Callable[[int], Tensor], ring: Tensor, buckets: Sequence[int], *, progress: bool = False):
         if ring.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs its buffers on a GPU, got a ring on {ring.device}")
         self.buckets = tuple(sorted(buckets))
@@ -44,8 +46,15 @@ class DecodeGraph:
         self._arrived = [torch.cuda.Event() for _ in range(self._slots)]
         self._copies = torch.cuda.Stream(ring.device)
         self._next = 0
-        self._warm_up(step)
-        self._graphs = self._capture(step)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        pool = torch.cuda.graph_pool_handle()
+        # Largest batch first, so that the smaller graphs find their memory in the shared pool.
+        bar = tqdm(reversed(self.buckets), "capturing", len(self.buckets), leave=False, disable=not progress)
+        for rows in bar:
+            self._warm_up(step, rows)
+            self._graphs[rows] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[rows], pool=pool):
+                step(rows)
 
     def start(self, index: int) -> None:
         """The next token that the device writes is number `index` (0 after the state was reset)."""
@@ -82,21 +91,11 @@ class DecodeGraph:
                 return bucket
         raise ValueError(f"{rows} sequences are more than the largest captured batch, {self.buckets[-1]}")
 
-    def _warm_up(self, step: Callable[[int], Tensor]) -> None:
+    def _warm_up(self, step: Callable[[int], Tensor], rows: int) -> None:
         stream = torch.cuda.Stream(self._ring.device)
         stream.wait_stream(torch.cuda.current_stream(self._ring.device))
         with torch.cuda.stream(stream):
-            for rows in reversed(self.buckets):
-                for _ in range(WARM_UP_STEPS):
-                    step(rows)
+            for _ in range(WARM_UP_STEPS):
+                step(rows)
         torch.cuda.current_stream(self._ring.device).wait_stream(stream)
         torch.cuda.synchronize(self._ring.device)
-
-    def _capture(self, step: Callable[[int], Tensor]) -> dict[int, torch.cuda.CUDAGraph]:
-        """Largest batch first, so that the smaller graphs find their memory in the shared pool."""
-        graphs, pool = {}, torch.cuda.graph_pool_handle()
-        for rows in reversed(self.buckets):
-            graphs[rows] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[rows], pool=pool):
-                step(rows)
-        return graphs

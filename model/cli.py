@@ -12,6 +12,7 @@ import torch
 
 from dsv4_ops.registry import MissingKernelError
 from model.config import ModelConfig
+from model.decoding import make_decoder
 from model.errors import UserError
 from model.generation import Sampling, check_prompts, generate
 from model.info import print_info
@@ -183,7 +184,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
     )
     check_prompts(prompts, arguments.max_new_tokens, config.vocab_size, *sizes)
     model = load_model(arguments, *sizes)
-    stream_text(generate(model, prompts, arguments.max_new_tokens, sampling), tokenizer, arguments.prompt, len(prompts))
+    decoder = make_decoder(model, progress=sys.stderr.isatty())
+    tokens = generate(model, prompts, arguments.max_new_tokens, sampling, decoder)
+    stream_text(tokens, tokenizer, arguments.prompt, len(prompts))
 
 
 def stream_text(tokens, tokenizer: Tokenizer | None, texts: list[str], sequences: int) -> None:

@@ -38,14 +38,14 @@ class DirectDecoder:
         return ring[index % ring.shape[0]].tolist()
 
 
-def make_decoder(model: DeepseekV4, buckets: tuple[int, ...] | None = None) -> Decoder:
-    """A decoder of the model's present state. On a GPU this captures a graph for every bucket, which takes seconds."""
+def make_decoder(model: DeepseekV4, *, progress: bool = False) -> Decoder:
+    """A decoder of the model's present state. On a GPU this captures graphs: seconds, or minutes if it must compile."""
     if model.state.token.device.type == "cuda":
-        return capture_decode(model, buckets)
+        return capture_decode(model, progress=progress)
     return DirectDecoder(model)
 
 
-def capture_decode(model: DeepseekV4, buckets: tuple[int, ...] | None = None) -> DecodeGraph:
+def capture_decode(model: DeepseekV4, buckets: tuple[int, ...] | None = None, *, progress: bool = False) -> DecodeGraph:
     """Capture `model.decode_step` for every batch bucket. The state is afterwards what it was before."""
     state = model.state
     buckets = buckets or batch_buckets(state.sizes.max_batch)
@@ -53,7 +53,7 @@ def capture_decode(model: DeepseekV4, buckets: tuple[int, ...] | None = None) ->
     kept = [buffer.clone() for buffer in small]
     state.active.fill_(False)  # an inactive row writes no cache
     try:
-        return DecodeGraph(model.decode_step, state.output, buckets)
+        return DecodeGraph(model.decode_step, state.output, buckets, progress=progress)
     finally:
         for buffer, value in zip(small, kept, strict=True):
             buffer.copy_(value)

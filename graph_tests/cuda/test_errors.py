@@ -101,7 +101,7 @@ def test_an_architecture_that_is_not_supported(tmp_path):
 
 
 def test_ops_run_on_the_current_stream():
-    """A kernel on a side stream sees what that stream wrote right before it, and not the default stream's later write."""
+    """A kernel on a side stream sees what that stream wrote right before it."""
     x = torch.zeros(64, 4096, device="cuda").bfloat16()
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
