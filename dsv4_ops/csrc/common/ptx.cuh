@@ -13,10 +13,11 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 // griddepcontrol.wait: the kernels before this one have finished and their writes can be seen.
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// ld.global.nc.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs.
+// ld.global.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs. Not .nc: ptxas
+// takes what such a load reads for constant and may move it above griddepcontrol.wait.
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
   return value;
