@@ -8,7 +8,14 @@
 
 #include <cstdint>
 
+#include "common/rope.h"
+
 namespace dsv4 {
+
+// Where the position of token `token` of all B * tokens lies.
+__device__ __forceinline__ const int32_t* position_of(const Rope& rope, uint32_t token) {
+  return rope.positions + token / rope.tokens * rope.stride + token % rope.tokens;
+}
 
 // Row of the table for a position; a row without a token (-1) is rotated as position 0.
 __device__ __forceinline__ const float* rope_row(const float* table, int rope_dim, int32_t position) {
