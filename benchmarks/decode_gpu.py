@@ -29,6 +29,7 @@ from model.transformer import DeepseekV4
 BLOCK = "block"  # the range around each block in a trace
 TRACED_STEPS = 5
 WARM_UP_STEPS = 3
+LARGEST = 5  # operators that the README names
 
 
 def kernels_outside_blocks(model: DeepseekV4, step: Callable[[], object]) -> int:
@@ -103,6 +104,20 @@ def print_run(run: dict[str, Any], layers: int) -> None:
     print(f"{run['kernels_a_step']} kernels, {run['kernels_a_layer']:g} a layer")
     for name, share in run["operators"].items():
         print(f"  {share['share']:6.1%} {share['us']:10.1f} us {share['kernels']:5} kernels  {name}")
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The README's table: a line for each batch, with the operators that take the most."""
+    lines = [
+        "| batch | µs a step | kernels a step | kernels a layer | operators that take the most |",
+        "|--:|--:|--:|--:|---|",
+    ]
+    for run in record["runs"]:
+        most = list(run["operators"].items())[:LARGEST]
+        names = ", ".join(f"{name} {share['share']:.0%}" for name, share in most)
+        counts = f"{run['kernels_a_step']} | {run['kernels_a_layer']:g}"
+        lines.append(f"| {run['batch']} | {run['step_us']:.0f} | {counts} | {names} |")
+    return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:

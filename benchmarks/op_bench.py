@@ -165,11 +165,10 @@ def rows_of(cases: "list[Case]", timer, ceilings, measured, rows: list[dict]) ->
     from benchmarks.call import prepare
     from benchmarks.result import failure, result
 
-    l2_bytes = torch.cuda.get_device_properties().L2_cache_size
     for case in cases:
         try:
             torch.cuda.empty_cache()
-            rows.append(result(case, timer.times(prepare(case, "cuda")), ceilings, measured, l2_bytes))
+            rows.append(result(case, timer.times(prepare(case, "cuda")), ceilings, measured))
         except (RuntimeError, ValueError) as error:  # the others may still be timed
             rows.append(failure(case, error))
         yield rows[-1]

@@ -13,14 +13,13 @@ Row = Mapping[str, Any]
 COLUMNS = ("warm", "cold", "floor", "share", "peer", "ratio", "target")
 
 
-def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings, l2_bytes: int) -> dict[str, Any]:
+def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings) -> dict[str, Any]:
     """`ceilings` are those of the share, `measured` those of this run; times in us.
 
-    The share is the floor over the time in which the data came from memory: the cold one. Where the data does not fit
-    into L2 that is the warm one, because the cold one also pays for writing back what the flush left there.
+    The share is the floor over the cold time: warm calls find a part of their data in L2, whatever their size, and the
+    floor assumes that all of it comes from memory.
     """
     least, traffic = floor(case.traffic, ceilings), case.traffic
-    from_memory = times.warm if traffic.read + traffic.written > l2_bytes else times.cold
     peer = best_peer(case.peers)
     return {
         "op": case.op_name,
@@ -32,7 +31,7 @@ def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings, l2_
         "floor": round(least.us, 3),
         "floor_by_measured_ceilings": round(floor(traffic, measured).us, 3),
         "bound": "latency" if least.is_latency else least.bound,
-        "share": None if least.is_latency else round(least.us / from_memory, 3),
+        "share": None if least.is_latency else round(least.us / times.cold, 3),
         "bytes_read": traffic.read,
         "bytes_written": traffic.written,
         "peer": None if peer is None else {"kernels": list(peer.kernels), "warm": peer.us, "cold": peer.cold_us},
