@@ -23,6 +23,7 @@ from benchmarks.kernel_trace import count_kernels, launches, outermost, shares_o
 from benchmarks.random_model import LAYERS, random_model, rewind, seat
 from benchmarks.record import RESULTS, gpu_header, write
 from benchmarks.shapes import FLASH
+from dsv4_ops.kernels import require_kernels
 from model.decoding import capture_decode
 from model.transformer import DeepseekV4
 
@@ -141,6 +142,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    require_kernels()
     model = random_model(FLASH, "cuda")
     seat(model, 1, arguments.context, WARM_UP_STEPS + 1)
     for _ in range(WARM_UP_STEPS):

@@ -57,7 +57,7 @@ def gpu_header() -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": today(),
-        "gpu": gpu | gpu_state(str(properties.uuid)),
+        "gpu": gpu | gpu_state(str(properties.uuid).removeprefix("GPU-")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -109,5 +109,16 @@ def sha256(paths: list[Path]) -> str:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(as_json(record), encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """A key after the other; `rows` one a line, so that the files of two runs can be compared by eye."""
+    parts = []
+    for key, value in record.items():
+        text = json.dumps(value, indent=2).replace("\n", "\n  ")
+        if key == "rows":
+            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

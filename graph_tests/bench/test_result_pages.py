@@ -1,11 +1,13 @@
 """The README's sections on a GPU, and the picture of operators, from records that are made up."""
 
+import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
 from benchmarks.cases import all_cases
 from benchmarks.floors import H200, floor
+from benchmarks.record import RESULTS, as_json
 from benchmarks.result import result
 from benchmarks.shapes import FLASH, PRO, TOKENS
 from benchmarks.targets import TARGETS
@@ -70,3 +72,12 @@ def test_decode_table_names_what_takes_the_most():
     run = {"batch": 16, "step_us": 812.4, "kernels_a_step": 240, "kernels_a_layer": 55.5, "operators": operators}
     line = markdown({"runs": [run]}).splitlines()[-1]
     assert line == "| 16 | 812 | 240 | 55.5 | op0 10%, op1 10%, op2 10%, op3 10%, op4 10% |"
+
+
+@pytest.mark.parametrize("name", ["decode_cpu", "evaluation_loss"])
+def test_result_files_are_json_with_a_row_a_line(name):
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    text = as_json(record)
+    assert json.loads(text) == record
+    assert all(f"    {json.dumps(row)}" in text for row in record.get("rows", ()))
+    assert json.loads(as_json({"rows": []})) == {"rows": []}
