@@ -87,9 +87,8 @@ rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-q_norm_rope
 linear_fp8
-kv_norm_rope_append
+qkv_norm_rope_append
 sparse_attention_window
 grouped_linear_dense
 quant_fp8
@@ -117,9 +116,8 @@ rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-q_norm_rope
 linear_fp8
-kv_norm_rope_append
+qkv_norm_rope_append
 linear_fp32
 linear_fp32
 csa_compress_append
@@ -157,9 +155,8 @@ rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-q_norm_rope
 linear_fp8
-kv_norm_rope_append
+qkv_norm_rope_append
 linear_fp32
 linear_fp32
 hca_compress_append
