@@ -21,7 +21,7 @@ class Traffic:
     read: int
     written: int
     fp8_flops: int = 0  # of matrix products whose operands are exact in FP8
-    bf16_flops: int = 0  # of those that are exact in bf16
+    bf16_flops: int = 0  # of those whose operands are exact in bf16, or sums of bf16 parts
     fp32_flops: int = 0  # of what has to keep fp32
 
     def __add__(self, other: "Traffic") -> "Traffic":

@@ -83,7 +83,8 @@ def test_traffic_of_hc_pre_by_hand():
     traffic = named("hc_pre T=1 dim 4096")
     assert traffic.read == 1.5 * MIB + 4 * (3 + 24) + 4 * 4096 * 2
     assert traffic.written == 4096 * 2 + 20 * 4
-    assert traffic.fp32_flops == 2 * 4 * 4096 * (24 + 2)
+    assert traffic.bf16_flops == 3 * 2 * 4 * 4096 * 24
+    assert traffic.fp32_flops == 2 * 4 * 4096 * 2
 
 
 def test_traffic_of_csa_decode_by_hand():
