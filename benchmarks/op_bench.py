@@ -84,14 +84,15 @@ def select(arguments: argparse.Namespace) -> "list[Case]":
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:
+    from benchmarks.shapes import FLASH
     from model.errors import UserError
 
     try:
         tokens = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         tokens = ()
-    if not tokens or min(tokens) < 1:
-        raise UserError(f"--tokens wants positive numbers, comma separated, got {text!r}")
+    if not tokens or not 1 <= min(tokens) <= max(tokens) <= FLASH.context:
+        raise UserError(f"--tokens wants numbers from 1 to {FLASH.context}, comma separated, got {text!r}")
     return tokens
 
 

@@ -58,8 +58,9 @@ def test_without_a_filter_only_operators_with_a_kernel_are_timed():
     [
         (("--filter", "("), r"--filter '\(' is not a regular expression"),
         (("--filter", "no such op"), "--filter 'no such op' matches no case; `dsv4 bench --list` shows them"),
-        (("--tokens", "1,x"), "--tokens wants positive numbers, comma separated, got '1,x'"),
-        (("--tokens", "0"), "--tokens wants positive numbers"),
+        (("--tokens", "1,x"), "--tokens wants numbers from 1 to 32768, comma separated, got '1,x'"),
+        (("--tokens", "0"), "--tokens wants numbers from 1 to 32768"),
+        (("--tokens", "1,40000"), "--tokens wants numbers from 1 to 32768"),
         (("--output", "/no/such/folder/x.json"), "/no/such/folder is not a directory; make it first"),
         (("--output", "/tmp"), "/tmp is a directory; --output names the file to write"),
     ],
