@@ -25,15 +25,27 @@ __device__ __forceinline__ float sum_lanes(float value) {
 // Bits of |value|, ordered as unsigned integers: NaN above infinity above every number.
 __device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7FFFFFFFu; }
 
+// Largest magnitude of neighbouring values, as such bits.
+template <int kCount>
+__device__ __forceinline__ uint32_t max_magnitude_bits(const float (&values)[kCount]) {
+  uint32_t bits = magnitude_bits(values[0]);
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) bits = max(bits, magnitude_bits(values[i]));
+  return bits;
+}
+
 // Largest of `bits` over groups of kLanes neighbouring lanes.
 template <int kLanes = kWarp>
 __device__ __forceinline__ uint32_t max_lanes(uint32_t bits) {
-  if constexpr (kLanes == kWarp) return __reduce_max_sync(kAllLanes, bits);
+  if constexpr (kLanes == kWarp) {
+    return __reduce_max_sync(kAllLanes, bits);
+  } else {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
+    }
+    return bits;
   }
-  return bits;
 }
 
 // Sum over a CTA of kWarps whole warps; every thread gets the result. `scratch` holds kWarps floats and may be used again
@@ -68,19 +80,14 @@ __device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
 // after the next barrier.
 template <int kMaxWarps>
 __device__ __forceinline__ float sum_warps(float value, float* scratch) {
-  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "read four at a time");
+  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "a lane adds four");
   value = sum_lanes(value);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   if (lane == 0) scratch[warp] = value;
   if (warp == 0 && lane >= warps && lane < kMaxWarps) scratch[lane] = 0.0f;
   __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kMaxWarps / 4; ++i) {
-    const float4 four = reinterpret_cast<const float4*>(scratch)[i];
-    total += (four.x + four.y) + (four.z + four.w);
-  }
-  return total;
+  const float4 four = reinterpret_cast<const float4*>(scratch)[lane % (kMaxWarps / 4)];
+  return sum_lanes<kMaxWarps / 4>((four.x + four.y) + (four.z + four.w));
 }
 
 // Largest of `bits` over such a CTA; `scratch` holds a word for each warp.
