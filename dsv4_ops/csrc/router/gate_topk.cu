@@ -62,26 +62,38 @@ __device__ __forceinline__ float load_logit(const float* part, int parts, int ex
   return sum_parts(part, half, experts) + sum_parts(rest, parts - half, experts);
 }
 
+// Largest of the keys, in few dependent steps.
+template <int kCount>
+__device__ __forceinline__ uint32_t largest_of(const uint32_t (&keys)[kCount]) {
+  if constexpr (kCount == 1) {
+    return keys[0];
+  } else {
+    constexpr int kHalf = (kCount + 1) / 2;
+    uint32_t half[kHalf];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) half[i] = i + kHalf < kCount ? max(keys[i], keys[i + kHalf]) : keys[i];
+    return largest_of(half);
+  }
+}
+
 // Chooses k times; lane j returns the j-th choice. keys: those of this lane's experts, which are used up.
 template <int kPerLane>
 __device__ __forceinline__ int choose(uint32_t (&keys)[kPerLane], int lane, int k) {
   int chosen = 0;
   for (int slot = 0; slot < k; ++slot) {
-    uint32_t largest = keys[0];
-#pragma unroll
-    for (int i = 1; i < kPerLane; ++i) largest = max(largest, keys[i]);
+    const uint32_t largest = largest_of(keys);
     const uint32_t best = max_lanes(largest);
+    int place = kPerLane - 1;  // the first place of this lane's largest key: found while the maximum is on its way
+#pragma unroll
+    for (int i = kPerLane - 2; i >= 0; --i) {
+      if (keys[i] == largest) place = i;
+    }
     const int winner = __ffs(__ballot_sync(kAllLanes, largest == best)) - 1;
-    bool searching = lane == winner;
-    int id = lane * kPerLane;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const bool found = searching && keys[i] == best;
-      if (found) id += i;
-      if (found) keys[i] = 0;
-      searching = searching && !found;
+      if (lane == winner && i == place) keys[i] = 0;
     }
-    id = __shfl_sync(kAllLanes, id, winner);
+    const int id = __shfl_sync(kAllLanes, lane * kPerLane + place, winner);
     if (lane == slot) chosen = id;
   }
   return chosen;
