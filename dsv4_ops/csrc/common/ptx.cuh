@@ -13,6 +13,11 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 // griddepcontrol.wait: the kernels before this one have finished and their writes can be seen.
 __device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// prefetch.global.L2: the line at `address` comes to L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // ld.global.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs. Not .nc: ptxas
 // takes what such a load reads for constant and may move it above griddepcontrol.wait.
 __device__ __forceinline__ uint4 load_once(const void* address) {
