@@ -15,7 +15,7 @@ namespace dsv4 {
 struct NotQuantised {
   static constexpr bool kQuantises = false;
   static constexpr bool kNeedsAmax = false;
-  __device__ void begin(int64_t, int) {}
+  __device__ void begin(int64_t, unsigned) {}
 };
 
 // q [rows, width] E4M3, scale [rows, width / kGroup] UE8M0.
@@ -26,13 +26,13 @@ struct Fp8Row {
   uint8_t* q;
   uint8_t* scale;
 
-  __device__ __forceinline__ void begin(int64_t row, int width) {
+  __device__ __forceinline__ void begin(int64_t row, unsigned width) {
     q += row * width;
     scale += row * (width / kGroup);
   }
 
   template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount], bool inside) const {
+  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], bool inside) const {
     uint8_t codes[kCount];
     const uint32_t byte = quantise_fp8<kGroup>(values, codes);
     if (!inside) return;
@@ -48,13 +48,13 @@ struct Mxfp4Row {
   uint8_t* q;
   uint8_t* scale;
 
-  __device__ __forceinline__ void begin(int64_t row, int width) {
+  __device__ __forceinline__ void begin(int64_t row, unsigned width) {
     q += row * (width / 2);
     scale += row * (width / 32);
   }
 
   template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount], bool inside) const {
+  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], bool inside) const {
     uint8_t packed[kCount / 2];
     const uint32_t byte = quantise_mxfp4(values, packed);
     if (!inside) return;
@@ -72,7 +72,7 @@ struct Nvfp4Row {
   float* global_scale;
   float of_row;  // set by scale_by
 
-  __device__ __forceinline__ void begin(int64_t row, int width) {
+  __device__ __forceinline__ void begin(int64_t row, unsigned width) {
     q += row * (width / 2);
     scale += row * (width / 16);
     global_scale += row;
@@ -84,7 +84,7 @@ struct Nvfp4Row {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount], bool inside) const {
+  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], bool inside) const {
     uint8_t packed[kCount / 2];
     const uint32_t code = quantise_nvfp4(values, of_row, packed);
     if (!inside) return;

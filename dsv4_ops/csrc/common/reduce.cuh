@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace dsv4 {
 
 constexpr int kWarp = 32;
@@ -28,10 +30,10 @@ __device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float
 // Largest magnitude of neighbouring values, as such bits.
 template <int kCount>
 __device__ __forceinline__ uint32_t max_magnitude_bits(const float (&values)[kCount]) {
-  uint32_t bits = magnitude_bits(values[0]);
+  float largest = fabsf(values[0]);
 #pragma unroll
-  for (int i = 1; i < kCount; ++i) bits = max(bits, magnitude_bits(values[i]));
-  return bits;
+  for (int i = 1; i < kCount; ++i) largest = ptx::max_nan(largest, fabsf(values[i]));
+  return magnitude_bits(largest);
 }
 
 // Largest of `bits` over groups of kLanes neighbouring lanes.
@@ -75,19 +77,29 @@ __device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
   return largest;
 }
 
-// Sum over a CTA of blockDim.x / 32 whole warps, at most kMaxWarps, for kernels that choose their threads by the width of
-// a row; every thread gets the result. `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again
-// after the next barrier.
-template <int kMaxWarps>
-__device__ __forceinline__ float sum_warps(float value, float* scratch) {
+// Sum over a CTA of blockDim.x / 32 whole warps, for kernels that choose their threads by the width of a row; every thread
+// gets the result. A thread has kParts values and adds them like as many threads, blockDim.x apart, with one each, so that
+// fewer threads may do the work of many: the same values give the same bits. Threads times parts are at most 32 kMaxWarps.
+// `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again after the next barrier.
+template <int kMaxWarps, int kParts>
+__device__ __forceinline__ float sum_warps(const float (&values)[kParts], float* scratch) {
   static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "a lane adds four");
-  value = sum_lanes(value);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  if (lane == 0) scratch[warp] = value;
-  if (warp == 0 && lane >= warps && lane < kMaxWarps) scratch[lane] = 0.0f;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const float sum = sum_lanes(values[part]);
+    if (lane == 0) scratch[part * warps + warp] = sum;
+  }
+  if (warp == 0 && lane >= kParts * warps && lane < kMaxWarps) scratch[lane] = 0.0f;
   __syncthreads();
   const float4 four = reinterpret_cast<const float4*>(scratch)[lane % (kMaxWarps / 4)];
   return sum_lanes<kMaxWarps / 4>((four.x + four.y) + (four.z + four.w));
+}
+
+template <int kMaxWarps>
+__device__ __forceinline__ float sum_warps(float value, float* scratch) {
+  const float values[1] = {value};
+  return sum_warps<kMaxWarps>(values, scratch);
 }
 
 // Largest of `bits` over such a CTA; `scratch` holds a word for each warp.

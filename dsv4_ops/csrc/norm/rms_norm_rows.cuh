@@ -30,54 +30,62 @@ namespace dsv4 {
 constexpr int kNormCount = 8;      // elements of a vector
 constexpr int kNormMaxWarps = 16;  // of a CTA
 constexpr int kNormFewRows = 32;   // rows that several CTAs share
+constexpr int kNormManyRows = 264; // rows from which on a CTA has half the threads: two CTAs for each SM
 
 // Threads of a CTA: 448 threads of 2 vectors hold a row of 7168, 512 of 4 one of 16384.
 constexpr int norm_max_threads(int vectors) { return vectors == 2 ? 448 : kNormMaxWarps * kWarp; }
 
-// CTAs that must fit on an SM: with bf16 three of 448 threads, so that some load while others compute.
-template <int kVectors, typename T, typename W>
-constexpr int kNormMinCtas = kVectors == 2 && sizeof(T) + sizeof(W) == 4 ? 3 : 1;
+// CTAs that must fit on an SM: with bf16 four of 224 threads, so that some load while others compute.
+template <int kParts, typename T, typename W>
+constexpr int kNormMinCtas = kParts == 2 && sizeof(T) + sizeof(W) == 4 ? 4 : 1;
 
-template <int kVectors, typename T, typename W, typename Output>
-__global__ void __launch_bounds__(norm_max_threads(kVectors), kNormMinCtas<kVectors, T, W>)
+template <int kVectors, int kParts, typename T, typename W, typename Output>
+__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinCtas<kParts, T, W>)
     rms_norm_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
   constexpr int kCount = kNormCount;
+  constexpr int kAll = kVectors * kParts;  // vectors of a thread: vector i of part p is number i * kParts + p
   __shared__ alignas(16) float sums[kNormMaxWarps];
   __shared__ uint32_t largest[kNormMaxWarps];
   ptx::launch_dependents();
-  const int width = static_cast<int>(rows.width);
+  const auto width = static_cast<unsigned>(rows.width);
   const int64_t row = blockIdx.x;
+  x += row * rows.stride;
+  y += row * width;
   // Threads past the end of the row work on its last vector and neither add it nor write it.
-  const auto column_of = [](int i) { return static_cast<int>(threadIdx.x + i * blockDim.x) * kCount; };
+  const auto column_of = [](int i) { return (threadIdx.x + i * blockDim.x) * kCount; };
   const auto source_of = [&](int i) { return min(column_of(i), width - kCount); };
 
-  Packed<W, kCount> weights[kVectors];
+  Packed<W, kCount> weights[kAll];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) weights[i].load(weight + source_of(i));
+  for (int i = 0; i < kAll; ++i) weights[i].load(weight + source_of(i));
   ptx::wait_for_predecessors();
 
   // 1. the row
-  Packed<T, kCount> row_part[kVectors];
+  Packed<T, kCount> row_part[kAll];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) row_part[i].load_once(x + row * rows.stride + source_of(i));
+  for (int i = 0; i < kAll; ++i) row_part[i].load_once(x + source_of(i));
 
   // 2. y in its place
-  float values[kVectors][kCount];
-  float sum = 0.0f;
+  float squares[kParts] = {};
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    row_part[i].to_floats(values[i]);
-    sum += column_of(i) < width ? sum_of_squares(values[i]) : 0.0f;
+  for (int i = 0; i < kAll; ++i) {
+    float values[kCount];
+    row_part[i].to_floats(values);
+    squares[i % kParts] += column_of(i) < width ? sum_of_squares(values) : 0.0f;
   }
-  const float scale = inverse_rms(sum_warps<kNormMaxWarps>(sum, sums), width, eps);
+  const float scale = inverse_rms(sum_warps<kNormMaxWarps>(squares, sums), width, eps);
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float factors[kCount];
+  for (int i = 0; i < kAll; ++i) {
+    float values[kCount], factors[kCount];
+    row_part[i].to_floats(values);
     weights[i].to_floats(factors);
-    rms_norm<T>(values[i], factors, scale);
-    row_part[i].round(values[i]);
-    bits = max(bits, max_magnitude_bits(values[i]));
+    scale_by_rms(values, factors, scale);
+    row_part[i].round(values);
+    if constexpr (Output::kNeedsAmax) {
+      row_part[i].to_floats(values);
+      bits = max(bits, max_magnitude_bits(values));
+    }
   }
 
   // 3. the scale of the row
@@ -89,12 +97,13 @@ __global__ void __launch_bounds__(norm_max_threads(kVectors), kNormMinCtas<kVect
   // 4. this CTA's share of y and its codes
   if ((threadIdx.x / kWarp & (gridDim.y - 1)) != blockIdx.y) return;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
+  for (int i = 0; i < kAll; ++i) {
     const bool inside = column_of(i) < width;
-    if (inside) row_part[i].store(y + row * width + column_of(i));
+    if (inside) row_part[i].store(y + column_of(i));
     if constexpr (Output::kQuantises) {
-      row_part[i].to_floats(values[i]);
-      output.store(column_of(i), values[i], inside);
+      float values[kCount];
+      row_part[i].to_floats(values);
+      output.store(column_of(i), values, inside);
     }
   }
 }
@@ -128,7 +137,8 @@ __global__ void __launch_bounds__(kNormMaxWarps * kWarp)
   for_each_vector([&](int column) {
     load_some(x + column, width - column, values);
     load_some(weight + column, width - column, weights);
-    rms_norm<T>(values, weights, scale);
+    scale_by_rms(values, weights, scale);
+    round_all_to<T>(values);
     if (column < width) bits = max(bits, max_magnitude_bits(values));
     store_some(y + column, width - column, values);
   });
@@ -159,8 +169,12 @@ cudaError_t launch_rms_norm_as(const T* x, Rows rows, const W* weight, float eps
   const unsigned ctas = !shared || warps < 8 ? 1 : warps < 12 ? 2 : 4;  // of a row, a power of two
   const Launch at{dim3(static_cast<unsigned>(rows.count), ctas), dim3(warps * kWarp), stream};
   if (!in_registers) return launch_kernel(rms_norm_any_kernel<T, W, Output>, at, x, rows, weight, eps, y, output);
-  return each == 2 ? launch_kernel(rms_norm_kernel<2, T, W, Output>, at, x, rows, weight, eps, y, output)
-                   : launch_kernel(rms_norm_kernel<4, T, W, Output>, at, x, rows, weight, eps, y, output);
+  if (each == 4) return launch_kernel(rms_norm_kernel<4, 1, T, W, Output>, at, x, rows, weight, eps, y, output);
+  if (rows.count < kNormManyRows || warps % 2 != 0) {
+    return launch_kernel(rms_norm_kernel<2, 1, T, W, Output>, at, x, rows, weight, eps, y, output);
+  }
+  const Launch halved{at.grid, dim3(warps / 2 * kWarp), stream};
+  return launch_kernel(rms_norm_kernel<2, 2, T, W, Output>, halved, x, rows, weight, eps, y, output);
 }
 
 template <typename Output>
