@@ -102,6 +102,16 @@ __device__ __forceinline__ void stage_ape(const Compressor& c, int dim, int colu
   }
 }
 
+// A larger ape comes to L2, a share of it by each CTA.
+__device__ __forceinline__ void prefetch_ape(const Compressor& c, int width) {
+  constexpr int kLine = 128 / sizeof(float);
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int64_t ctas = gridDim.x * gridDim.y, cta = blockIdx.y * gridDim.x + blockIdx.x;
+  for (int64_t at = (cta * threads + thread) * kLine; at < c.ratio * width; at += ctas * threads * kLine) {
+    ptx::prefetch_l2(c.ape + at);
+  }
+}
+
 // The sums of all row lanes -> lane 0. Every thread has read its rows when one leaves.
 __device__ __forceinline__ void combine_lanes(Softmax& softmax, float4* shared) {
   softmax.store(shared + threadIdx.y * blockDim.x + threadIdx.x, kLaneThreads);
@@ -149,15 +159,17 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   const int sequence = blockIdx.y, column = threadIdx.x * kQuad;
   const int lane = kHalves == 1 ? threadIdx.y : 0, lanes = kHalves == 1 ? blockDim.y : 1;
   const int dim = kDim ? kDim : c.dim;
-  const bool inside = kDim % (kQuad * kWarp) == 0 && kDim > 0 || column < dim;
+  const bool inside = (kDim > 0 && kDim % (kQuad * kWarp) == 0) || column < dim;
 
   // 1. Parameters of the model.
   const float* ape = c.ape;
   float weights[kQuad] = {};
   if (inside) load_weights(c, column, weights);
-  if constexpr (kHalves == 2) {
-    if (stage) ape = &staged[0].x;
-    if (stage && inside) stage_ape(c, dim, column, &staged[0].x);
+  if (kHalves == 2 && stage) {
+    ape = &staged[0].x;
+    if (inside) stage_ape(c, dim, column, &staged[0].x);
+  } else {
+    prefetch_ape(c, kHalves * dim);
   }
   const Channels channels = find_channels<kHalves>(c, dim, ape, sequence, column);
   ptx::wait_for_predecessors();
