@@ -2,22 +2,27 @@
 //
 //   entry = quantise([hadamard(]rope(rms_norm(sum over a group's rows of softmax_rows(score + ape) * kv))[)])
 //
-// compress_append_kernel. One CTA owns a sequence (up to 8 tokens) or some groups of one. Its threads stand four channels
-// apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows) threadIdx.y
-// counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a thread in flight;
-// norm, rope, Hadamard and quantiser work on registers. A step that completes no group only copies its token, which
-// arrives while the position does.
+// compress_append_kernel. One CTA owns a sequence (up to 8 tokens) or some groups of one. Its threads stand four
+// channels apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows),
+// threadIdx.y counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a
+// thread in flight; norm, rope, Hadamard and quantiser work on registers. A step that completes no group only copies
+// its token, which arrives while the position does.
 //
-// Old rows of the state are read before new ones overwrite them. In a CTA every channel has one thread that reads and
-// then writes all its rows (kHalves = 2), or the barrier of the row lanes lies in between. More than 8 tokens have several
-// CTAs and a second launch, keep_rows_kernel, in which a CTA owns a slot of a sequence's state.
+// Old rows of the state are read before new ones overwrite them. In a CTA, every channel has one thread that reads all
+// its rows and then writes (kHalves = 2), or the barrier of the row lanes lies in between (kHalves = 1). A chunk of
+// more than 8 tokens has several CTAs and a second launch, keep_rows_kernel: a CTA owns a slot of a sequence's state.
 //
-// Shared memory: 1 KB for the sums of warps and
-//   kHalves = 1   24 KB: three floats a channel of every row lane
-//   kHalves = 2   ape if it has at most 32 KB (16 KB for D = 512), loaded before the wait, each thread its own channels
+// The sum of a channel has one order, whatever the chunk: rows lane, lane + lanes, ..., eight at a time, then the
+// lanes.
 //
-// Floor: two dependent reads for a decode step without an entry; an entry of D = 512 reads 28 KB (CSA) or 508 KB (HCA) at
-// the 64 bytes a clock of one SM. A chunk reads 16 * D (CSA) or 8 * D bytes (HCA) a token at the speed of memory.
+// Shared memory:
+//   sums       kHalves = 1: 1 KB, kHalves = 2: 64 bytes: sums of squares of the warps, for two groups in turn
+//   lane_sums  kHalves = 1: 24 KB: three floats a channel of every row lane
+//   staged     kHalves = 2: ape if it has at most 32 KB (16 KB for D = 512), from before the wait; a larger one goes
+//              to L2
+//
+// Floor: two dependent reads for a decode step without an entry. An entry of D = 512 reads 28 KB (CSA) or 508 KB (HCA)
+// at the 64 bytes a clock of one SM. A chunk reads 16 * D (CSA) or 8 * D bytes (HCA) a token at the speed of memory.
 #include <algorithm>
 #include <type_traits>
 
@@ -35,10 +40,10 @@ constexpr int kThreads = kCompressorMaxDim / kQuad;  // of a row lane at most
 constexpr int kLaneThreads = 512;                    // of a CTA with row lanes
 constexpr int kMaxWarps = kThreads / kWarp;          // of a row lane
 constexpr int kMaxLanes = kLaneThreads / kWarp;
-constexpr int kDecodeTokens = 8;                     // of a sequence, up to which one CTA does everything
+constexpr int kDecodeTokens = 8;  // of a sequence, up to which one CTA does everything
 constexpr int kKeepThreads = 128;
-constexpr int kApeBytes = 32 * 1024;                 // largest ape that is held in shared memory
-constexpr int kSms = 132;                            // of an H200: the grid of a chunk fills them about once
+constexpr int kApeBytes = 32 * 1024;  // largest ape that is held in shared memory
+constexpr int kSms = 132;             // of an H200: the grid of a chunk fills them about once
 
 // kv and score of one token: the thread's channels of both halves.
 template <int kHalves>
@@ -132,8 +137,8 @@ __device__ __forceinline__ void write_index(const Entry& entry, int column, floa
 }
 
 template <EntryForm kForm>
-__device__ __forceinline__ void write_entry(const Entry& entry, int dim, int rope_dim, int column, float (&values)[kQuad],
-                                            bool inside) {
+__device__ __forceinline__ void write_entry(const Entry& entry, int dim, int rope_dim, int column,
+                                            float (&values)[kQuad], bool inside) {
   if constexpr (kForm == EntryForm::kPlain) {
     write_plain(entry, dim, column, values, inside);
   } else if constexpr (kForm == EntryForm::kKv) {
