@@ -9,14 +9,14 @@
 // 1)) in registers, so that the lowest lane with the largest key holds the lowest id; in the end lane j holds slot j.
 // Where every slot of a row is fixed (a layer with a hash table) there are no rounds.
 //
-// Order as in torch: NaN above everything, a tie (also of NaNs) to the lowest id. A score is never -0, nor is its sum
-// with a bias, so equal values have equal keys. A fixed id >= E, which the reference refuses, is passed on and gets
-// the score NaN; nothing is read for it.
+// Order as in torch: NaN above everything, a tie (also of NaNs) to the lowest id. A fixed id >= E, which the reference
+// refuses, is passed on and gets the score NaN; nothing is read for it.
 //
 // Shared memory of a row: 32 * kPerLane keys and as many scores, 8 bytes an expert.
 // Floor: 4 bytes an expert and part are read. What bounds it is, for one row, the latency of k dependent rounds, and
 // for thousands the instructions of exp, log1p, square root and rounds: about 80 for each expert of a lane.
 #include "common/launch.cuh"
+#include "common/ordered.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "router/router.h"
@@ -25,13 +25,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int kPartBatch = 8;  // parts of one half that are loaded before they are added
-
-// Unsigned integer in the order of the values; NaN is the largest. 0 is below every value.
-__device__ __forceinline__ uint32_t ordered(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  if (value != value) return 0xFFFFFFFFu;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 __device__ __forceinline__ float score_of(float logit) {
   return __fsqrt_rn(logit > 20.0f ? logit : log1pf(expf(logit)));  // threshold of torch's softplus
