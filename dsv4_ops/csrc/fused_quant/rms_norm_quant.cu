@@ -28,11 +28,11 @@ template <int kVectors, int kParts, typename T, typename W, typename Output>
 __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_ctas<kParts, T, W>(kManyCtas<Output>))
     rms_norm_quant_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   NormRow<kVectors, kParts, T, W> row;
   row.width = static_cast<unsigned>(rows.width);
   row.load_weights(weight);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   row.load(x + blockIdx.x * rows.stride);
   row.normalise(eps, sums);
 
@@ -61,8 +61,8 @@ template <typename T, typename W, typename Output>
 __global__ void __launch_bounds__(kNormMaxWarps * kWarp)
     rms_norm_quant_any_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   y += blockIdx.x * rows.width;
   const uint32_t bits = norm_any_row(x + blockIdx.x * rows.stride, weight, width, eps, y, sums);

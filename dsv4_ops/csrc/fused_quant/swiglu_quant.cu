@@ -19,8 +19,8 @@ constexpr int kMaxThreads = Output::kNeedsAmax ? 512 : 256;
 template <int kVectors, typename GateUp, typename T, typename Output>
 __global__ void __launch_bounds__(kMaxThreads<Output>)
     swiglu_quant_kernel(const T* gate_up, Rows rows, const float* route_weight, float limit, Output output) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   const unsigned step = blockDim.x * kVectors * kGatedCount;  // columns of a tile
   GatedTile<kVectors, GateUp> tile;

@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kCtaWarps* kWarp)
   constexpr int kSlots = kPerLane * kWarp, kPerThread = (kSlots + kRowThreads - 1) / kRowThreads;
   __shared__ alignas(16) uint32_t all_keys[kCtaRows][kSlots];
   __shared__ float all_scores[kCtaRows][kSlots];
-  ptx::launch_dependents();
   const int row_in_cta = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
   uint32_t* const keys = all_keys[row_in_cta];
   float* const scores = all_scores[row_in_cta];
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(kCtaWarps* kWarp)
     bias[i] = expert < experts ? choice.bias[expert] : 0.0f;
   }
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCtaRows + row_in_cta;
   if (row >= rows) return;
   const int fixed = thread < choice.k ? choice.fixed_ids[row * choice.fixed_stride + thread] : 0;

@@ -79,8 +79,8 @@ class Chunk {
 
 __global__ void __launch_bounds__(kThreads) sample_max_kernel(SampleBatch batch) {
   __shared__ uint64_t scratch[kWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   Chunk chunk(batch, true);
   const RowWorkspace workspace = workspace_of(batch, blockIdx.x);
   const Row row = load_row(batch, blockIdx.x);
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kThreads) sample_count_kernel(SampleBatch batc
   __shared__ uint64_t scratch[kWarps];
   __shared__ Candidate candidates[kWarps];
   __shared__ uint32_t counts[kBuckets], missing[kBuckets];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   Chunk chunk(batch, is_single(batch));
   const RowWorkspace workspace = workspace_of(batch, blockIdx.x);
   const Row row = load_row(batch, blockIdx.x);
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, 4) sample_draw_kernel(SampleBatch ba
   __shared__ uint64_t scratch[kWarps];
   __shared__ Candidate candidates[2][kWarps];
   __shared__ Histogram<kThreads>::Shared histogram_memory;
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   Chunk chunk(batch, is_single(batch));
   const RowWorkspace workspace = workspace_of(batch, blockIdx.x);
   const Row row = load_row(batch, blockIdx.x);

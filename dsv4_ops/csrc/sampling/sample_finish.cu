@@ -141,8 +141,8 @@ __device__ uint32_t decide(const SampleBatch& batch, const RowWorkspace& workspa
 
 __global__ void __launch_bounds__(kFinishThreads, 1) sample_finish_kernel(SampleBatch batch, int64_t* token) {
   __shared__ Shared shared;
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t place = blockIdx.x;
   const RowWorkspace workspace = workspace_of(batch, place);
   const Row row = load_row(batch, place);
