@@ -14,8 +14,8 @@
 //
 // Other n, rows that are not whole vectors, and rows wider than 8192 (fp32: 4096) are read again in every phase instead of kept.
 //
-// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][values] fp32, 512 bytes for a row of 4096; static: two
-// words a warp.
+// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][outputs + 4] fp32, then the logits of comb [tokens]
+// [n][n]: 960 bytes for one token of 4096 columns and n = 4, 15 KiB for 16. Static: 256 bytes, two words a warp.
 //
 // Budget of one token at decode sizes, in cycles: partial sums from L2 (one access, 8 in flight a thread) and their adds,
 // barrier, adds of the groups, mean, root and sigmoid: a load and about 300. Then the row: 240 instructions a warp, of 16
