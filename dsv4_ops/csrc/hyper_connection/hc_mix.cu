@@ -1,26 +1,29 @@
-// hc_mix, first launch of every op that computes `pre`: products of the streams with fn, and their sums of squares, over
-// the columns of one split; with hc_post in front of it where the streams are made here.
+// hc_mix, first launch of every op that computes `pre`: products of the streams with fn, and their sums of squares,
+// over the columns of one split; with hc_post in front of it where the streams are made here.
 //
-// Products of fp32 run on tensor cores without loss. fn is cut into three bf16 parts whose sum it is (8 + 8 + 8 bits of
-// mantissa), bf16 streams are one part as they are, fp32 streams are three. A product of parts is exact, and those whose
-// exponents differ alike share an fp32 accumulator; the smallest are added first (products below 2^-28 are left out).
+// Products of fp32 run on tensor cores without loss. fn is cut into three bf16 parts whose sum it is (8 + 8 + 8 bits
+// of mantissa), bf16 streams are one part as they are, fp32 streams are three. A product of parts is exact, and those
+// whose exponents differ alike share an fp32 accumulator; the smallest are added first (products below 2^-28 are left
+// out).
 //
-// One CTA owns kSplitColumns = 64 columns of every stream for 24 outputs (all, for n = 4), 8 warps: warp u has 32 columns
-// of one stream and its part of fn in registers (3 parts x 24 rows x 32 columns, 36 registers a lane, loaded before the
-// wait). It goes through tiles of 16 tokens, which cp.async brings to shared memory a few tiles ahead. The order of k in a
-// product is free, so a lane's 8 neighbouring columns, one access of 16 bytes, are its share of two m16n8k16 fragments.
-// With hc_post inside, the warp first makes its stream's columns from f and all old streams, stores them rounded, and
-// multiplies what it stored. Numbers of streams other than 4, and rows that are not whole vectors, take
-// hc_mix_any_kernel, which reads both operands from memory for every tile.
+// One CTA owns kSplitColumns = 64 columns of every stream for 24 outputs (all, for n = 4), 8 warps: warp u has 32
+// columns of one stream and its part of fn in registers (3 parts x 24 rows x 32 columns, 36 registers a lane, loaded
+// before the wait). It goes through tiles of 16 tokens, which cp.async brings to shared memory a few tiles ahead. The
+// order of k in a product is free, so a lane's 8 neighbouring columns, one access of 16 bytes, are its share of two
+// m16n8k16 fragments. With hc_post inside, the warp first makes its stream's columns from f and all old streams,
+// stores them rounded, and multiplies what it stored. Numbers of streams other than 4, and rows that are not whole
+// vectors, take hc_mix_any_kernel, which reads both operands from memory for every tile.
 //
 // Shared memory, 42 KiB: sums of 8 warps x 16 tokens x (24 products + 4 squares), twice, so that one barrier a tile is
 // enough, and sums of groups for 128 tokens. Dynamic, 45 KiB: 4 tiles in bf16 or 2 in fp32 (streams, f, post and comb).
 //
-// From kManyTokens tokens on, a CTA adds up the 8 splits of a group itself, which divides the partial sums in memory by 8.
-// Which CTA does what never changes the order of a sum: 32 columns in a warp, the 8 warps, the splits of a group.
+// From kManyTokens tokens on, a CTA adds up the 8 splits of a group itself, which divides the partial sums in memory
+// by 8. Which CTA does what never changes the order of a sum: 32 columns in a warp, the 8 warps, the splits of a
+// group.
 //
-// Floor: fn (4 n d outputs bytes, before the wait) and x; with hc_post also f, and the new streams written. At decode sizes
-// latency: a tile from L2, 2 dependent mma, two passes through shared memory, the store. For many tokens the bytes of x.
+// Floor: fn (4 n d outputs bytes, before the wait) and x; with hc_post also f, and the new streams written. At decode
+// sizes latency: a tile from L2, 2 dependent mma, two passes through shared memory, the store. For many tokens the
+// bytes of x.
 #include <cuda_pipeline_primitives.h>
 
 #include "common/launch.cuh"
@@ -162,8 +165,8 @@ __device__ __forceinline__ TokenPair<T> load_streams(const Arguments& at, const 
 
 // ---- tiles in shared memory, for 4 streams ----
 
-// 16 tokens. A row is 64 columns in units of 16 bytes; every other token has them in another order, so that 8 lanes that
-// read two rows together meet all banks.
+// 16 tokens. A row is 64 columns in units of 16 bytes; every other token has them in another order, so that 8 lanes
+// that read two rows together meet all banks.
 template <typename T>
 struct Tile {
   static constexpr int kUnit = 16 / sizeof(T);  // columns
@@ -301,16 +304,18 @@ __device__ __forceinline__ void store_sums(const Sums& sums, Shared& shared, int
   }
 }
 
-// Add the sums of the warps, in order, to those of the group's earlier splits, and store the chunk's with its last split.
+// Add the sums of the warps, in order, to those of the group's earlier splits, and store the chunk's with its last
+// split.
 __device__ __forceinline__ void add_warps(const Arguments& at, Shared& shared, int buffer, int tile, int64_t first,
                                           bool starts_chunk, bool ends_chunk) {
   const int places = at.outputs + kSquareSums;
 #pragma unroll
   for (int i = threadIdx.x; i < kTokens * kValues; i += kThreads) {
     const int token = i / kValues, value = i % kValues;
-    const float* const sums =
-        value < kOutputs ? &shared.products[buffer][0][token][value] : &shared.squares[buffer][0][token][value - kOutputs];
-    const int distance = value < kOutputs ? kTokens * kOutputs : kTokens * kSquareSums;
+    const bool square = value >= kOutputs;
+    const float* const sums = square ? &shared.squares[buffer][0][token][value - kOutputs]
+                                     : &shared.products[buffer][0][token][value];
+    const int distance = square ? kTokens * kSquareSums : kTokens * kOutputs;  // from warp to warp
     float total = sums[0];
 #pragma unroll
     for (int warp = 1; warp < kWarps; ++warp) total += sums[warp * distance];
@@ -320,7 +325,6 @@ __device__ __forceinline__ void add_warps(const Arguments& at, Shared& shared, i
       continue;
     }
     const int output = blockIdx.z * kOutputs + value;
-    const bool square = value >= kOutputs;
     if (first + token >= at.tokens || (square ? blockIdx.z != 0 : output >= at.outputs)) continue;
     const int place = square ? at.streams + value - kOutputs : output < at.streams ? output : output + kSquareSums;
     at.partial[((first + token) * at.chunks + blockIdx.x) * places + place] = total;
