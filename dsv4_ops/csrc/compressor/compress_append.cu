@@ -78,6 +78,11 @@ struct Token {
   }
 };
 
+// Place of a position in its group.
+__device__ __forceinline__ int place_of(int position, Divisor by_ratio, int ratio) {
+  return position - by_ratio.divide(position) * ratio;
+}
+
 template <int kHalves>
 __device__ __forceinline__ Channels find_channels(const Compressor& c, int dim, const float* ape, int sequence,
                                                   int column) {
@@ -144,9 +149,8 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   const Channels channels = find_channels<kHalves>(c, dim, ape, sequence, column);
   Token<kHalves> token;
   const bool keeps = keep && inside && lane < c.rope.tokens;
-  const auto place_of = [&](int position) { return position - by_ratio.divide(position) * c.ratio; };
   const int guess = guess_position(c.rope, c.rope.positions + sequence * c.rope.stride);
-  if (keeps) token.load_bias(channels, place_of(guess + lane));
+  if (keeps) token.load_bias(channels, place_of(guess + lane, by_ratio, c.ratio));
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   if (!keeps) return;
   for (int row = lane; row < chunk.rows; row += lanes) {
     if (row + kHalves * c.ratio < chunk.rows) continue;
-    const int position = chunk.start + row, group = by_ratio.divide(position), place = place_of(position);
+    const int position = chunk.start + row, group = by_ratio.divide(position), place = place_of(position, by_ratio, c.ratio);
     if (row != lane || groups > 0) token.load(c, channels, row);
     if (row != lane || groups > 0 || chunk.start != guess) token.load_bias(channels, place);
     token.store(channels, group % kHalves * c.ratio + place);
