@@ -35,7 +35,8 @@ struct Launch {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& at, Arguments... arguments) {
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return cudaSuccess;
-  if (at.shared_bytes > 48 * 1024) {
+  // Without this a kernel gets 48 KiB, its static shared memory included.
+  if (at.shared_bytes > 0) {
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t status = cudaFuncSetAttribute(kernel, limit, static_cast<int>(at.shared_bytes));
     if (status != cudaSuccess) return status;
