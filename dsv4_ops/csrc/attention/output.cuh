@@ -65,7 +65,7 @@ __device__ __forceinline__ void stage_slab(const float (&output)[kHeads / 2], ui
   }
 }
 
-// Staging rows, dimensions permuted, to rows of `o`, which start at dimension `first_dim`. A warpgroup, after its barrier.
+// Staging rows, dimensions permuted, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
 template <int kHeads, int kWidth>
 __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16* o, int heads, int first_dim) {
   constexpr int kPieces = kWidth / 16;  // of 16 dimensions: two chunks

@@ -344,8 +344,7 @@ __global__ void __launch_bounds__(kWarpgroup)
   stage_slab<kHeads, kSlab>(output, staging, 0);
   __syncthreads();
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
-  store_rows<kHeads, kSlab>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + slab * kSlab, heads,
-                            slab * kSlab);
+  store_rows<kHeads, kSlab>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, slab * kSlab);
 }
 
 int tiles_of(int heads, int tile) { return (heads + tile - 1) / tile; }
@@ -388,7 +387,8 @@ int64_t partial_floats(const SparseAttention& attention) {
 
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream) {
   const int units = units_of(attention), heads = attention.heads;
-  if (attention.partials != nullptr) {
+  constexpr int kLargestGrid = 65535;
+  if (attention.partials != nullptr && units <= kLargestGrid) {
     return heads <= 8 ? launch_split<8>(attention, units, stream) : launch_split<16>(attention, units, stream);
   }
   // The largest tile of heads that still gives most SMs a CTA: every tile unpacks the keys for itself.
