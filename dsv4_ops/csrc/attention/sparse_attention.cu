@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
   }
 }
 
-// scores [64 keys, kHeads] = keys . queries
+// scores [64 keys, kHeads] = keys . queries, under way until waited for
 template <int kHeads>
 __device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
@@ -86,8 +86,6 @@ __device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, 
                                      b + (slab * kHeads * kRowBytes + inside) / 16, step > 0);
   }
   ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::pin_registers(scores);
 }
 
 // output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for
@@ -149,8 +147,9 @@ struct Result {
   Totals<kHeads> totals;
 };
 
-// Units first .. last - 1 of a row's keys, as the producers deliver them.
-template <int kHeads>
+// All units of a row's keys, as the producers deliver them. With kAhead the scores of the next unit are computed while
+// this one's are turned into weights: a warpgroup that is alone on its SM would leave the tensor cores idle.
+template <int kHeads, bool kAhead>
 __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHeads>& memory, int units, float scale,
                                         int barrier, Result<kHeads>& result) {
   result.totals.clear();
@@ -160,13 +159,28 @@ __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHead
     for (int i = 0; i < kHeads / 2; ++i) result.output[slab][i] = 0.0f;
   }
   const uint32_t query = ptx::shared_address(memory.query), weights = ptx::shared_address(memory.weights);
+  const uint32_t tile = ptx::shared_address(tiles.keys);
+  float ahead[kHeads / 2], parts[2][kHeads / 2];
+  const auto start_scores = [&](int unit, float(&scores)[kHeads / 2]) {
+    ptx::mbarrier_wait(tiles.full_barrier(unit % kStages), unit / kStages & 1);
+    multiply_queries<kHeads>(tile + unit % kStages * kTileBytes, query, scores);
+  };
+  if (kAhead && units > 0) start_scores(0, ahead);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    ptx::mbarrier_wait(tiles.full_barrier(stage), unit / kStages & 1);
-    const uint32_t keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
+    const uint32_t keys = tile + stage * kTileBytes;
+    if constexpr (!kAhead) start_scores(unit, parts[0]);
+    ptx::wgmma_wait<0>();
+    if constexpr (kAhead) {
+      ptx::pin_registers(ahead);
+#pragma unroll
+      for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
+      if (unit + 1 < units) start_scores(unit + 1, ahead);
+    } else {
+      ptx::pin_registers(parts[0]);
+    }
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
-    float parts[2][kHeads / 2], largest[kColumns<kHeads>], sum[kColumns<kHeads>];
-    multiply_queries<kHeads>(keys, query, parts[0]);
+    float largest[kColumns<kHeads>], sum[kColumns<kHeads>];
     weigh<kHeads>(parts[0], valid, scale, memory, barrier, largest, sum);
     multiply_weights<kHeads>(keys, weights, 0, parts[0]);
     const Factors<kHeads> factors = add_unit<kHeads>(result.totals, largest, sum);
@@ -274,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
   ptx::fence_async_proxy();
   ptx::named_barrier(barrier, kWarpgroup);
   Result<kHeads> result;
-  consume<kHeads>(tiles, mine, last - first, scale, barrier, result);
+  consume<kHeads, kConsumers == 1>(tiles, mine, last - first, scale, barrier, result);
 
   if (split) {
     const Partial<kHeads> partial(attention.partials, blockIdx.x, gridDim.y, first);
