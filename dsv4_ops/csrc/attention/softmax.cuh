@@ -71,24 +71,29 @@ __device__ __forceinline__ void combine_warps(const float* results, float (&valu
   }
 }
 
-// Largest score and sum of weights of a thread's columns over the units so far.
+// What the units so far amount to, for each of a thread's columns. Weights are relative to the score `reference`, the
+// largest of some unit. It is only raised when a unit exceeds it by more than kSlack, so that output sums are rarely
+// rescaled; weights below 2^kSlack do no harm. All that depends on the row's own scores alone.
 template <int kHeads>
 struct Totals {
-  float largest[kColumns<kHeads>], sum[kColumns<kHeads>];
+  float reference[kColumns<kHeads>], sum[kColumns<kHeads>];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int column = 0; column < kColumns<kHeads>; ++column) {
-      largest[column] = -INFINITY;
+      reference[column] = -INFINITY;
       sum[column] = 0.0f;
     }
   }
 };
 
-// What a unit and what came before are multiplied by when they are added; one of the two is 1.
+constexpr float kSlack = 8.0f;
+
+// What a unit and what came before it are multiplied by when they are added.
 template <int kHeads>
 struct Factors {
   float before[kColumns<kHeads>], unit[kColumns<kHeads>];
+  bool rescale;  // `before` is not 1 everywhere in this warp
 };
 
 // Add a unit's sums to the totals. A unit without keys has the largest score -inf and the sum 0.
@@ -96,38 +101,48 @@ template <int kHeads>
 __device__ __forceinline__ Factors<kHeads> add_unit(Totals<kHeads>& totals, const float (&largest)[kColumns<kHeads>],
                                                     const float (&sum)[kColumns<kHeads>]) {
   Factors<kHeads> factors;
+  bool raised = false;
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) {
-    const float before = totals.largest[column], unit = largest[column];
-    const float rise = unit == before ? 0.0f : unit - before;  // both may be -inf
-    const float smaller = ptx::ex2_approx_ftz(-fabsf(rise));
-    factors.before[column] = rise > 0 ? smaller : 1.0f;
-    factors.unit[column] = rise > 0 ? 1.0f : smaller;
-    totals.largest[column] = fmaxf(before, unit);
+    const float reference = totals.reference[column], unit = largest[column];
+    const float rise = unit == reference ? 0.0f : unit - reference;  // both may be -inf
+    const bool raise = rise > kSlack;
+    const float power = ptx::ex2_approx_ftz(raise ? -rise : rise);
+    factors.before[column] = raise ? power : 1.0f;
+    factors.unit[column] = raise ? 1.0f : power;
+    if (raise) totals.reference[column] = unit;
+    raised = raised || raise;
     totals.sum[column] = __fmaf_rn(sum[column], factors.unit[column],
                                    __fmul_rn(totals.sum[column], factors.before[column]));
   }
+  factors.rescale = __any_sync(kAllLanes, raised);
   return factors;
 }
 
-// Add the output of a unit (kHeads / 2 values of a thread in 64 rows) to what came before.
+// Make room for a unit in the output sums (kHeads / 2 values of a thread in 64 rows); needed where factors.rescale.
+template <int kHeads>
+__device__ __forceinline__ void rescale_output(float (&output)[kHeads / 2], const Factors<kHeads>& factors) {
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; ++i) output[i] = __fmul_rn(output[i], factors.before[i / 4 * 2 + i % 2]);
+}
+
+// Add the output of a unit.
 template <int kHeads>
 __device__ __forceinline__ void add_output(float (&output)[kHeads / 2], const float (&unit)[kHeads / 2],
                                            const Factors<kHeads>& factors) {
 #pragma unroll
   for (int i = 0; i < kHeads / 2; ++i) {
-    const int column = i / 4 * 2 + i % 2;
-    output[i] = __fmaf_rn(unit[i], factors.unit[column], __fmul_rn(output[i], factors.before[column]));
+    output[i] = __fmaf_rn(unit[i], factors.unit[i / 4 * 2 + i % 2], output[i]);
   }
 }
 
 // A row without keys, and one whose sum is NaN, has the output 0.
-__device__ __forceinline__ float reciprocal_of_denominator(float largest, float sum, float sink) {
-  return sum > 0 ? 1.0f / (sum + exp2f(sink * kLog2E - largest)) : 0.0f;
+__device__ __forceinline__ float reciprocal_of_denominator(float reference, float sum, float sink) {
+  return sum > 0 ? 1.0f / (sum + exp2f(sink * kLog2E - reference)) : 0.0f;
 }
 
-__device__ __forceinline__ float log_sum_exp(float largest, float sum) {
-  return (largest + log2f(sum)) * kLn2;
+__device__ __forceinline__ float log_sum_exp(float reference, float sum) {
+  return (reference + log2f(sum)) * kLn2;
 }
 
 }  // namespace dsv4

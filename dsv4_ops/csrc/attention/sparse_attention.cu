@@ -82,8 +82,8 @@ __device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, 
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
-    ptx::wgmma<kHeads, false, false>(scores, a + (slab * kSlabBytes + inside) / 16,
-                                     b + (slab * kHeads * kRowBytes + inside) / 16, step > 0);
+    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
+                                     ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();
 }
@@ -97,9 +97,20 @@ __device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kUnit / 16; ++step) {
-    ptx::wgmma<kHeads, true, true>(output, a + step * 2048 / 16, b + step * 256 / 16, step > 0);
+    ptx::wgmma<kHeads, true, true>(output, ptx::advance_descriptor(a, step * 2048),
+                                   ptx::advance_descriptor(b, step * 256), step > 0);
   }
   ptx::wgmma_commit();
+}
+
+// Wait until at most `pending` slabs of output are under way; a constant once loops are unrolled.
+__device__ __forceinline__ void wait_for_slab(int pending) {
+  switch (pending) {
+    case 0: return ptx::wgmma_wait<0>();
+    case 1: return ptx::wgmma_wait<1>();
+    case 2: return ptx::wgmma_wait<2>();
+    default: return ptx::wgmma_wait<3>();
+  }
 }
 
 // Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16; the columns' largest and sum.
@@ -108,10 +119,12 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
                                       ConsumerMemory<kHeads>& memory, int barrier, float (&largest)[kColumns<kHeads>],
                                       float (&sum)[kColumns<kHeads>]) {
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
-  const bool see[2] = {(valid >> (16 * warp + lane / 4) & 1) != 0, (valid >> (16 * warp + lane / 4 + 8) & 1) != 0};
   float values[kColumns<kHeads>];
+  if (valid != ~uint64_t{0}) {
+    const uint64_t mine = valid >> (16 * warp + lane / 4);
 #pragma unroll
-  for (int i = 0; i < kHeads / 2; ++i) scores[i] = see[i / 2 % 2] ? scores[i] : -INFINITY;
+    for (int i = 0; i < kHeads / 2; ++i) scores[i] = mine >> (i / 2 % 2 * 8) & 1 ? scores[i] : -INFINITY;
+  }
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) {
     const int i = column / 2 * 4 + column % 2;
@@ -160,7 +173,8 @@ __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHead
   }
   const uint32_t query = ptx::shared_address(memory.query), weights = ptx::shared_address(memory.weights);
   const uint32_t tile = ptx::shared_address(tiles.keys);
-  float ahead[kHeads / 2], parts[2][kHeads / 2];
+  constexpr int kDepth = kHeads <= 16 ? 4 : 2;  // slabs of output under way
+  float ahead[kHeads / 2], parts[kDepth][kHeads / 2];
   const auto start_scores = [&](int unit, float(&scores)[kHeads / 2]) {
     ptx::mbarrier_wait(tiles.full_barrier(unit % kStages), unit / kStages & 1);
     multiply_queries<kHeads>(tile + unit % kStages * kTileBytes, query, scores);
@@ -182,19 +196,21 @@ __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHead
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
     float largest[kColumns<kHeads>], sum[kColumns<kHeads>];
     weigh<kHeads>(parts[0], valid, scale, memory, barrier, largest, sum);
-    multiply_weights<kHeads>(keys, weights, 0, parts[0]);
+#pragma unroll
+    for (int slab = 0; slab < kDepth - 1; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
     const Factors<kHeads> factors = add_unit<kHeads>(result.totals, largest, sum);
+    if (factors.rescale) {
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) rescale_output<kHeads>(result.output[slab], factors);
+    }
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      if (slab + 1 < kSlabs) {
-        multiply_weights<kHeads>(keys, weights, slab + 1, parts[(slab + 1) % 2]);
-        ptx::wgmma_wait<1>();
-      } else {
-        ptx::wgmma_wait<0>();
-        if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
-      }
-      ptx::pin_registers(parts[slab % 2]);
-      add_output<kHeads>(result.output[slab], parts[slab % 2], factors);
+      const int started = slab + kDepth - 1;
+      if (started < kSlabs) multiply_weights<kHeads>(keys, weights, started, parts[started % kDepth]);
+      wait_for_slab(started < kSlabs ? kDepth - 1 : kSlabs - 1 - slab);
+      if (slab == kSlabs - 1 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
+      ptx::pin_registers(parts[slab % kDepth]);
+      add_output<kHeads>(result.output[slab], parts[slab % kDepth], factors);
     }
   }
 }
@@ -213,7 +229,7 @@ __device__ __forceinline__ void store_partial(const Result<kHeads>& result, cons
   if (thread >= 4) return;  // four lanes hold all columns
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) {
-    partial.largest()[head_of_column(column, thread)] = result.totals.largest[column];
+    partial.largest()[head_of_column(column, thread)] = result.totals.reference[column];
     partial.sum()[head_of_column(column, thread)] = result.totals.sum[column];
   }
 }
@@ -228,7 +244,7 @@ __device__ __forceinline__ void denominators(const SparseAttention& attention, i
   for (int column = 0; column < kColumns<kHeads>; ++column) {
     const int head = first_head + head_of_column(column, threadIdx.x % kWarp);
     const float sink = head < attention.heads ? attention.sink[head] : 0.0f;
-    reciprocal[column] = reciprocal_of_denominator(totals.largest[column], totals.sum[column], sink);
+    reciprocal[column] = reciprocal_of_denominator(totals.reference[column], totals.sum[column], sink);
   }
 }
 
@@ -241,7 +257,7 @@ __device__ __forceinline__ void store_lse(const SparseAttention& attention, int6
   for (int column = 0; column < kColumns<kHeads>; ++column) {
     const int head = first_head + head_of_column(column, thread);
     if (head >= attention.heads) continue;
-    attention.lse[row * attention.heads + head] = log_sum_exp(totals.largest[column], totals.sum[column]);
+    attention.lse[row * attention.heads + head] = log_sum_exp(totals.reference[column], totals.sum[column]);
   }
 }
 
@@ -269,7 +285,8 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
   const int row_units = (keys.count + kUnit - 1) / kUnit;
   const bool split = gridDim.y > 1;
   const int first = split ? blockIdx.y : 0, last = split ? min(first + 1, row_units) : row_units;
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (split && first >= row_units) return;
 
   if (warpgroup >= kConsumers) {
@@ -349,6 +366,7 @@ __global__ void __launch_bounds__(kWarpgroup)
       part[4 * i + 3] = four.w;
     }
     const Factors<kHeads> factors = add_unit<kHeads>(totals, largest, sum);
+    if (factors.rescale) rescale_output<kHeads>(output, factors);
     add_output<kHeads>(output, part, factors);
   }
   float reciprocal[kColumns<kHeads>];

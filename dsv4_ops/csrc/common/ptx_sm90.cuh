@@ -92,11 +92,17 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Descriptor of an operand of 16-bit values in shared memory: `group` and `leading` are the distances in bytes between
-// groups of eight rows of 128 bytes (swizzled) or of core matrices (not swizzled).
+// Descriptor of an operand of 16-bit values in shared memory: `leading` and `group` are the distances in bytes between
+// core matrices (not swizzled) or, `group`, between groups of eight rows of 128 bytes (swizzled).
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading, uint32_t group, bool swizzle128) {
-  return static_cast<uint64_t>(swizzle128) << 62 | static_cast<uint64_t>(group >> 4) << 32 |
-         static_cast<uint64_t>(leading >> 4) << 16 | (address & 0x3FFFFu) >> 4;
+  const uint64_t high = static_cast<uint32_t>(swizzle128) << 30 | group >> 4;
+  return high << 32 | (leading >> 4 << 16 | (address & 0x3FFFFu) >> 4);
+}
+
+// The same operand `bytes` further on: only the address field changes, so the sum needs no carry.
+__device__ __forceinline__ uint64_t advance_descriptor(uint64_t descriptor, uint32_t bytes) {
+  const uint64_t high = descriptor >> 32 << 32;
+  return high | (static_cast<uint32_t>(descriptor) + bytes / 16);
 }
 
 // wgmma.mma_async.m64n<kN>k16.f32.bf16.bf16: d = a * b, or d += a * b. Thread t of the warpgroup holds in d[i] row
