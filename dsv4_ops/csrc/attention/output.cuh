@@ -65,7 +65,7 @@ __device__ __forceinline__ void stage_slab(const float (&output)[kHeads / 2], ui
   }
 }
 
-// Staging rows, dimensions permuted, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
+// Staging rows, as the slabs have them, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
 template <int kHeads, int kWidth>
 __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16* o, int heads, int first_dim) {
   constexpr int kPieces = kWidth / 16;  // of 16 dimensions: two chunks
@@ -74,12 +74,7 @@ __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16
     if (head >= heads) break;
     const auto* const from = reinterpret_cast<const uint4*>(staging + head * kStagingStride<kWidth>) + piece * 2;
     uint4 first = from[0], second = from[1];
-    if (dim < kNope) {
-      first = swap_middle(first);
-      second = swap_middle(second);
-    } else {
-      join_pairs(first, second);
-    }
+    if (dim >= kNope) join_pairs(first, second);
     auto* const to = reinterpret_cast<uint4*>(o + static_cast<int64_t>(head) * kDim + dim);
     to[0] = first;
     to[1] = second;

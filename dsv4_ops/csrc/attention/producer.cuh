@@ -1,9 +1,9 @@
 // The producing warps: keys of paged pools, gathered, unpacked and written to tiles in shared memory.
 //
-// A warp takes 8 keys at a time: lane l has key l % 8, and of every group of 64 dimensions the quarter l / 8, so that a
-// load of the warp reads 64 bytes in a row of each key and a store fills all banks. While the quarters of one block of
-// keys are unpacked, those of the next are loaded into the same registers, its place in the pool is looked up for the
-// block after that, and the index for the one after: a warp has 4.5 KB under way all the time.
+// A warp takes blocks of 8 keys: lane l has key l % 8, and of every group of 64 dimensions the quarter l / 8, so that a
+// load of the warp reads 64 bytes in a row of each key and a store fills all banks. While the quarters of one block are
+// unpacked, those of the next are loaded into the same registers: a warp has 4.5 KB under way all the time. Keys are
+// looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch ahead.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -30,33 +30,62 @@ struct Tiles {
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
 
-// A key as a thread finds it.
+// What an absent key has instead of an entry: zeros, with which products are harmless.
+__device__ const uint4 absent_key[kEntryBytes / 16] = {};
+
+// A key that a lane looks up: its entry and, once that is loaded, its page.
+struct Lookup {
+  int key;
+  int entry;  // negative: absent
+  int32_t page;
+};
+
+// Where the bytes of a key lie.
 struct KeyPlace {
-  const uint8_t* data;    // of this thread's quarter of the first group; null: there is no such key
+  const uint8_t* data;
   const uint8_t* scales;
 };
 
-__device__ __forceinline__ KeyPlace find_key(const KeySources& sources, const RowKeys& row, int key, int entry,
-                                             int quarter) {
-  if (entry < 0) return {nullptr, nullptr};
-  const bool window = key < row.window_keys;
+__device__ __forceinline__ const int32_t* page_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
+  const bool window = lookup.key < row.window_keys;
   const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
-  const Divisor page_size = window ? sources.window_page : sources.compressed_page;
-  const Place place = place_of_entry(pool, page_size, row.sequence, entry);
-  const uint8_t* const scales = place.page + static_cast<int64_t>(pool.page_size) * kEntryBytes;
-  return {place.page + place.slot * kEntryBytes + quarter * 16, scales + place.slot * kScaleBytes};
+  return pool.table + row.sequence * pool.table_stride +
+         divide(lookup.entry, window ? sources.window_page : sources.compressed_page);
 }
 
-// Load number `load` of a key: a quarter of a group of E4M3 codes, or half of a quarter of the rope dimensions.
+__device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
+  const auto* const absent = reinterpret_cast<const uint8_t*>(absent_key);
+  if (lookup.entry < 0) return {absent, absent};
+  const bool window = lookup.key < row.window_keys;
+  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
+  const Divisor divisor = window ? sources.window_page : sources.compressed_page;
+  const int slot = lookup.entry - divide(lookup.entry, divisor) * pool.page_size;
+  const uint8_t* const page = pool.data + lookup.page * pool.page_stride;
+  return {page + static_cast<int64_t>(slot) * kEntryBytes,
+          page + static_cast<int64_t>(pool.page_size) * kEntryBytes + slot * kScaleBytes};
+}
+
+template <typename T>
+__device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
+  return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
+// Load number `load` of a key: this lane's quarter of a group of E4M3 codes, or half of its quarter of the rope dimensions.
 __device__ __forceinline__ uint4 load_part(const KeyPlace& key, int load, int quarter) {
-  if (key.data == nullptr) return {0, 0, 0, 0};
   constexpr int kGroups = kNope / 64;
-  const int offset = load < kGroups ? load * 64 : kNope + quarter * 16 + (load - kGroups) * 16;
-  return ptx::load_once(key.data + offset);
+  const uint8_t* const address = key.data + quarter * 16;
+  return ptx::load_once(load < kGroups ? address + load * 64
+                                       : address + quarter * 16 + kNope + (load - kGroups) * 16);
 }
 
-__device__ __forceinline__ uint2 load_scales(const KeyPlace& key) {
-  return key.data == nullptr ? uint2{0, 0} : *reinterpret_cast<const uint2*>(key.scales);
+// The chunks of a lane whose groups have scales above kLargestScale, once they are written: the second factor.
+__device__ __forceinline__ void multiply_again(uint2 scales, uint8_t* first_chunk, uint8_t* second_chunk) {
+  for (int slab = 0; slab < kSlabs - 1; ++slab) {
+    const uint32_t byte = (slab < 4 ? scales.x : scales.y) >> slab % 4 * 8 & 0xFF;
+    if (byte <= kLargestScale) continue;
+    multiply_chunk(*reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes), second_factor(byte));
+    multiply_chunk(*reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes), second_factor(byte));
+  }
 }
 
 // Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages.
@@ -64,35 +93,54 @@ template <int kWarps>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
                                         int last, int warp) {
   constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
+  constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
   const int blocks = (last - first) * kBlocks;
-  const auto key_of = [&](int block) {
-    const int tile = first + block / kBlocks, part = block % kBlocks * kWarps + warp;
-    return block < blocks ? tile * kUnit + part * kBlock + column : row.count;
-  };
-  const auto entry_of = [&](int block) { return entry_of_key(sources, row, key_of(block)); };
-  const auto place_of = [&](int block, int entry) { return find_key(sources, row, key_of(block), entry, quarter); };
 
-  const int entry_0 = entry_of(0), entry_1 = entry_of(1);
-  int entry_after = entry_of(2);
-  KeyPlace current = place_of(0, entry_0);
-  KeyPlace next = place_of(1, entry_1);
+  const auto find_entry = [&](int batch) {
+    const int block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
+    const int key = (first + block / kBlocks) * kUnit + part * kBlock + column;
+    return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
+  };
+  const auto find_page = [&](Lookup& lookup) {
+    if (lookup.entry >= 0) lookup.page = *page_of(sources, row, lookup);
+  };
+  Lookup upcoming = find_entry(0), later = find_entry(1);
+  find_page(upcoming);
+  KeyPlace ready = place_of(sources, row, upcoming);
+  uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
+  upcoming = later;
+  find_page(upcoming);
+  later = find_entry(2);
+
+  KeyPlace next{from_lane(ready.data, column), from_lane(ready.scales, column)};
   uint4 parts[kLoads];
 #pragma unroll
-  for (int load = 0; load < kLoads; ++load) parts[load] = load_part(current, load, quarter);
-  uint2 scales = load_scales(current);
-  bool valid = current.data != nullptr;
+  for (int load = 0; load < kLoads; ++load) parts[load] = load_part(next, load, quarter);
+  uint2 scales = *reinterpret_cast<const uint2*>(next.scales);
 
   for (int block = 0; block < blocks; ++block) {
     const int tile = block / kBlocks, stage = tile % kStages, part = block % kBlocks * kWarps + warp;
-    const KeyPlace after = place_of(block + 2, entry_after);
-    entry_after = entry_of(block + 3);
-    const uint2 next_scales = load_scales(next);
+    const int following = block + 1, source = following % kBatch * kBlock;
+    const uint32_t valid = present >> block % kBatch * kBlock & 0xFF;
+    if (following % kBatch == 0) {
+      ready = place_of(sources, row, upcoming);
+      present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
+      upcoming = later;
+      find_page(upcoming);
+      later = find_entry(following / kBatch + 2);
+    }
+    next = {from_lane(ready.data, source + column), from_lane(ready.scales, source + column)};
+    const uint2 next_scales = *reinterpret_cast<const uint2*>(next.scales);
+    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
+    const uint2 all_scales = scales;
+    if (large) scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
+
     if (block % kBlocks == 0 && tile >= kStages) {
       ptx::mbarrier_wait(tiles.empty_barrier(stage), (tile / kStages - 1) & 1);
     }
-    uint8_t* const keys = tiles.keys + stage * kTileBytes;
     const int key = part * kBlock + column;
+    uint8_t* const keys = tiles.keys + stage * kTileBytes;
     uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);
     uint8_t* const second_chunk = keys + chunk_offset(key, 2 * quarter + 1);
 #pragma unroll
@@ -100,7 +148,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       uint4 a, b;
       if (slab < kSlabs - 1) {
         const uint32_t byte = __byte_perm(scales.x, scales.y, 0x4440 + slab) & 0xFF;
-        unpack_e4m3(parts[slab], GroupScale(byte), a, b);
+        unpack_e4m3(parts[slab], first_factor(byte), a, b);
         parts[slab] = load_part(next, slab, quarter);
       } else {
         a = parts[kLoads - 2];
@@ -112,14 +160,12 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
       *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
     }
-    const uint32_t lanes = __ballot_sync(kAllLanes, valid);
-    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(lanes);  // lanes 0 .. 7 have the eight keys
+    if (large) multiply_again(all_scales, first_chunk, second_chunk);
+    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
     ptx::fence_async_proxy();
     __syncwarp();
     if (lane == 0 && block % kBlocks == kBlocks - 1) ptx::mbarrier_arrive(tiles.full_barrier(stage));
-    valid = next.data != nullptr;
     scales = next_scales;
-    next = after;
   }
 }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
 #pragma unroll 7
   for (int i = thread; i < kHeads * kNopeChunks; i += kWarpgroup) {
     const int head = i / kNopeChunks, chunk = i % kNopeChunks;
-    store(head, chunk, swap_middle(load(head, chunk)));
+    store(head, chunk, load(head, chunk));
   }
   for (int i = thread; i < kHeads * 4; i += kWarpgroup) {
     const int head = i / 4, chunk = kNopeChunks + i % 4 * 2;

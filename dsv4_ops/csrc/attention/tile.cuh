@@ -4,16 +4,15 @@
 // and the 16-byte chunk c of row r stands at place c ^ (r % 8): the 128-byte swizzle of wgmma, under which a slab can be
 // read with dimensions as the inner index of a product (scores) and, transposed, as the outer index (output).
 //
-// Dimensions are permuted within a slab, alike in keys, queries and output, so that unpacking is cheap:
-//   slabs 0 .. 6   four neighbouring dimensions 0 1 2 3 stand in the order 0 2 1 3: two shifts split a word of four E4M3
-//                  codes into the pairs (0, 2) and (1, 3);
-//   slab 7 (rope)  sixteen neighbouring dimensions stand in the order 0 2 4 .. 14, 1 3 .. 15: a thread of a product holds
-//                  rows r and r + 8, which are then a pair that rope turns.
+// In slab 7 (rope), sixteen neighbouring dimensions stand in the order 0 2 4 .. 14, 1 3 .. 15, alike in keys, queries and
+// output: a thread of a product holds rows r and r + 8, which are then a pair that rope turns.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
+
+#include "common/ptx_sm90.cuh"
 
 namespace dsv4 {
 
@@ -35,11 +34,6 @@ __device__ __forceinline__ uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
 __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// 0 1 2 3 -> 0 2 1 3 in both fours of a chunk; its own inverse.
-__device__ __forceinline__ uint4 swap_middle(uint4 v) {
-  return {low_halves(v.x, v.y), high_halves(v.x, v.y), low_halves(v.z, v.w), high_halves(v.z, v.w)};
-}
-
 // Sixteen dimensions -> the even and the odd ones.
 __device__ __forceinline__ void split_pairs(uint4& first, uint4& second) {
   const uint4 a = first, b = second;
@@ -59,44 +53,41 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-// What brings E4M3 codes that were moved into the place of bf16's exponent and mantissa to their values. Such a number is
-// the code's value times 2^-120, subnormal codes included (they become bf16 subnormals, which products take). A factor of
-// 2^(byte - 7) repairs that and applies the UE8M0 scale 2^(byte - 127), exactly. It exists for bytes up to 134; a group
-// with a larger scale (an amax above 57344, or NaN) is multiplied twice.
-struct GroupScale {
-  uint32_t factor;  // twice, as bf16
-  uint32_t byte;
+// E4M3 -> bf16: sign and code are moved to the sign and to the low end of the exponent with the mantissa. That is the value
+// times 2^-120, subnormal codes included, which become bf16 subnormals: products take them as they are. The factor
+// 2^(byte - 7) of a group repairs that and applies its UE8M0 scale 2^(byte - 127), exactly. It exists for bytes up to
+// kLargestScale; groups with a larger one (an amax above 57344, or NaN) need a second factor.
+constexpr uint32_t kLargestScale = 134;
 
-  __device__ __forceinline__ explicit GroupScale(uint32_t scale_byte)
-      : factor((min(scale_byte, kLargest) + 120) * 0x00800080u), byte(scale_byte) {}
+__device__ __forceinline__ uint32_t first_factor(uint32_t byte) { return byte * 0x00800080u + 0x3C003C00u; }
 
-  __device__ __forceinline__ bool large() const { return byte > kLargest; }
-  __device__ __forceinline__ uint32_t second_factor() const {
-    return byte == 255 ? 0x7FC07FC0u : (byte - kLargest + 127) * 0x00800080u;
-  }
+__device__ __forceinline__ uint32_t second_factor(uint32_t byte) {
+  return byte == 255 ? 0x7FC07FC0u : (byte - kLargestScale + 127) * 0x00800080u;
+}
 
-  static constexpr uint32_t kLargest = 134;
-};
+// Bits 7, 15, 23, 31 of the bytes above kLargestScale.
+__device__ __forceinline__ uint32_t large_scales(uint32_t bytes) {
+  return ((bytes & 0x7F7F7F7Fu) + (0x7F - (kLargestScale - 0x80)) * 0x01010101u) & bytes & 0x80808080u;
+}
 
-// Four codes -> four bf16 in the order 0 2 1 3.
+// Four codes -> four bf16.
 __device__ __forceinline__ uint2 unpack_e4m3(uint32_t codes, uint32_t factor) {
-  constexpr uint32_t kSign = 0x80008000u, kMagnitude = 0x07F007F0u;
-  const uint32_t even = ((codes << 8) & kSign) | ((codes << 4) & kMagnitude);
-  const uint32_t odd = (codes & kSign) | ((codes >> 4) & kMagnitude);
-  return {multiply_bf16x2(even, factor), multiply_bf16x2(odd, factor)};
+  constexpr uint32_t kBits = 0x87F087F0u;
+  const uint32_t low = ptx::prmt(codes, 0x9180) << 4 & kBits, high = ptx::prmt(codes, 0xB3A2) << 4 & kBits;
+  return {multiply_bf16x2(low, factor), multiply_bf16x2(high, factor)};
 }
 
 // Sixteen codes -> two chunks.
-__device__ __forceinline__ void unpack_e4m3(uint4 codes, const GroupScale& scale, uint4& first, uint4& second) {
-  const uint2 a = unpack_e4m3(codes.x, scale.factor), b = unpack_e4m3(codes.y, scale.factor);
-  const uint2 c = unpack_e4m3(codes.z, scale.factor), d = unpack_e4m3(codes.w, scale.factor);
+__device__ __forceinline__ void unpack_e4m3(uint4 codes, uint32_t factor, uint4& first, uint4& second) {
+  const uint2 a = unpack_e4m3(codes.x, factor), b = unpack_e4m3(codes.y, factor);
+  const uint2 c = unpack_e4m3(codes.z, factor), d = unpack_e4m3(codes.w, factor);
   first = {a.x, a.y, b.x, b.y};
   second = {c.x, c.y, d.x, d.y};
-  if (!scale.large()) return;
-  const uint32_t factor = scale.second_factor();
-  for (uint32_t* word : {&first.x, &first.y, &first.z, &first.w, &second.x, &second.y, &second.z, &second.w}) {
-    *word = multiply_bf16x2(*word, factor);
-  }
+}
+
+__device__ __forceinline__ void multiply_chunk(uint4& chunk, uint32_t factor) {
+  chunk = {multiply_bf16x2(chunk.x, factor), multiply_bf16x2(chunk.y, factor), multiply_bf16x2(chunk.z, factor),
+           multiply_bf16x2(chunk.w, factor)};
 }
 
 }  // namespace dsv4

@@ -10,6 +10,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// prmt: byte i of the result is the byte that nibble i of `selector` names, or, with 8 added to the nibble, its sign in all
+// bits.
+__device__ __forceinline__ uint32_t prmt(uint32_t bytes, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(bytes), "r"(selector));
+  return result;
+}
+
 // ---- mbarrier ----
 
 // mbarrier.init: a barrier whose phase ends after `count` arrivals.
