@@ -159,6 +159,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       }
       *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
       *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
+      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
     }
     if (large) multiply_again(all_scales, first_chunk, second_chunk);
     if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
