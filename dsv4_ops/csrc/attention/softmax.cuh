@@ -71,78 +71,81 @@ __device__ __forceinline__ void combine_warps(const float* results, float (&valu
   }
 }
 
-// What the units so far amount to, for each of a thread's columns. Weights are relative to the score `reference`, the
-// largest of some unit. It is only raised when a unit exceeds it by more than kSlack, so that output sums are rarely
-// rescaled; weights below 2^kSlack do no harm. All that depends on the row's own scores alone.
-template <int kHeads>
-struct Totals {
-  float reference[kColumns<kHeads>], sum[kColumns<kHeads>];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int column = 0; column < kColumns<kHeads>; ++column) {
-      reference[column] = -INFINITY;
-      sum[column] = 0.0f;
-    }
-  }
-};
-
-constexpr float kSlack = 8.0f;
-
-// What a unit and what came before it are multiplied by when they are added.
-template <int kHeads>
-struct Factors {
-  float before[kColumns<kHeads>], unit[kColumns<kHeads>];
-  bool rescale;  // `before` is not 1 everywhere in this warp
-};
-
-// Add a unit's sums to the totals. A unit without keys has the largest score -inf and the sum 0.
-template <int kHeads>
-__device__ __forceinline__ Factors<kHeads> add_unit(Totals<kHeads>& totals, const float (&largest)[kColumns<kHeads>],
-                                                    const float (&sum)[kColumns<kHeads>]) {
-  Factors<kHeads> factors;
-  bool raised = false;
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) {
-    const float reference = totals.reference[column], unit = largest[column];
-    const float rise = unit == reference ? 0.0f : unit - reference;  // both may be -inf
-    const bool raise = rise > kSlack;
-    const float power = ptx::ex2_approx_ftz(raise ? -rise : rise);
-    factors.before[column] = raise ? power : 1.0f;
-    factors.unit[column] = raise ? 1.0f : power;
-    if (raise) totals.reference[column] = unit;
-    raised = raised || raise;
-    totals.sum[column] = __fmaf_rn(sum[column], factors.unit[column],
-                                   __fmul_rn(totals.sum[column], factors.before[column]));
-  }
-  factors.rescale = __any_sync(kAllLanes, raised);
-  return factors;
+// The same for one head.
+template <int kHeads, typename Operation>
+__device__ __forceinline__ float combine_warps(const float* results, int head, Operation operation) {
+  const float* const from = results + head;
+  return operation(operation(from[0], from[kHeads]), operation(from[2 * kHeads], from[3 * kHeads]));
 }
 
-// Make room for a unit in the output sums (kHeads / 2 values of a thread in 64 rows); needed where factors.rescale.
+// What a unit and what came before it are multiplied by when they are added.
+struct Step {
+  float before, unit;
+};
+
+// Weights of a row are relative to the score `reference`, the largest of some unit. It is only raised when a unit exceeds
+// it by more than kSlack, so that output sums are rarely rescaled; weights up to 2^kSlack do no harm. All that follows
+// from the row's own scores alone. A unit without keys has the largest score -inf.
+constexpr float kSlack = 8.0f;
+
+__device__ __forceinline__ Step raise_reference(float& reference, float largest) {
+  const float rise = largest == reference ? 0.0f : largest - reference;  // both may be -inf
+  const bool raise = rise > kSlack;
+  const float power = ptx::ex2_approx_ftz(raise ? -rise : rise);
+  if (raise) reference = largest;
+  return {raise ? power : 1.0f, raise ? 1.0f : power};
+}
+
+// Sum of the weights of one head over the units so far.
+struct Total {
+  float reference = -INFINITY, sum = 0.0f;
+
+  __device__ __forceinline__ void add(float largest, float unit_sum) {
+    const Step step = raise_reference(reference, largest);
+    sum = __fmaf_rn(unit_sum, step.unit, __fmul_rn(sum, step.before));
+  }
+};
+
+// The steps of a thread's columns.
 template <int kHeads>
-__device__ __forceinline__ void rescale_output(float (&output)[kHeads / 2], const Factors<kHeads>& factors) {
+struct Steps {
+  float before[kColumns<kHeads>], unit[kColumns<kHeads>];
+  bool rescale = false;  // `before` is not 1 everywhere in this warp
+
+  __device__ __forceinline__ Steps(float (&references)[kColumns<kHeads>], const float (&largest)[kColumns<kHeads>]) {
 #pragma unroll
-  for (int i = 0; i < kHeads / 2; ++i) output[i] = __fmul_rn(output[i], factors.before[i / 4 * 2 + i % 2]);
+    for (int column = 0; column < kColumns<kHeads>; ++column) {
+      const Step step = raise_reference(references[column], largest[column]);
+      before[column] = step.before;
+      unit[column] = step.unit;
+      rescale = rescale || step.before != 1.0f;
+    }
+    rescale = __any_sync(kAllLanes, rescale);
+  }
+};
+
+// Make room for a unit in the output sums (kHeads / 2 values of a thread in 64 rows); needed where steps.rescale.
+template <int kHeads>
+__device__ __forceinline__ void rescale_output(float (&output)[kHeads / 2], const Steps<kHeads>& steps) {
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; ++i) output[i] = __fmul_rn(output[i], steps.before[i / 4 * 2 + i % 2]);
 }
 
 // Add the output of a unit.
 template <int kHeads>
 __device__ __forceinline__ void add_output(float (&output)[kHeads / 2], const float (&unit)[kHeads / 2],
-                                           const Factors<kHeads>& factors) {
+                                           const Steps<kHeads>& steps) {
 #pragma unroll
-  for (int i = 0; i < kHeads / 2; ++i) {
-    output[i] = __fmaf_rn(unit[i], factors.unit[i / 4 * 2 + i % 2], output[i]);
-  }
+  for (int i = 0; i < kHeads / 2; ++i) output[i] = __fmaf_rn(unit[i], steps.unit[i / 4 * 2 + i % 2], output[i]);
 }
 
 // A row without keys, and one whose sum is NaN, has the output 0.
-__device__ __forceinline__ float reciprocal_of_denominator(float reference, float sum, float sink) {
-  return sum > 0 ? 1.0f / (sum + exp2f(sink * kLog2E - reference)) : 0.0f;
+__device__ __forceinline__ float reciprocal_of_denominator(const Total& total, float sink) {
+  return total.sum > 0 ? 1.0f / (total.sum + exp2f(sink * kLog2E - total.reference)) : 0.0f;
 }
 
-__device__ __forceinline__ float log_sum_exp(float reference, float sum) {
-  return (reference + log2f(sum)) * kLn2;
+__device__ __forceinline__ float log_sum_exp(const Total& total) {
+  return (total.reference + log2f(total.sum)) * kLn2;
 }
 
 }  // namespace dsv4

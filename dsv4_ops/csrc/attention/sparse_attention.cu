@@ -113,12 +113,13 @@ __device__ __forceinline__ void wait_for_slab(int pending) {
   }
 }
 
-// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16; the columns' largest and sum.
+// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and their sums of each warp; the largest
+// scores of the thread's columns, and of the head that this thread keeps the total of.
 template <int kHeads>
 __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, float scale,
                                       ConsumerMemory<kHeads>& memory, int barrier, float (&largest)[kColumns<kHeads>],
-                                      float (&sum)[kColumns<kHeads>]) {
-  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+                                      float& own_largest) {
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   float values[kColumns<kHeads>];
   if (valid != ~uint64_t{0}) {
     const uint64_t mine = valid >> (16 * warp + lane / 4);
@@ -133,6 +134,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
   reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
   ptx::named_barrier(barrier, kWarpgroup);
   combine_warps<kHeads>(memory.largest, largest, Larger());
+  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * scale;
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) {
     largest[column] *= scale;
@@ -142,30 +144,32 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
     scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], scale, offset));
     values[column] = __fadd_rn(scores[i], scores[i + 2]);
   }
-  reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
 #pragma unroll
   for (int i = 0; i < kHeads / 2; i += 2) {
     const int core = i / 4 * (kUnit / 8) + 2 * warp + i / 2 % 2;
     *reinterpret_cast<uint32_t*>(memory.weights + core * 128 + lane * 4) = pack_bf16(scores[i], scores[i + 1]);
   }
   ptx::fence_async_proxy();
+  reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
   ptx::named_barrier(barrier, kWarpgroup);
-  combine_warps<kHeads>(memory.sum, sum, Sum());
 }
 
-// The result of one warpgroup: output sums of all slabs, and the totals of its columns.
+// The result of one warpgroup: output sums, and in thread t < kHeads the total of head t.
 template <int kHeads>
 struct Result {
   float output[kSlabs][kHeads / 2];
-  Totals<kHeads> totals;
+  Total total;
 };
 
-// All units of a row's keys, as the producers deliver them. With kAhead the scores of the next unit are computed while
-// this one's are turned into weights: a warpgroup that is alone on its SM would leave the tensor cores idle.
-template <int kHeads, bool kAhead>
+// All units of a row's keys, as the producers deliver them. The scores of the next unit are computed while this one's are
+// turned into weights. kDepth slabs of output are under way at a time: more where the warpgroup has the tensor cores for
+// itself.
+template <int kHeads, int kDepth>
 __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHeads>& memory, int units, float scale,
                                         int barrier, Result<kHeads>& result) {
-  result.totals.clear();
+  float references[kColumns<kHeads>];
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -173,44 +177,39 @@ __device__ __forceinline__ void consume(const Tiles& tiles, ConsumerMemory<kHead
   }
   const uint32_t query = ptx::shared_address(memory.query), weights = ptx::shared_address(memory.weights);
   const uint32_t tile = ptx::shared_address(tiles.keys);
-  constexpr int kDepth = kHeads <= 16 ? 4 : 2;  // slabs of output under way
+  const int thread = threadIdx.x % kWarpgroup;
   float ahead[kHeads / 2], parts[kDepth][kHeads / 2];
-  const auto start_scores = [&](int unit, float(&scores)[kHeads / 2]) {
+  const auto start_scores = [&](int unit) {
     ptx::mbarrier_wait(tiles.full_barrier(unit % kStages), unit / kStages & 1);
-    multiply_queries<kHeads>(tile + unit % kStages * kTileBytes, query, scores);
+    multiply_queries<kHeads>(tile + unit % kStages * kTileBytes, query, ahead);
   };
-  if (kAhead && units > 0) start_scores(0, ahead);
+  if (units > 0) start_scores(0);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
     const uint32_t keys = tile + stage * kTileBytes;
-    if constexpr (!kAhead) start_scores(unit, parts[0]);
     ptx::wgmma_wait<0>();
-    if constexpr (kAhead) {
-      ptx::pin_registers(ahead);
+    ptx::pin_registers(ahead);
 #pragma unroll
-      for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
-      if (unit + 1 < units) start_scores(unit + 1, ahead);
-    } else {
-      ptx::pin_registers(parts[0]);
-    }
+    for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
+    if (unit + 1 < units) start_scores(unit + 1);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
-    float largest[kColumns<kHeads>], sum[kColumns<kHeads>];
-    weigh<kHeads>(parts[0], valid, scale, memory, barrier, largest, sum);
+    float largest[kColumns<kHeads>], own_largest = -INFINITY;
+    weigh<kHeads>(parts[0], valid, scale, memory, barrier, largest, own_largest);
 #pragma unroll
-    for (int slab = 0; slab < kDepth - 1; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
-    const Factors<kHeads> factors = add_unit<kHeads>(result.totals, largest, sum);
-    if (factors.rescale) {
+    for (int slab = 0; slab < kDepth; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
+    if (thread < kHeads) result.total.add(own_largest, combine_warps<kHeads>(memory.sum, thread, Sum()));
+    const Steps<kHeads> steps(references, largest);
+    if (steps.rescale) {
 #pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) rescale_output<kHeads>(result.output[slab], factors);
+      for (int slab = 0; slab < kSlabs; ++slab) rescale_output<kHeads>(result.output[slab], steps);
     }
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      const int started = slab + kDepth - 1;
-      if (started < kSlabs) multiply_weights<kHeads>(keys, weights, started, parts[started % kDepth]);
-      wait_for_slab(started < kSlabs ? kDepth - 1 : kSlabs - 1 - slab);
+      wait_for_slab(slab + kDepth <= kSlabs ? kDepth - 1 : kSlabs - 1 - slab);
       if (slab == kSlabs - 1 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
       ptx::pin_registers(parts[slab % kDepth]);
-      add_output<kHeads>(result.output[slab], parts[slab % kDepth], factors);
+      add_output<kHeads>(result.output[slab], parts[slab % kDepth], steps);
+      if (slab + kDepth < kSlabs) multiply_weights<kHeads>(keys, weights, slab + kDepth, parts[slab % kDepth]);
     }
   }
 }
@@ -226,38 +225,26 @@ __device__ __forceinline__ void store_partial(const Result<kHeads>& result, cons
       partial.output(slab)[i * kWarpgroup + thread] = float4{four[0], four[1], four[2], four[3]};
     }
   }
-  if (thread >= 4) return;  // four lanes hold all columns
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) {
-    partial.largest()[head_of_column(column, thread)] = result.totals.reference[column];
-    partial.sum()[head_of_column(column, thread)] = result.totals.sum[column];
-  }
+  if (thread >= kHeads) return;
+  partial.largest()[thread] = result.total.reference;
+  partial.sum()[thread] = result.total.sum;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-// Reciprocals of the denominators of a thread's columns.
-template <int kHeads>
-__device__ __forceinline__ void denominators(const SparseAttention& attention, int first_head,
-                                             const Totals<kHeads>& totals, float (&reciprocal)[kColumns<kHeads>]) {
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) {
-    const int head = first_head + head_of_column(column, threadIdx.x % kWarp);
-    const float sink = head < attention.heads ? attention.sink[head] : 0.0f;
-    reciprocal[column] = reciprocal_of_denominator(totals.reference[column], totals.sum[column], sink);
-  }
+// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse stored.
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head, const Total& total,
+                                             bool store_lse) {
+  if (head >= attention.heads) return 0.0f;
+  if (store_lse) attention.lse[row * attention.heads + head] = log_sum_exp(total);
+  return reciprocal_of_denominator(total, attention.sink[head]);
 }
 
 template <int kHeads>
-__device__ __forceinline__ void store_lse(const SparseAttention& attention, int64_t row, int first_head,
-                                          const Totals<kHeads>& totals) {
-  const int thread = threadIdx.x % kWarpgroup;
-  if (thread >= 4) return;
+__device__ __forceinline__ void load_columns(const float* heads, float (&values)[kColumns<kHeads>]) {
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) {
-    const int head = first_head + head_of_column(column, thread);
-    if (head >= attention.heads) continue;
-    attention.lse[row * attention.heads + head] = log_sum_exp(totals.reference[column], totals.sum[column]);
+    values[column] = heads[head_of_column(column, threadIdx.x % kWarp)];
   }
 }
 
@@ -305,16 +292,19 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
   ptx::fence_async_proxy();
   ptx::named_barrier(barrier, kWarpgroup);
   Result<kHeads> result;
-  consume<kHeads, kConsumers == 1>(tiles, mine, last - first, scale, barrier, result);
+  constexpr int kDepth = kHeads == 32 ? 2 : 4;
+  consume<kHeads, kDepth>(tiles, mine, last - first, scale, barrier, result);
 
   if (split) {
     const Partial<kHeads> partial(attention.partials, blockIdx.x, gridDim.y, first);
     store_partial<kHeads>(result, partial);
     return;
   }
+  const int thread = threadIdx.x % kWarpgroup;
+  if (thread < kHeads) mine.largest[thread] = finish_head(attention, row, first_head + thread, result.total, true);
+  ptx::named_barrier(barrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
-  denominators<kHeads>(attention, first_head, result.totals, reciprocal);
-  store_lse<kHeads>(attention, row, first_head, result.totals);
+  load_columns<kHeads>(mine.largest, reciprocal);
   const float2 turn = inverse_turn(attention.rope, keys.position);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
@@ -340,38 +330,34 @@ __global__ void __launch_bounds__(kWarpgroup)
   const int slab = blockIdx.y, first_head = head_tile * kHeads, heads = attention.heads - first_head;
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
   const int row_units = (keys.count + kUnit - 1) / kUnit;
-  Totals<kHeads> totals;
-  totals.clear();
-  float output[kHeads / 2] = {};
+  __shared__ float reciprocals[kHeads];
+  const int thread = threadIdx.x;
+  float references[kColumns<kHeads>], output[kHeads / 2] = {};
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
+  Total total;
 #pragma unroll 4
   for (int unit = 0; unit < row_units; ++unit) {
     const Partial<kHeads> partial(attention.partials, blockIdx.x, units, unit);
-    float largest[kColumns<kHeads>], sum[kColumns<kHeads>], part[kHeads / 2];
-#pragma unroll
-    for (int column = 0; column < kColumns<kHeads>; column += 2) {
-      const int head = head_of_column(column, threadIdx.x % kWarp);
-      const float2 two_largest = *reinterpret_cast<const float2*>(partial.largest() + head);
-      const float2 two_sums = *reinterpret_cast<const float2*>(partial.sum() + head);
-      largest[column] = two_largest.x;
-      largest[column + 1] = two_largest.y;
-      sum[column] = two_sums.x;
-      sum[column + 1] = two_sums.y;
-    }
+    float largest[kColumns<kHeads>], part[kHeads / 2];
+    load_columns<kHeads>(partial.largest(), largest);
 #pragma unroll
     for (int i = 0; i < kHeads / 8; ++i) {
-      const float4 four = partial.output(slab)[i * kWarpgroup + threadIdx.x];
+      const float4 four = partial.output(slab)[i * kWarpgroup + thread];
       part[4 * i] = four.x;
       part[4 * i + 1] = four.y;
       part[4 * i + 2] = four.z;
       part[4 * i + 3] = four.w;
     }
-    const Factors<kHeads> factors = add_unit<kHeads>(totals, largest, sum);
-    if (factors.rescale) rescale_output<kHeads>(output, factors);
-    add_output<kHeads>(output, part, factors);
+    if (thread < kHeads) total.add(partial.largest()[thread], partial.sum()[thread]);
+    const Steps<kHeads> steps(references, largest);
+    if (steps.rescale) rescale_output<kHeads>(output, steps);
+    add_output<kHeads>(output, part, steps);
   }
+  if (thread < kHeads) reciprocals[thread] = finish_head(attention, row, first_head + thread, total, slab == 0);
+  __syncthreads();
   float reciprocal[kColumns<kHeads>];
-  denominators<kHeads>(attention, first_head, totals, reciprocal);
-  if (slab == 0) store_lse<kHeads>(attention, row, first_head, totals);
+  load_columns<kHeads>(reciprocals, reciprocal);
   finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, inverse_turn(attention.rope, keys.position));
   stage_slab<kHeads, kSlab>(output, staging, 0);
   __syncthreads();
