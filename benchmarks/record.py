@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,23 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BUILTIN = Path("model/builtin")
+# of `nvidia-smi --query-gpu`: what they are called in a result file
+GPU_STATE = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock",
+    "clocks.mem": "memory_clock",
+    "clocks.max.sm": "max_sm_clock",
+    "clocks.max.mem": "max_memory_clock",
+    "power.limit": "power_limit",
+    "temperature.gpu": "temperature_celsius",
+}
 
 
 def header(module: str, checkpoint: Path) -> dict[str, Any]:
     """Machine, versions, date, command, and hashes of the checkpoint's files and of the sources that computed."""
     return {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -30,6 +41,43 @@ def header(module: str, checkpoint: Path) -> dict[str, Any]:
         "checkpoint": weights(checkpoint),
         "source_sha256": sha256([*sorted(ROOT.glob("dsv4_ops/**/*.py")), *sorted(ROOT.glob("model/*.py"))]),
     }
+
+
+def gpu_header() -> dict[str, Any]:
+    """The current GPU and its state, versions, date, command, and the hash of the CUDA sources."""
+    from dsv4_ops.build import source_hash
+
+    properties = torch.cuda.get_device_properties()
+    gpu = {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+    }
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": today(),
+        "gpu": gpu | gpu_state(str(properties.uuid).removeprefix("GPU-")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "csrc_sha256": source_hash(),
+    }
+
+
+def gpu_state(uuid: str) -> dict[str, str]:
+    """Clocks, limits and driver of one GPU as nvidia-smi prints them; empty where it cannot be asked."""
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in printed.strip().split(",")]
+    return dict(zip(GPU_STATE.values(), values, strict=True)) if len(values) == len(GPU_STATE) else {}
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 def weights(checkpoint: Path) -> dict[str, Any]:
@@ -61,5 +109,16 @@ def sha256(paths: list[Path]) -> str:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(as_json(record), encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """A key after the other; `rows` one a line, so that the files of two runs can be compared by eye."""
+    parts = []
+    for key, value in record.items():
+        text = json.dumps(value, indent=2).replace("\n", "\n  ")
+        if key == "rows":
+            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+        parts.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"

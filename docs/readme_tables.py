@@ -14,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.decode_cpu import markdown as decode_table
+from benchmarks.decode_gpu import markdown as decode_gpu_table
 from benchmarks.evaluation_loss import markdown as evaluation_table
 from benchmarks.record import RESULTS
+from benchmarks.result import markdown as kernel_table
+from docs import op_chart
 from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
 from dsv4_ops import ops
 from dsv4_ops.registry import TABLE, Inline, Op
@@ -80,6 +83,49 @@ def provenance(record: dict) -> str:
     )
 
 
+def kernels() -> str:
+    """The section on what operators take on an H200; nothing before it was measured."""
+    record = op_chart.load()
+    if record is None:
+        return ""
+    return f"""## Kernels on an H200
+
+Microseconds of one call: medians of CUDA-graph replays, warm (the same inputs again and again) and cold (L2 flushed
+before each call). The floor is what an operator must read and write over the speed of the memory, or its flops over
+the rate of the units; "latency" where that is less than a launch. The peers' kernels were timed with the same method on
+the same kind of GPU; where they need several for the same work, the sum stands here. The share is of the cold time, the
+ratio of the warm ones. All cases are in `{op_chart.SOURCE.relative_to(README.parent)}`.
+
+![Times of the operators below, on a logarithmic axis, with floors and peers](docs/{op_chart.TARGET.name})
+
+{kernel_table(record)}
+
+{gpu_provenance(record)}"""
+
+
+def decode_gpu() -> str:
+    """The section on a decode step of four layers on an H200; nothing before it was measured."""
+    path = RESULTS / "decode_flash4_h200.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return f"""## A decode step on an H200
+
+Four layers of V4-Flash ({", ".join(record["layers"])}) with random weights in the official format, embedding, head and
+sampling, after {record["context"]} tokens, as one CUDA graph. Shares are of the GPU time of a step called directly.
+
+{decode_gpu_table(record)}
+
+{gpu_provenance(record)}"""
+
+
+def gpu_provenance(record: dict) -> str:
+    gpu = record["gpu"]
+    state = [f"{label} {gpu[key]}" for key, label in (("driver", "driver"), ("sm_clock", "clock")) if key in gpu]
+    facts = [", ".join([gpu["name"], *state]), f"torch {record['torch']}, CUDA {record['cuda']}", record["date"]]
+    return f"{'; '.join(facts)}; csrc sha256 {record['csrc_sha256'][:12]}; `{record['command']}`."
+
+
 def state_table() -> str:
     """Buffers of a layer in the packed formats, for the released head dimensions."""
     key, ratio = f"{KEY_BYTES / CSA_RATIO:g}", f"{ENTRY_BYTES / CSA_RATIO:g} (CSA), {ENTRY_BYTES / HCA_RATIO:.2f} (HCA)"
@@ -101,12 +147,19 @@ REGIONS = {
     "ops": op_table,
     "evaluation": lambda: results("evaluation_loss", evaluation_table),
     "decode": lambda: results("decode_cpu", decode_table),
+    "kernels": kernels,
+    "decode-gpu": decode_gpu,
 }
 
 
 def filled(text: str) -> str:
     """README with every region generated anew. KeyError if a region has no generator."""
-    return REGION.sub(lambda match: f"{match[1]}{REGIONS[match[2]]()}\n{match[4]}", text)
+
+    def region(match: re.Match) -> str:
+        content = REGIONS[match[2]]()
+        return f"{match[1]}{content}{chr(10) if content else ''}{match[4]}"
+
+    return REGION.sub(region, text)
 
 
 def main() -> int:

@@ -99,9 +99,8 @@ class WindowAttention(nn.Module):
         hidden = quantise(x, self.wq_a.activation)
         qr = quantise(ops.rms_norm(self.wq_a(*hidden), self.q_norm, self.eps), self.wq_b.activation)
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.head_dim))
-        q = ops.q_norm_rope(q, rope_table, positions, self.eps)
-        ops.kv_norm_rope_append(
-            state.window_pool, self.wkv(*hidden), self.kv_norm, rope_table, state.window_table, positions,
+        ops.qkv_norm_rope_append(
+            state.window_pool, q, self.wkv(*hidden), self.kv_norm, rope_table, state.window_table, positions,
             self.eps, WINDOW_PAGE_SIZE,
         )  # fmt: skip
         o, _ = self.attend(x, q, qr, positions, rope_table, state)

@@ -1,4 +1,4 @@
-"""Command line: dsv4 generate | logits | convert | build | info.
+"""Command line: dsv4 generate | logits | convert | build | bench | info.
 
 What a user can get wrong is a UserError: one line on stderr, exit status 2, nothing written.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.op_bench import add_bench
 from dsv4_ops.registry import MissingKernelError
 from model.config import ModelConfig
 from model.decoding import make_decoder
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_logits(commands)
     _add_convert(commands)
     _add_build(commands)
+    add_bench(commands)
     info = commands.add_parser("info", help="what is installed and built, for which GPU; put it into bug reports")
     info.set_defaults(run=lambda arguments: print_info())
     return parser

@@ -1,4 +1,5 @@
-"""Quantisers fused with what comes right before them: an RMS norm, or the gated activation of an expert.
+"""Quantisers fused with what comes right before them: an RMS norm, or the gated activation of an expert, of which the
+`interleaved` forms take gate and up as neighbouring pairs, as products with interleaved w1 and w3 leave them.
 
 Each reference is the literal composition of the two ops, so a fused kernel has to round where they round: the normed
 row and the activation are rounded to the input's dtype and quantised from there. The normed row is an output as well,
@@ -118,51 +119,124 @@ def swiglu_quant_nvfp4_reference(gate_up: Tensor, route_weight: Tensor, limit: f
     return *quant_nvfp4_reference(h, global_scale), global_scale
 
 
+def deinterleave(gate_up: Tensor) -> Tensor:
+    """Pairs (gate, up) [T, 2*I] -> all gates, then all ups."""
+    return torch.cat((gate_up[..., 0::2], gate_up[..., 1::2]), dim=-1)
+
+
+def swiglu_interleaved_quant_fp8_reference(
+    gate_up: Tensor, route_weight: Tensor, limit: float, group: int
+) -> tuple[Tensor, Tensor]:
+    """swiglu of pairs (gate, up), then quant_fp8."""
+    return swiglu_quant_fp8_reference(deinterleave(gate_up), route_weight, limit, group)
+
+
+def swiglu_interleaved_quant_mxfp4_reference(
+    gate_up: Tensor, route_weight: Tensor, limit: float
+) -> tuple[Tensor, Tensor]:
+    """swiglu of pairs (gate, up), then quant_mxfp4."""
+    return swiglu_quant_mxfp4_reference(deinterleave(gate_up), route_weight, limit)
+
+
+def swiglu_interleaved_quant_nvfp4_reference(
+    gate_up: Tensor, route_weight: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """swiglu of pairs (gate, up), nvfp4_row_scale, then quant_nvfp4."""
+    return swiglu_quant_nvfp4_reference(deinterleave(gate_up), route_weight, limit)
+
+
 def gate_half(gate_up: Tensor) -> Tensor:
     """The half of gate_up [T, 2*I] that has the shape [T, I] of the activation."""
     return gate_up[..., : gate_up.shape[-1] // 2]
 
 
-def check_swiglu_quant_fp8(gate_up: Tensor, route_weight: Tensor, limit: float, group: int) -> None:
-    expect_swiglu("swiglu_quant_fp8", gate_up, route_weight)
-    expect_fp8_groups("swiglu_quant_fp8", gate_half(gate_up), group)
+def check_swiglu_quant_fp8(op: str):
+    def check(gate_up: Tensor, route_weight: Tensor, limit: float, group: int) -> None:
+        expect_swiglu(op, gate_up, route_weight)
+        expect_fp8_groups(op, gate_half(gate_up), group)
+
+    return check
 
 
-def check_swiglu_quant_mxfp4(gate_up: Tensor, route_weight: Tensor, limit: float) -> None:
-    expect_swiglu("swiglu_quant_mxfp4", gate_up, route_weight)
-    expect_groups("swiglu_quant_mxfp4", gate_half(gate_up), MXFP4_GROUP)
+def check_swiglu_quant_fp4(op: str, group: int):
+    def check(gate_up: Tensor, route_weight: Tensor, limit: float) -> None:
+        expect_swiglu(op, gate_up, route_weight)
+        expect_groups(op, gate_half(gate_up), group)
+
+    return check
 
 
-def check_swiglu_quant_nvfp4(gate_up: Tensor, route_weight: Tensor, limit: float) -> None:
-    expect_swiglu("swiglu_quant_nvfp4", gate_up, route_weight)
-    expect_groups("swiglu_quant_nvfp4", gate_half(gate_up), NVFP4_GROUP)
+def alloc_swiglu_quant_fp8(gate_up: Tensor, route_weight: Tensor, limit: float, group: int) -> tuple[Tensor, Tensor]:
+    return alloc_fp8(gate_half(gate_up), group, torch.uint8)
 
 
-# gate_up [T, 2*I] bf16 | f32, route_weight [T] f32; group 32 | 64 | 128
+def alloc_swiglu_quant_mxfp4(gate_up: Tensor, route_weight: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    return alloc_fp4(gate_half(gate_up), MXFP4_GROUP, torch.uint8)
+
+
+def alloc_swiglu_quant_nvfp4(gate_up: Tensor, route_weight: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    return alloc_nvfp4(gate_half(gate_up))
+
+
+# gate_up [T, 2*I] bf16 | f32 (gate, then up), route_weight [T] f32; group 32 | 64 | 128
 # -> q [T, I] E4M3, scale [T, I/group] uint8 (UE8M0)
 swiglu_quant_fp8 = define(
     "swiglu_quant_fp8(Tensor gate_up, Tensor route_weight, float limit, int group) -> (Tensor q, Tensor scale)",
-    alloc=lambda gate_up, route_weight, limit, group: alloc_fp8(gate_half(gate_up), group, torch.uint8),
+    alloc=alloc_swiglu_quant_fp8,
     reference=swiglu_quant_fp8_reference,
-    check=check_swiglu_quant_fp8,
+    check=check_swiglu_quant_fp8("swiglu_quant_fp8"),
     inline=Inline.ALWAYS,
 )
 
-# gate_up [T, 2*I] bf16 | f32, route_weight [T] f32 -> q [T, I/2] uint8, scale [T, I/32] uint8 (UE8M0)
+# gate_up [T, 2*I] bf16 | f32 (gate, then up), route_weight [T] f32
+# -> q [T, I/2] uint8, scale [T, I/32] uint8 (UE8M0)
 swiglu_quant_mxfp4 = define(
     "swiglu_quant_mxfp4(Tensor gate_up, Tensor route_weight, float limit) -> (Tensor q, Tensor scale)",
-    alloc=lambda gate_up, route_weight, limit: alloc_fp4(gate_half(gate_up), MXFP4_GROUP, torch.uint8),
+    alloc=alloc_swiglu_quant_mxfp4,
     reference=swiglu_quant_mxfp4_reference,
-    check=check_swiglu_quant_mxfp4,
+    check=check_swiglu_quant_fp4("swiglu_quant_mxfp4", MXFP4_GROUP),
     inline=Inline.ALWAYS,
 )
 
-# gate_up [T, 2*I] bf16 | f32, route_weight [T] f32 -> q [T, I/2] uint8, scale [T, I/16] E4M3, global_scale [T, 1] f32
+# gate_up [T, 2*I] bf16 | f32 (gate, then up), route_weight [T] f32
+# -> q [T, I/2] uint8, scale [T, I/16] E4M3, global_scale [T, 1] f32
 swiglu_quant_nvfp4 = define(
     "swiglu_quant_nvfp4(Tensor gate_up, Tensor route_weight, float limit) -> "
     "(Tensor q, Tensor scale, Tensor global_scale)",
-    alloc=lambda gate_up, route_weight, limit: alloc_nvfp4(gate_half(gate_up)),
+    alloc=alloc_swiglu_quant_nvfp4,
     reference=swiglu_quant_nvfp4_reference,
-    check=check_swiglu_quant_nvfp4,
+    check=check_swiglu_quant_fp4("swiglu_quant_nvfp4", NVFP4_GROUP),
+    inline=Inline.ALWAYS,
+)
+
+# gate_up [T, 2*I] bf16 | f32 (pairs gate, up), route_weight [T] f32; group 32 | 64 | 128
+# -> q [T, I] E4M3, scale [T, I/group] uint8 (UE8M0)
+swiglu_interleaved_quant_fp8 = define(
+    "swiglu_interleaved_quant_fp8(Tensor gate_up, Tensor route_weight, float limit, int group) -> "
+    "(Tensor q, Tensor scale)",
+    alloc=alloc_swiglu_quant_fp8,
+    reference=swiglu_interleaved_quant_fp8_reference,
+    check=check_swiglu_quant_fp8("swiglu_interleaved_quant_fp8"),
+    inline=Inline.ALWAYS,
+)
+
+# gate_up [T, 2*I] bf16 | f32 (pairs gate, up), route_weight [T] f32
+# -> q [T, I/2] uint8, scale [T, I/32] uint8 (UE8M0)
+swiglu_interleaved_quant_mxfp4 = define(
+    "swiglu_interleaved_quant_mxfp4(Tensor gate_up, Tensor route_weight, float limit) -> (Tensor q, Tensor scale)",
+    alloc=alloc_swiglu_quant_mxfp4,
+    reference=swiglu_interleaved_quant_mxfp4_reference,
+    check=check_swiglu_quant_fp4("swiglu_interleaved_quant_mxfp4", MXFP4_GROUP),
+    inline=Inline.ALWAYS,
+)
+
+# gate_up [T, 2*I] bf16 | f32 (pairs gate, up), route_weight [T] f32
+# -> q [T, I/2] uint8, scale [T, I/16] E4M3, global_scale [T, 1] f32
+swiglu_interleaved_quant_nvfp4 = define(
+    "swiglu_interleaved_quant_nvfp4(Tensor gate_up, Tensor route_weight, float limit) -> "
+    "(Tensor q, Tensor scale, Tensor global_scale)",
+    alloc=alloc_swiglu_quant_nvfp4,
+    reference=swiglu_interleaved_quant_nvfp4_reference,
+    check=check_swiglu_quant_fp4("swiglu_interleaved_quant_nvfp4", NVFP4_GROUP),
     inline=Inline.ALWAYS,
 )

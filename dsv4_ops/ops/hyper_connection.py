@@ -15,6 +15,7 @@ Shapes: x [..., n, d] bf16|f32, n <= 16; fn f32 [(2 + n) * n, n * d]; scale f32 
 """
 
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from dsv4_ops.ops.norm import rms_norm_reference
 from dsv4_ops.registry import Inline, define, describe, expect
 
 MAX_STREAMS = 16
+# Partial sums of the CUDA kernels (csrc/hyper_connection/hyper_connection.h): one for 64 columns of every stream, from
+# 2048 tokens on for 8 times as many.
+SPLIT_COLUMNS, SPLITS_PER_GROUP, MANY_TOKENS = 64, 8, 2048
 
 
 def _check_sinkhorn(logits: Tensor, eps: float, iterations: int) -> None:
@@ -87,14 +91,16 @@ def _check_norm_weight(op: str, x: Tensor, norm_weight: Tensor) -> None:
     )
 
 
-def _check_pre_rms_norm(x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations) -> None:
-    _check_pre("hc_pre_rms_norm", x, fn, scale, base, norm_eps, hc_eps, iterations)
-    _check_norm_weight("hc_pre_rms_norm", x, norm_weight)
+def check_pre_rms_norm(op: str, x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations) -> None:
+    _check_pre(op, x, fn, scale, base, norm_eps, hc_eps, iterations)
+    _check_norm_weight(op, x, norm_weight)
 
 
-def _check_post_pre_rms_norm(f, x, post, comb, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations) -> None:
-    _check_post_pre("hc_post_pre_rms_norm", f, x, post, comb, fn, scale, base, norm_eps, hc_eps, iterations)
-    _check_norm_weight("hc_post_pre_rms_norm", x, norm_weight)
+def check_post_pre_rms_norm(
+    op: str, f, x, post, comb, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations
+) -> None:
+    _check_post_pre(op, f, x, post, comb, fn, scale, base, norm_eps, hc_eps, iterations)
+    _check_norm_weight(op, x, norm_weight)
 
 
 def _check_head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float) -> None:
@@ -102,14 +108,22 @@ def _check_head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: fl
     _check_mix("hc_head", x, fn, scale, base, x.shape[-2], 1)
 
 
-def _alloc_pre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def alloc_pre(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     *rows, n, d = x.shape
     post, comb = (x.new_empty(shape, dtype=torch.float32) for shape in ((*rows, n), (*rows, n, n)))
     return x.new_empty((*rows, d)), post, comb
 
 
 def _alloc_post_pre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_alloc_pre(x)
+    return x.new_empty(x.shape), *alloc_pre(x)
+
+
+def mix_workspace(x: Tensor, outputs: int) -> Tensor:
+    """What the kernels hand from the first launch to the second: partial sums of `outputs` products and of squares."""
+    *rows, _, d = x.shape
+    tokens, splits = prod(rows), -(-d // SPLIT_COLUMNS)
+    chunks = splits if tokens < MANY_TOKENS else -(-splits // SPLITS_PER_GROUP)
+    return x.new_empty((tokens * chunks * (outputs + 4),), dtype=torch.float32)
 
 
 def sinkhorn_reference(logits: Tensor, eps: float, iterations: int) -> Tensor:
@@ -186,9 +200,10 @@ sinkhorn = define(
 hc_pre = define(
     "hc_pre(Tensor x, Tensor fn, Tensor scale, Tensor base, float norm_eps, float hc_eps, int iterations)"
     " -> (Tensor y, Tensor post, Tensor comb)",
-    alloc=lambda x, fn, scale, base, norm_eps, hc_eps, iterations: _alloc_pre(x),
+    alloc=lambda x, fn, scale, base, norm_eps, hc_eps, iterations: alloc_pre(x),
     reference=hc_pre_reference,
     check=partial(_check_pre, "hc_pre"),
+    workspace=lambda x, fn, *rest: mix_workspace(x, len(fn)),
     inline=Inline.ALWAYS,
 )
 # -> y [..., n, d] in the dtype of x: the streams after a sub-layer
@@ -206,15 +221,17 @@ hc_post_pre = define(
     alloc=lambda f, x, post, comb, fn, scale, base, norm_eps, hc_eps, iterations: _alloc_post_pre(x),
     reference=hc_post_pre_reference,
     check=partial(_check_post_pre, "hc_post_pre"),
+    workspace=lambda f, x, post, comb, fn, *rest: mix_workspace(x, len(fn)),
     inline=Inline.ALWAYS,
 )
 # hc_pre, then the RMSNorm of the sub-layer: norm_weight [d] bf16|f32; y is the normed row
 hc_pre_rms_norm = define(
     "hc_pre_rms_norm(Tensor x, Tensor fn, Tensor scale, Tensor base, Tensor norm_weight, float norm_eps, float hc_eps,"
     " int iterations) -> (Tensor y, Tensor post, Tensor comb)",
-    alloc=lambda x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations: _alloc_pre(x),
+    alloc=lambda x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations: alloc_pre(x),
     reference=hc_pre_rms_norm_reference,
-    check=_check_pre_rms_norm,
+    check=partial(check_pre_rms_norm, "hc_pre_rms_norm"),
+    workspace=lambda x, fn, *rest: mix_workspace(x, len(fn)),
     inline=Inline.ALWAYS,
 )
 # hc_post, then hc_pre_rms_norm
@@ -224,7 +241,8 @@ hc_post_pre_rms_norm = define(
     " -> (Tensor streams, Tensor y, Tensor post_next, Tensor comb_next)",
     alloc=lambda f, x, post, comb, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations: _alloc_post_pre(x),
     reference=hc_post_pre_rms_norm_reference,
-    check=_check_post_pre_rms_norm,
+    check=partial(check_post_pre_rms_norm, "hc_post_pre_rms_norm"),
+    workspace=lambda f, x, post, comb, fn, *rest: mix_workspace(x, len(fn)),
     inline=Inline.ALWAYS,
 )
 # fn f32 [n, n * d], scale f32 [1], base f32 [n] -> y [..., d] in the dtype of x
@@ -233,5 +251,6 @@ hc_head = define(
     alloc=lambda x, fn, scale, base, norm_eps, hc_eps: x.new_empty((*x.shape[:-2], x.shape[-1])),
     reference=hc_head_reference,
     check=_check_head,
+    workspace=lambda x, fn, *rest: mix_workspace(x, len(fn)),
     inline=Inline.ALWAYS,
 )

@@ -89,10 +89,11 @@ def expect_rope(op: str, x: Tensor, rope_table: Tensor, positions: Tensor) -> No
     expect(fits, op, f"positions must be [B, S] int32 (-1: no token), got {describe(positions)}")
 
 
-def check_q_norm_rope(q: Tensor, rope_table: Tensor, positions: Tensor, eps: float) -> None:
-    expect_activation(q, "q_norm_rope", "q")
-    expect(q.dim() == 4, "q_norm_rope", f"q must be [B, S, H, D], got {describe(q)}")
-    expect_rope("q_norm_rope", q, rope_table, positions)
+def expect_heads(op: str, q: Tensor, rope_table: Tensor, positions: Tensor) -> None:
+    """Raise unless q is [B, S, H, D] bf16 or fp32 and can be rotated."""
+    expect_activation(q, op, "q")
+    expect(q.dim() == 4, op, f"q must be [B, S, H, D], got {describe(q)}")
+    expect_rope(op, q, rope_table, positions)
 
 
 # q [B, S, H, D] bf16 | f32, rope_table [max_pos, R] f32, positions [B, S] int32 -> y [B, S, H, D] of q's dtype
@@ -100,7 +101,7 @@ q_norm_rope = define(
     "q_norm_rope(Tensor q, Tensor rope_table, Tensor positions, float eps) -> (Tensor y)",
     alloc=lambda q, rope_table, positions, eps: q.new_empty(q.shape),
     reference=q_norm_rope_reference,
-    check=check_q_norm_rope,
+    check=lambda q, rope_table, positions, eps: expect_heads("q_norm_rope", q, rope_table, positions),
     inline=Inline.ALWAYS,
 )
 
@@ -123,17 +124,17 @@ def kv_norm_rope_append_reference(
     write_kv(pool, block_table, entries, page_size, roped, rope_table.shape[1])
 
 
-def check_kv_norm_rope_append(
+def expect_window_rows(
+    op: str,
     pool: Tensor,
     kv: Tensor,
     weight: Tensor,
     rope_table: Tensor,
     block_table: Tensor,
     positions: Tensor,
-    eps: float,
     page_size: int,
 ) -> None:
-    op = "kv_norm_rope_append"
+    """Raise unless kv [B, S, D] can be normed, rotated and inserted without overwriting itself."""
     expect(kv.dim() == 3, op, f"kv must be [B, S, D], got {describe(kv)}")
     expect_rms_norm(op, kv, weight)
     expect_rope(op, kv, rope_table, positions)
@@ -154,6 +155,11 @@ def check_kv_norm_rope_append(
     expect(kv.shape[1] <= ring, op, f"{kv.shape[1]} rows a sequence overwrite each other in a ring of {ring}: {fix}")
 
 
+def check_kv_norm_rope_append(pool, kv, weight, rope_table, block_table, positions, eps, page_size) -> None:
+    op = "kv_norm_rope_append"
+    expect_window_rows(op, pool, kv, weight, rope_table, block_table, positions, page_size)
+
+
 # pool [pages, page stride] uint8 | f32, kv [B, S, D] bf16 | f32, weight [D], rope_table [max_pos, R] f32,
 # block_table [B, pages a sequence] int32, positions [B, S] int32; a row at position -1 writes nothing
 kv_norm_rope_append = define_mutating(
@@ -161,4 +167,38 @@ kv_norm_rope_append = define_mutating(
     "Tensor positions, float eps, int page_size) -> ()",
     reference=kv_norm_rope_append_reference,
     check=check_kv_norm_rope_append,
+)
+
+
+def qkv_norm_rope_append_reference(
+    pool: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    rope_table: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    eps: float,
+    page_size: int,
+) -> None:
+    """q_norm_rope in place, and kv_norm_rope_append."""
+    q.copy_(q_norm_rope_reference(q, rope_table, positions, eps))
+    kv_norm_rope_append_reference(pool, kv, weight, rope_table, block_table, positions, eps, page_size)
+
+
+def check_qkv_norm_rope_append(pool, q, kv, weight, rope_table, block_table, positions, eps, page_size) -> None:
+    op = "qkv_norm_rope_append"
+    expect_heads(op, q, rope_table, positions)
+    expect_window_rows(op, pool, kv, weight, rope_table, block_table, positions, page_size)
+    dtype = str(q.dtype).removeprefix("torch.")
+    fits = kv.dtype == q.dtype and kv.shape[-1] == q.shape[-1]
+    expect(fits, op, f"kv must be [B, S, {q.shape[-1]}] {dtype} like q {describe(q)}, got {describe(kv)}")
+
+
+# pool, kv, weight, rope_table, block_table, positions as above; q [B, S, H, D] of kv's dtype, written in place
+qkv_norm_rope_append = define_mutating(
+    "qkv_norm_rope_append(Tensor(a!) pool, Tensor(b!) q, Tensor kv, Tensor weight, Tensor rope_table, "
+    "Tensor block_table, Tensor positions, float eps, int page_size) -> ()",
+    reference=qkv_norm_rope_append_reference,
+    check=check_qkv_norm_rope_append,
 )

@@ -173,7 +173,8 @@ def _run_poisoned(op: Op, arguments: tuple) -> tuple:
         torch.empty(0, dtype=torch.uint8, device="cuda").set_(buffer.untyped_storage()).fill_(POISON)
         out[output] = buffer
     if "workspace" in {argument.name for argument in op.packet.out._schema.arguments}:
-        out["workspace"] = op.workspace(*arguments).view(torch.uint8).fill_(POISON)
+        out["workspace"] = op.workspace(*arguments)
+        out["workspace"].view(torch.uint8).fill_(POISON)
     op.packet.out(*arguments, **out)
     torch.cuda.synchronize()
     for output, result in zip(op.outputs, functional, strict=True):

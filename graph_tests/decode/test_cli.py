@@ -162,7 +162,7 @@ def test_info_names_every_operator(run):
     assert f"torch         {torch.__version__}" in out
 
 
-@pytest.mark.parametrize("command", ((), ("generate",), ("logits",), ("convert",), ("build",), ("info",)))
+@pytest.mark.parametrize("command", ((), ("generate",), ("logits",), ("convert",), ("build",), ("bench",), ("info",)))
 def test_help_describes_every_option(run, command):
     status, out, err = run(*command, "--help")
     assert (status, err) == (0, "") and out.startswith("usage: dsv4") and "-h, --help" in out

@@ -103,13 +103,13 @@ def test_generated_code_never_copies_a_pool(inductor):
         assert mutations
         for name, state, pool in mutations:
             graph_inputs = re.findall(r"arg\d+_1", call)
-            assert state in graph_inputs and (name.startswith("kv_") or pool in graph_inputs), (name, state, pool)
+            assert state in graph_inputs and (name.startswith("qkv_") or pool in graph_inputs), (name, state, pool)
         assert "clone" not in call and "copy_(" not in call
 
 
 def test_generated_code_opens_what_has_no_kernel_and_calls_what_has_to_be_called(inductor):
     called = {name for code in inductor[1] for name in re.findall(r"torch\.ops\.dsv4\.(\w+)\.\w+\(", code)}
-    assert {"linear_fp8", "moe_mxfp4", "index_topk_fp4", "sinkhorn", "kv_norm_rope_append"} <= called
+    assert {"linear_fp8", "moe_mxfp4", "index_topk_fp4", "sinkhorn", "qkv_norm_rope_append"} <= called
     assert not called & {"rms_norm", "quant_fp8", "rms_norm_quant_fp8", "swiglu_quant_fp8", "hc_pre", "hc_post", "gate"}
 
 

@@ -15,7 +15,8 @@ EPS, LIMIT, K = 1e-6, 10.0, 128
 BATCHES = [0, 1, 2, 7, 64]
 DTYPES = [torch.bfloat16, torch.float32]
 LAYOUTS = [lambda x: x, checks.row_strided]
-NAMES = [f"{before}_quant_{form}" for before in ("rms_norm", "swiglu") for form in ("fp8", "mxfp4", "nvfp4")]
+FORMS = ("fp8", "mxfp4", "nvfp4")
+NAMES = [f"{before}_quant_{form}" for before in ("rms_norm", "swiglu", "swiglu_interleaved") for form in FORMS]
 
 
 def rows(size: int, dtype: torch.dtype, width: int = K) -> torch.Tensor:
@@ -34,6 +35,11 @@ def arguments_of(name: str, size: int, dtype: torch.dtype, layout=lambda x: x) -
     return layout(rows(size, dtype, 2 * K)), torch.rand(size, generator=generator) + 0.1, LIMIT, *group
 
 
+def interleaved(gate_up: torch.Tensor) -> torch.Tensor:
+    """All gates, then all ups -> pairs (gate, up)."""
+    return torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
 def before_quantising(name: str, arguments: tuple) -> torch.Tensor:
     """transformers' norm or clamped activation (with the route weight, in fp32), rounded to the input's dtype."""
     x, second = arguments[:2]
@@ -41,6 +47,8 @@ def before_quantising(name: str, arguments: tuple) -> torch.Tensor:
         norm = DeepseekV4RMSNorm(K, EPS)
         norm.weight.data = second
         return norm(x).detach()
+    if name.startswith("swiglu_interleaved"):
+        x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
     experts = SimpleNamespace(limit=LIMIT, act_fn=torch.nn.SiLU())
     return (DeepseekV4Experts._apply_gate(experts, x.float()) * second[:, None]).to(x.dtype)
 
@@ -70,6 +78,17 @@ def test_quantises_the_rounded_rows_of_transformers(name, dtype):
             assert_bits_equal(output, torch.tensor(expected))
         else:
             assert_bits_equal(output.view(torch.uint8), torch.tensor(expected, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_interleaved_pairs_give_what_halves_give(form, dtype):
+    gate_up, *rest = arguments_of(f"swiglu_quant_{form}", 7, dtype)
+    pairs = interleaved(gate_up).view(7, 1, -1)
+    route_weight, *scalars = rest
+    results = getattr(ops, f"swiglu_interleaved_quant_{form}")(pairs, route_weight[:, None], *scalars)
+    for actual, expected in zip(results, getattr(ops, f"swiglu_quant_{form}")(gate_up, *rest), strict=True):
+        assert_bits_equal(actual[:, 0], expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,8 +6,8 @@
 
 namespace dsv4 {
 
-// Pool [pages, page stride] uint8 with `packed_bytes` bytes an entry, or float32 with `dim` values an entry, and its block
-// table [batch, max_pages] int32. Pages must start at multiples of `alignment` bytes (16 in a plain pool).
+// Pool [pages, page stride] uint8 with `packed_bytes` bytes an entry, or float32 with `dim` values an entry, and its
+// block table [batch, max_pages] int32. Pages must start at multiples of `alignment` bytes (16 in a plain pool).
 inline Pool expect_pool(const Call& call, const Tensor& pool, const Tensor& block_table, int64_t batch,
                         int64_t page_size, int64_t packed_bytes, int64_t dim, int alignment) {
   const bool plain = pool.scalar_type() == kFloat32;

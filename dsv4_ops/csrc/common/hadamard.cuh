@@ -1,5 +1,5 @@
-// Walsh-Hadamard transform over the lanes of a warp, bit for bit `hadamard` of dsv4_ops/ops/formats.py: fp32 butterflies
-// of width 1, 2, 4, ..., then one product with size^-0.5.
+// Walsh-Hadamard transform over the lanes of a warp, bit for bit `hadamard` of dsv4_ops/ops/formats.py: fp32
+// butterflies of width 1, 2, 4, ..., then one product with size^-0.5.
 #pragma once
 
 #include "common/reduce.cuh"

@@ -4,10 +4,10 @@
 //   1. calls ptx::launch_dependents() first,
 //   2. may then load parameters of the model (weights, scales, rope table: nothing that a kernel of the step writes),
 //   3. calls ptx::wait_for_predecessors() in every thread that goes on, and in at least one thread of every CTA, before
-//      it reads activations, state, positions or block tables, and before it writes anything at all. What it reads then,
-//      it reads by plain loads or ptx::load_once: ptxas may move a load of data that it takes for constant (__ldg,
-//      ld.global.nc, a const __restrict__ parameter) above the wait,
+//      it reads activations, state, positions or block tables, and before it writes anything at all,
 // also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
+// What it reads after the wait it reads by plain loads or ptx::load_once: a load of data that is taken for constant (__ldg,
+// ld.global.nc, a const __restrict__ parameter) ptxas may move above the wait.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,6 +1,6 @@
 // Writing entries of paged pools, byte for byte as dsv4_ops/ops/pages.py lays them out. Per page:
 //
-//   packed KV         page_size x [nope E4M3 | rope BF16], page_size x 8 * ceil(nope / 512) bytes: UE8M0 per 64, then zeros
+//   packed KV         page_size x [nope E4M3 | rope BF16], page_size x [8 * ceil(nope/512) bytes: UE8M0 per 64, zeros]
 //   packed index FP8  page_size x [dim E4M3], page_size x fp32 scale
 //   packed index FP4  page_size x [dim / 2 E2M1 pairs], page_size x [dim / 32 UE8M0]
 //   plain             page_size x [dim fp32]
@@ -45,8 +45,8 @@ __device__ __forceinline__ void write_plain(const Entry& entry, int dim, int col
   if (inside) store_floats(reinterpret_cast<float*>(entry.part(0, dim * 4)) + column, values);
 }
 
-// A packed KV entry of `nope` + `rope_dim` values: nope is a multiple of 64, rope_dim of kCount. Pages start at multiples
-// of 8 bytes.
+// A packed KV entry of `nope` + `rope_dim` values: nope is a multiple of 64, rope_dim of kCount. Pages start at
+// multiples of 8 bytes.
 template <int kCount>
 __device__ __forceinline__ void write_kv_packed(const Entry& entry, int nope, int rope_dim, int column,
                                                 const float (&values)[kCount], bool inside) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
 namespace dsv4 {
 
 constexpr int kWarp = 32;
@@ -25,15 +27,27 @@ __device__ __forceinline__ float sum_lanes(float value) {
 // Bits of |value|, ordered as unsigned integers: NaN above infinity above every number.
 __device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7FFFFFFFu; }
 
+// Largest magnitude of neighbouring values, as such bits.
+template <int kCount>
+__device__ __forceinline__ uint32_t max_magnitude_bits(const float (&values)[kCount]) {
+  float largest = fabsf(values[0]);
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) largest = ptx::max_nan(largest, fabsf(values[i]));
+  return magnitude_bits(largest);
+}
+
 // Largest of `bits` over groups of kLanes neighbouring lanes.
 template <int kLanes = kWarp>
 __device__ __forceinline__ uint32_t max_lanes(uint32_t bits) {
-  if constexpr (kLanes == kWarp) return __reduce_max_sync(kAllLanes, bits);
+  if constexpr (kLanes == kWarp) {
+    return __reduce_max_sync(kAllLanes, bits);
+  } else {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      bits = max(bits, __shfl_xor_sync(kAllLanes, bits, distance));
+    }
+    return bits;
   }
-  return bits;
 }
 
 // Sum over a CTA of kWarps whole warps; every thread gets the result. `scratch` holds kWarps floats and may be used again
@@ -63,24 +77,29 @@ __device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
   return largest;
 }
 
-// Sum over a CTA of blockDim.x / 32 whole warps, at most kMaxWarps, for kernels that choose their threads by the width of
-// a row; every thread gets the result. `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again
-// after the next barrier.
+// Sum over a CTA of blockDim.x / 32 whole warps, for kernels that choose their threads by the width of a row; every thread
+// gets the result. A thread has kParts values and adds them like as many threads, blockDim.x apart, with one each, so that
+// fewer threads may do the work of many: the same values give the same bits. Threads times parts are at most 32 kMaxWarps.
+// `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again after the next barrier.
+template <int kMaxWarps, int kParts>
+__device__ __forceinline__ float sum_warps(const float (&values)[kParts], float* scratch) {
+  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "a lane adds four");
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const float sum = sum_lanes(values[part]);
+    if (lane == 0) scratch[part * warps + warp] = sum;
+  }
+  if (warp == 0 && lane >= kParts * warps && lane < kMaxWarps) scratch[lane] = 0.0f;
+  __syncthreads();
+  const float4 four = reinterpret_cast<const float4*>(scratch)[lane % (kMaxWarps / 4)];
+  return sum_lanes<kMaxWarps / 4>((four.x + four.y) + (four.z + four.w));
+}
+
 template <int kMaxWarps>
 __device__ __forceinline__ float sum_warps(float value, float* scratch) {
-  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "read four at a time");
-  value = sum_lanes(value);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  if (lane == 0) scratch[warp] = value;
-  if (warp == 0 && lane >= warps && lane < kMaxWarps) scratch[lane] = 0.0f;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kMaxWarps / 4; ++i) {
-    const float4 four = reinterpret_cast<const float4*>(scratch)[i];
-    total += (four.x + four.y) + (four.z + four.w);
-  }
-  return total;
+  const float values[1] = {value};
+  return sum_warps<kMaxWarps>(values, scratch);
 }
 
 // Largest of `bits` over such a CTA; `scratch` holds a word for each warp.

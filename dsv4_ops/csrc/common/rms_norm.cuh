@@ -28,10 +28,24 @@ __device__ __forceinline__ float inverse_rms(float sum, int width, float eps) {
   return __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, static_cast<float>(width)), eps)));
 }
 
-// The normed value as it is stored in T.
+// y as it is stored in T.
 template <typename T>
 __device__ __forceinline__ float rms_norm(float value, float weight, float inverse_rms) {
   return round_to<T>(__fmul_rn(weight, __fmul_rn(value, inverse_rms)));
+}
+
+// Neighbouring values -> what y is before it is rounded to T, in place.
+template <int kCount>
+__device__ __forceinline__ void scale_by_rms(float (&values)[kCount], const float (&weights)[kCount], float inverse_rms) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(weights[i], __fmul_rn(values[i], inverse_rms));
+}
+
+// Neighbouring values -> y as it is stored in T, in place.
+template <typename T, int kCount>
+__device__ __forceinline__ void rms_norm(float (&values)[kCount], const float (&weights)[kCount], float inverse_rms) {
+  scale_by_rms(values, weights, inverse_rms);
+  round_all_to<T>(values);
 }
 
 }  // namespace dsv4

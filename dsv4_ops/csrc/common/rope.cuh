@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_turns(const float* row, int first, float2 (
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
     const int channel = first + 2 * i;
-    turns[i] = channel >= 0 ? __ldg(reinterpret_cast<const float2*>(row + channel)) : float2{1.0f, 0.0f};
+    turns[i] = channel >= 0 ? *reinterpret_cast<const float2*>(row + channel) : float2{1.0f, 0.0f};
   }
 }
 

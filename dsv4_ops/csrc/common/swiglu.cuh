@@ -20,34 +20,49 @@ __device__ __forceinline__ float silu(float gate) {
   return gate * ptx::rcp_approx_ftz(1.0f + ptx::ex2_approx_ftz(gate * kMinusLog2E));
 }
 
-// One value of h as it is stored in T. NaN stays NaN in the clamps too.
-template <typename T>
-__device__ __forceinline__ float swiglu(float gate, float up, float route_weight, float limit) {
-  const float clamped_up = ptx::min_nan(ptx::max_nan(up, -limit), limit);
-  return round_to<T>(silu<T>(ptx::min_nan(gate, limit)) * clamped_up * route_weight);
+// h as it is stored in T. NaN stays NaN in the clamps too.
+template <typename T, int kCount>
+__device__ __forceinline__ void swiglu(const float (&gate)[kCount], const float (&up)[kCount], float route_weight,
+                                       float limit, float (&h)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float clamped_up = ptx::min_nan(ptx::max_nan(up[i], -limit), limit);
+    h[i] = silu<T>(ptx::min_nan(gate[i], limit)) * clamped_up * route_weight;
+  }
+  round_all_to<T>(h);
 }
 
-// Where gate and up of h[column] lie in a row of gate_up [2 * width]: columns [0, width) and [width, 2 * width).
+// kCount gates and ups of neighbouring columns of h, as they were loaded from a row of gate_up [2 * width] that has the
+// gates in its first half and the ups in its second.
+template <typename T, int kCount>
 struct Halves {
-  template <int kCount, typename T>
-  static __device__ __forceinline__ void load(const T* row, int width, int column, float (&gate)[kCount],
-                                              float (&up)[kCount]) {
-    load_floats_once(row + column, gate);
-    load_floats_once(row + width + column, up);
+  Packed<T, kCount> gates, ups;
+
+  __device__ __forceinline__ void load(const T* row, unsigned width, unsigned column) {
+    gates.load_once(row + column);
+    ups.load_once(row + width + column);
+  }
+
+  __device__ __forceinline__ void to_floats(float (&gate)[kCount], float (&up)[kCount]) const {
+    gates.to_floats(gate);
+    ups.to_floats(up);
   }
 };
 
 // The same for a row of interleaved pairs (gate, up).
+template <typename T, int kCount>
 struct Pairs {
-  template <int kCount, typename T>
-  static __device__ __forceinline__ void load(const T* row, int, int column, float (&gate)[kCount],
-                                              float (&up)[kCount]) {
-    float pairs[2 * kCount];
-    load_floats_once(row + 2 * column, pairs);
+  Packed<T, 2 * kCount> pairs;
+
+  __device__ __forceinline__ void load(const T* row, unsigned, unsigned column) { pairs.load_once(row + 2 * column); }
+
+  __device__ __forceinline__ void to_floats(float (&gate)[kCount], float (&up)[kCount]) const {
+    float values[2 * kCount];
+    pairs.to_floats(values);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      gate[i] = pairs[2 * i];
-      up[i] = pairs[2 * i + 1];
+      gate[i] = values[2 * i];
+      up[i] = values[2 * i + 1];
     }
   }
 };

@@ -36,31 +36,91 @@ __device__ __forceinline__ float round_to(float value) {
   return to_float(from_float<T>(value));
 }
 
+// The two bf16 of a word as fp32: its halves in the upper half of a register.
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
+}
+
+// Elements as they lie in memory -> fp32, of which the first goes to values[first].
+template <int kWidth, int kCount, typename T>
+__device__ __forceinline__ void unpack(const Vector<T, kWidth>& vector, int first, float (&values)[kCount]) {
+  if constexpr (sizeof(T) == 2 && kWidth % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      const float2 pair = unpack_bf16x2(reinterpret_cast<const uint32_t&>(vector.values[i]));
+      values[first + i] = pair.x;
+      values[first + i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) values[first + i] = to_float(vector.values[i]);
+  }
+}
+
+// round_to<T> of neighbouring values, a pair in one instruction.
+template <typename T, int kCount>
+__device__ __forceinline__ void round_all_to(float (&values)[kCount]) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[i], values[i + 1]);
+      const float2 pair = unpack_bf16x2(reinterpret_cast<const uint32_t&>(rounded));
+      values[i] = pair.x;
+      values[i + 1] = pair.y;
+    }
+  }
+}
+
 // kCount elements at `address` (aligned to the access) -> fp32, in accesses of up to 16 bytes.
 template <int kCount, typename T>
 __device__ __forceinline__ void load_floats(const T* address, float (&values)[kCount]) {
   constexpr int kWidth = sizeof(T) * kCount < 16 ? kCount : 16 / sizeof(T);
 #pragma unroll
   for (int first = 0; first < kCount; first += kWidth) {
-    const auto part = *reinterpret_cast<const Vector<T, kWidth>*>(address + first);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[first + i] = to_float(part.values[i]);
+    const auto part = *reinterpret_cast<const Vector<T, kWidth>*>(address + first);  // a copy: one access
+    unpack(part, first, values);
   }
 }
 
-// load_floats in accesses of 16 bytes that leave nothing in L1, for what is read once and not written meanwhile.
-template <int kCount, typename T>
-__device__ __forceinline__ void load_floats_once(const T* address, float (&values)[kCount]) {
-  constexpr int kWidth = 16 / sizeof(T);
-  static_assert(kCount % kWidth == 0, "whole accesses of 16 bytes");
+// kCount elements as they lie in memory, in parts of 16 bytes: from bf16 half the registers that their values take.
+template <typename T, int kCount>
+struct Packed {
+  static constexpr int kWidth = 16 / sizeof(T);
+  static_assert(kCount % kWidth == 0, "whole parts");
+  uint4 parts[kCount / kWidth];
+
+  __device__ __forceinline__ void load(const T* address) {
 #pragma unroll
-  for (int first = 0; first < kCount; first += kWidth) {
-    const uint4 loaded = ptx::load_once(address + first);
-    const auto& part = reinterpret_cast<const Vector<T, kWidth>&>(loaded);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[first + i] = to_float(part.values[i]);
+    for (int i = 0; i < kCount / kWidth; ++i) parts[i] = *reinterpret_cast<const uint4*>(address + i * kWidth);
   }
-}
+
+  // The same for what is read once: it leaves nothing in L1.
+  __device__ __forceinline__ void load_once(const T* address) {
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) parts[i] = ptx::load_once(address + i * kWidth);
+  }
+
+  __device__ __forceinline__ void to_floats(float (&values)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) {
+      unpack(reinterpret_cast<const Vector<T, kWidth>&>(parts[i]), i * kWidth, values);
+    }
+  }
+
+  __device__ __forceinline__ void round(const float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) {
+      auto& part = reinterpret_cast<Vector<T, kWidth>&>(parts[i]);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) part.values[j] = from_float<T>(values[i * kWidth + j]);
+    }
+  }
+
+  __device__ __forceinline__ void store(T* address) const {
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) *reinterpret_cast<uint4*>(address + i * kWidth) = parts[i];
+  }
+};
 
 // fp32 values rounded to T and stored, in accesses of up to 16 bytes.
 template <int kCount, typename T>
@@ -75,13 +135,36 @@ __device__ __forceinline__ void store_floats(T* address, const float (&values)[k
   }
 }
 
-// kBytes bytes (1, 2, 4, 8 or 16) in one store.
+// The first `left` elements at `address`, one by one, and zeros: for the end of a row, or a row that starts anywhere.
+template <int kCount, typename T>
+__device__ __forceinline__ void load_some(const T* address, int left, float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = i < left ? to_float(address[i]) : 0.0f;
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store_some(T* address, int left, const float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i < left) address[i] = from_float<T>(values[i]);
+  }
+}
+
+// kBytes bytes (1, 2, 4, 8 or 16) in one store. They are joined pair by pair: what was taken apart from a pair or a word
+// then costs nothing.
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(uint8_t* address, const uint8_t (&bytes)[kBytes]) {
-  Vector<uint8_t, kBytes> vector;
+  const auto pair = [&](int i) { return static_cast<uint32_t>(bytes[i]) | static_cast<uint32_t>(bytes[i + 1]) << 8; };
+  if constexpr (kBytes == 1) {
+    *address = bytes[0];
+  } else if constexpr (kBytes == 2) {
+    *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(pair(0));
+  } else {
+    Vector<uint32_t, kBytes / 4> words;
 #pragma unroll
-  for (int i = 0; i < kBytes; ++i) vector.values[i] = bytes[i];
-  *reinterpret_cast<Vector<uint8_t, kBytes>*>(address) = vector;
+    for (int i = 0; i < kBytes / 4; ++i) words.values[i] = pair(4 * i) | pair(4 * i + 2) << 16;
+    *reinterpret_cast<Vector<uint32_t, kBytes / 4>*>(address) = words;
+  }
 }
 
 }  // namespace dsv4

@@ -5,9 +5,9 @@
 //   fp4    E2M1 of the same, one UE8M0 scale for each 32                     w as above
 //
 // A thread owns 8 neighbouring columns, a head lies in dim / 8 neighbouring lanes: the transform and the amax are
-// exchanges between them. A grid of CTAs of 128 threads covers the heads; no shared memory.
-// Floor: 2 bytes read and 1 (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of a position, its
-// row of the table, and the store.
+// exchanges between them. A grid of CTAs of 128 threads covers the heads; no shared memory. Floor: 2 bytes read and 1
+// (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of a position, its row of the table, and
+// the store.
 #include <cmath>
 
 #include "common/hadamard.cuh"
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) index_query_kernel(IndexQuery query,
   const int64_t vector = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int64_t last = query.rows * vectors - 1;
   const bool inside = vector <= last;
-  const int64_t index = inside ? vector : last;  // lanes past the end work on the last vector: shuffles need whole warps
+  const int64_t index = inside ? vector : last;  // lanes past the end repeat the last vector: shuffles need whole warps
   const uint32_t row = index / vectors, token = row / query.heads, head = row % query.heads;
   const int column = index % vectors * kCount;
   const int first_rotated = column - (dim - rope.dim);

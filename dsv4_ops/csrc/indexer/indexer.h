@@ -10,8 +10,8 @@ namespace dsv4 {
 
 enum class IndexForm { kPlain, kFp8, kFp4 };
 
-// Queries q [T, heads, dim] with heads `stride` elements apart, and their weights [T, heads] with tokens `weights_stride`
-// apart.
+// Queries q [T, heads, dim] with heads `stride` elements apart, and their weights [T, heads] with tokens
+// `weights_stride` apart.
 struct IndexQuery {
   const void* q;
   Dtype dtype;

@@ -1,4 +1,4 @@
-// Launchers of the family `norm` that rotate: shapes and dtypes are those of dsv4_ops/ops/norm.py and norm_rope.py.
+// Launchers of the family `norm` that rotate: shapes and dtypes are those of dsv4_ops/ops/norm.py.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,0 +1,92 @@
+"""What one case took beside its floor and the peers, as a row of a result file, and the table of such rows."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.case import Case
+from benchmarks.floors import Ceilings, floor
+from benchmarks.peers import best_peer
+from benchmarks.targets import TARGETS
+from benchmarks.timing import Times
+
+Row = Mapping[str, Any]
+COLUMNS = ("warm", "cold", "floor", "share", "peer", "ratio", "target")
+
+
+def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings) -> dict[str, Any]:
+    """`ceilings` are those of the share, `measured` those of this run; times in us.
+
+    The share is the floor over the cold time: warm calls find a part of their data in L2, whatever their size, and the
+    floor assumes that all of it comes from memory.
+    """
+    least, traffic = floor(case.traffic, ceilings), case.traffic
+    peer = best_peer(case.peers)
+    return {
+        "op": case.op_name,
+        "case": case.label,
+        "runs": "reference" if case.is_reference else "kernel",
+        "warm": round(times.warm, 3),
+        "cold": round(times.cold, 3),
+        "calls_a_graph": times.calls,
+        "floor": round(least.us, 3),
+        "floor_by_measured_ceilings": round(floor(traffic, measured).us, 3),
+        "bound": "latency" if least.is_latency else least.bound,
+        "share": None if least.is_latency else round(least.us / times.cold, 3),
+        "bytes_read": traffic.read,
+        "bytes_written": traffic.written,
+        "peer": None if peer is None else {"kernels": list(peer.kernels), "warm": peer.us, "cold": peer.cold_us},
+        "ratio": None if peer is None else round(times.warm / peer.us, 3),
+        "target": TARGETS.get(case.name),
+    }
+
+
+def failure(case: Case, error: Exception) -> dict[str, Any]:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"op": case.op_name, "case": case.label, "error": text}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The numbers of a row in the order of COLUMNS."""
+    share = "latency" if row["share"] is None else f"{row['share']:.0%}"
+    peer = ("", "") if row["peer"] is None else (f"{row['peer']['warm']:.2f}", f"{row['ratio']:.2f}")
+    target = "" if row["target"] is None else f"{row['target']:g}"
+    return (f"{row['warm']:.2f}", f"{row['cold']:.2f}", f"{row['floor']:.2f}", share, *peer, target)
+
+
+def peer_names(row: Row) -> str:
+    """The peers' kernels, the same one several times as `2 x name`."""
+    if row["peer"] is None:
+        return ""
+    kernels = row["peer"]["kernels"]
+    counts = {name: kernels.count(name) for name in kernels}
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
+
+
+def text_lines(rows: Iterable[Row], width: int) -> Iterator[str]:
+    """A table for a terminal, line by line as rows come; `width` characters for operator and case."""
+    yield f"{'us':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS) + "  peer"
+    for row in rows:
+        mark = " (reference)" if row.get("runs") == "reference" else ""
+        name = f"{row['op']} {row['case']}{mark}"
+        if "error" in row:
+            yield f"{name:<{width}}  {row['error']}"
+            continue
+        yield f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells(row)) + f"  {peer_names(row)}"
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The README's table: the headline cases of a record."""
+    lines = [
+        "| operator | case | warm | cold | floor | share of floor | peer | ours / peer | the peer's kernels |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in headlines(record):
+        peers = ", ".join(f"`{name}`" for name in peer_names(row).split(" + ") if name)
+        lines.append(f"| `{row['op']}` | {row['case']} | {' | '.join(cells(row)[:-1])} | {peers} |")
+    return "\n".join(lines)
+
+
+def headlines(record: Mapping[str, Any]) -> list[Row]:
+    """The measured rows that TARGETS names, in its order."""
+    rows = {f"{row['op']} {row['case']}": row for row in record["rows"] if "error" not in row}
+    return [rows[name] for name in TARGETS if name in rows]
