@@ -61,6 +61,7 @@ bool on_tensor_cores(const SparseAttention& attention);
 int64_t partial_floats(const SparseAttention& attention);
 
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream);        // tensor cores
+cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, cudaStream_t stream);   // its tiles of 64 heads
 cudaError_t launch_sparse_attention_plain(const SparseAttention& attention, cudaStream_t stream);  // any form
 
 }  // namespace dsv4

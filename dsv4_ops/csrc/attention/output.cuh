@@ -1,6 +1,7 @@
 // From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition.
 #pragma once
 
+#include "attention/attention.h"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "common/ptx_sm90.cuh"
@@ -78,6 +79,22 @@ __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16
     auto* const to = reinterpret_cast<uint4*>(o + static_cast<int64_t>(head) * kDim + dim);
     to[0] = first;
     to[1] = second;
+  }
+}
+
+// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse stored.
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head, const Total& total,
+                                             bool store_lse) {
+  if (head >= attention.heads) return 0.0f;
+  if (store_lse) attention.lse[row * attention.heads + head] = log_sum_exp(total);
+  return reciprocal_of_denominator(total, attention.sink[head]);
+}
+
+template <int kHeads>
+__device__ __forceinline__ void load_columns(const float* heads, float (&values)[kColumns<kHeads>]) {
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    values[column] = heads[head_of_column(column, threadIdx.x % kWarp)];
   }
 }
 

@@ -20,15 +20,36 @@ constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
 constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a key
 
+// Tiles in shared memory, and how producers and consumers hand them over.
+struct TileMemory {
+  alignas(1024) uint8_t keys[kStages * kTileBytes];
+  alignas(8) uint64_t full[kStages];  // mbarriers: the tile is written
+  uint64_t empty[kStages];            // the tile has been used
+  alignas(8) uint8_t valid[kStages * 8];  // a bit for each key
+};
+
 struct Tiles {
-  uint8_t* keys;        // [kStages] tiles
-  uint8_t* valid;       // [kStages][8]: a bit for each key
-  uint32_t full;        // [kStages] mbarriers: the tile is written
-  uint32_t empty;       // [kStages]: the tile has been used
+  uint8_t* keys;
+  uint8_t* valid;
+  uint32_t full;
+  uint32_t empty;
 
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
+
+// By all threads of the CTA, first of all.
+__device__ __forceinline__ Tiles start_tiles(TileMemory& memory, int producer_warps, int consumer_warps) {
+  const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps);
+      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_warps);
+    }
+  }
+  __syncthreads();
+  return tiles;
+}
 
 // What an absent key has instead of an entry: zeros, with which products are harmless.
 __device__ const uint4 absent_key[kEntryBytes / 16] = {};

@@ -30,45 +30,49 @@ struct Sum {
   __device__ float operator()(float a, float b) const { return __fadd_rn(a, b); }
 };
 
-// Combine each column over the 8 lanes that hold it, and store the warp's results [kHeads]. Lanes halve the columns that
-// they go on with as long as they have more than one; the order of a sum does not depend on kHeads.
-template <int kHeads, typename Operation>
-__device__ __forceinline__ void reduce_columns(float (&values)[kColumns<kHeads>], float* results, Operation operation) {
-  const int lane = threadIdx.x % kWarp;
-  int column = 0, left = kColumns<kHeads>;
-  bool writes = true;
+// One step of reduce_columns: lanes `kDistance` apart share out the kLeft columns that both go on with, or, if there is one
+// left, do the same work. `column` is the first of those that this lane keeps.
+template <int kLeft, int kDistance, int kCount, typename Operation>
+__device__ __forceinline__ void reduce_step(float (&values)[kCount], int& column, bool& writes, Operation operation) {
+  const bool upper = threadIdx.x & kDistance;
+  if constexpr (kLeft > 1) {
+    constexpr int kHalf = kLeft / 2;
 #pragma unroll
-  for (int distance = 16; distance >= 4; distance /= 2) {
-    const bool upper = lane & distance;
-    if (left > 1) {
-      left /= 2;
-#pragma unroll
-      for (int i = 0; i < left; ++i) {
-        const float kept = upper ? values[left + i] : values[i], sent = upper ? values[i] : values[left + i];
-        values[i] = operation(kept, __shfl_xor_sync(kAllLanes, sent, distance));
-      }
-      column += upper ? left : 0;
-    } else {
-      values[0] = operation(values[0], __shfl_xor_sync(kAllLanes, values[0], distance));
-      writes = writes && !upper;
+    for (int i = 0; i < kHalf; ++i) {
+      const float kept = upper ? values[kHalf + i] : values[i], sent = upper ? values[i] : values[kHalf + i];
+      values[i] = operation(kept, __shfl_xor_sync(kAllLanes, sent, kDistance));
     }
+    column += upper ? kHalf : 0;
+  } else {
+    values[0] = operation(values[0], __shfl_xor_sync(kAllLanes, values[0], kDistance));
+    writes = writes && !upper;
   }
-  if (writes) results[head_of_column(column, lane)] = values[0];
 }
 
-// A thread's columns of the results of the four warps, combined in order.
+// Combine each column over the 8 lanes that hold it, and store the warp's results [kHeads]. The order of a sum does not
+// depend on kHeads.
 template <int kHeads, typename Operation>
-__device__ __forceinline__ void combine_warps(const float* results, float (&values)[kColumns<kHeads>],
-                                              Operation operation) {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void reduce_columns(float (&values)[kColumns<kHeads>], float* results, Operation operation) {
+  constexpr int kAll = kColumns<kHeads>;
+  constexpr auto half = [](int count) { return count > 1 ? count / 2 : 1; };
+  constexpr int kLeft = half(half(half(kAll)));
+  int column = 0;
+  bool writes = true;
+  reduce_step<kAll, 16>(values, column, writes, operation);
+  reduce_step<half(kAll), 8>(values, column, writes, operation);
+  reduce_step<half(half(kAll)), 4>(values, column, writes, operation);
+  if (!writes) return;
 #pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; column += 2) {
-    const auto* const from = reinterpret_cast<const float2*>(results + head_of_column(column, lane));
-    constexpr int kStride = kHeads / 2;
-    const float2 a = from[0], b = from[kStride], c = from[2 * kStride], d = from[3 * kStride];
-    values[column] = operation(operation(a.x, b.x), operation(c.x, d.x));
-    values[column + 1] = operation(operation(a.y, b.y), operation(c.y, d.y));
-  }
+  for (int i = 0; i < kLeft; ++i) results[head_of_column(column + i, threadIdx.x % kWarp)] = values[i];
+}
+
+// Two neighbouring columns of a thread of the results of the four warps, combined in order.
+template <int kHeads, typename Operation>
+__device__ __forceinline__ float2 combine_warps_pair(const float* results, int column, Operation operation) {
+  constexpr int kStride = kHeads / 2;
+  const auto* const from = reinterpret_cast<const float2*>(results + head_of_column(column, threadIdx.x % kWarp));
+  const float2 a = from[0], b = from[kStride], c = from[2 * kStride], d = from[3 * kStride];
+  return {operation(operation(a.x, b.x), operation(c.x, d.x)), operation(operation(a.y, b.y), operation(c.y, d.y))};
 }
 
 // The same for one head.
@@ -100,9 +104,10 @@ __device__ __forceinline__ Step raise_reference(float& reference, float largest)
 struct Total {
   float reference = -INFINITY, sum = 0.0f;
 
-  __device__ __forceinline__ void add(float largest, float unit_sum) {
+  __device__ __forceinline__ Step add(float largest, float unit_sum) {
     const Step step = raise_reference(reference, largest);
     sum = __fmaf_rn(unit_sum, step.unit, __fmul_rn(sum, step.before));
+    return step;
   }
 };
 
