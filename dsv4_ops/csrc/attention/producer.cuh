@@ -38,6 +38,18 @@ struct Tiles {
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
 
+// How often each stage has been filled and used: the parity of its barriers.
+struct StageUses {
+  uint32_t even = 0, odd = 0;
+
+  __device__ __forceinline__ uint32_t of(int stage) const { return stage == 0 ? even : odd; }
+  __device__ __forceinline__ void add(int tiles) {
+    even += (tiles + 1) / 2;
+    odd += tiles / 2;
+  }
+};
+static_assert(kStages == 2, "StageUses counts two");
+
 // By all threads of the CTA, first of all.
 __device__ __forceinline__ Tiles start_tiles(TileMemory& memory, int producer_warps, int consumer_warps) {
   const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
@@ -109,10 +121,11 @@ __device__ __forceinline__ void multiply_again(uint2 scales, uint8_t* first_chun
   }
 }
 
-// Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages.
+// Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages, which has been used for
+// `uses` tiles of other rows before.
 template <int kWarps>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
-                                        int last, int warp) {
+                                        int last, int warp, const StageUses& uses) {
   constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
   constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
@@ -157,9 +170,8 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     const uint2 all_scales = scales;
     if (large) scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
 
-    if (block % kBlocks == 0 && tile >= kStages) {
-      ptx::mbarrier_wait(tiles.empty_barrier(stage), (tile / kStages - 1) & 1);
-    }
+    const uint32_t use = uses.of(stage) + tile / kStages;
+    if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
     const int key = part * kBlock + column;
     uint8_t* const keys = tiles.keys + stage * kTileBytes;
     uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);

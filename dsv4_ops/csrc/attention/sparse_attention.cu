@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
   if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
     ptx::give_registers<144>();
-    produce<kProducerWarps>(attention.keys, keys, tiles, first, last, threadIdx.x / kWarp - 4);
+    produce<kProducerWarps>(attention.keys, keys, tiles, first, last, threadIdx.x / kWarp - 4, StageUses());
     return;
   }
   ptx::take_registers<224>();

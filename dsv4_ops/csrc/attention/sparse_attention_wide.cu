@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/output.cuh"
 #include "attention/products.cuh"
 #include "common/launch.cuh"
@@ -37,7 +39,7 @@ struct SharedMemory {
 
 // The consuming warpgroup `own`: scores of every other unit, output of its half of the dimensions for all of them.
 __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory, int units, float scale, int own,
-                                        float (&output)[kOwnSlabs][kHeads / 2], Total& total) {
+                                        const StageUses& uses, float (&output)[kOwnSlabs][kHeads / 2], Total& total) {
 #pragma unroll
   for (int slab = 0; slab < kOwnSlabs; ++slab) {
 #pragma unroll
@@ -54,7 +56,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
   for (int first = 0; first < units; first += 2) {
     // 1. Scores and weights of one unit
     if (first + own < units) {
-      ptx::mbarrier_wait(tiles.full_barrier(own), first / 2 & 1);
+      ptx::mbarrier_wait(tiles.full_barrier(own), (uses.of(own) + first / 2) & 1);
       multiply_queries<kHeads>(tile + own * kTileBytes, query, part);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(part);
@@ -68,7 +70,6 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
     ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);
 
     // 2. How both are added, while the first product is under way
-    start_slab(0, 0);
     if (thread < kHeads) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -87,6 +88,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (first + i >= units) continue;
+      start_slab(i, 0);
       float factors[kColumns<kHeads>];
       load_columns<kHeads>(steps.unit[i], factors);
       if ((steps.rescale[i][0] | steps.rescale[i][1]) != 0) {
@@ -106,50 +108,28 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
         for (int j = 0; j < kHeads / 2; ++j) {
           output[slab][j] = __fmaf_rn(part[j], factors[j / 4 * 2 + j % 2], output[slab][j]);
         }
-        if (slab + 1 < kOwnSlabs) {
-          start_slab(i, slab + 1);
-        } else if (i == 0 && first + 1 < units) {
-          start_slab(1, 0);
-        }
+        if (slab + 1 < kOwnSlabs) start_slab(i, slab + 1);
       }
     }
   }
 }
 
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
-__global__ void __launch_bounds__(kThreads, 1)
-    sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
-  ptx::launch_dependents();
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
-  constexpr int kProducerWarps = 4;
-  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 8);
-  ptx::wait_for_predecessors();
-
-  const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
-  const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;
+// The consuming warpgroup `own`, for the heads from first_head on of one row. Returns the row's number of units.
+__device__ __forceinline__ int attend(const SparseAttention& attention, const Tiles& tiles, SharedMemory& memory,
+                                      uint32_t row, int first_head, int own, const StageUses& uses) {
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
   const int units = (keys.count + kUnit - 1) / kUnit;
-  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
-  if (own == 2) {
-    ptx::give_registers<96>();
-    produce<kProducerWarps>(attention.keys, keys, tiles, 0, units, threadIdx.x / kWarp - 8);
-    return;
-  }
-  ptx::take_registers<208>();
-  const int first_head = head_tile * kHeads, heads = attention.heads - first_head, thread = threadIdx.x % kWarpgroup;
+  const int heads = attention.heads - first_head, thread = threadIdx.x % kWarpgroup;
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
   const float scale = kLog2E * rsqrtf(static_cast<float>(kDim));
+  ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);  // the output of the row before has left the memory of the queries
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
                        heads, memory.query, threadIdx.x, 2 * kWarpgroup);
   ptx::fence_async_proxy();
   ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);
   float output[kOwnSlabs][kHeads / 2];
   Total total;
-  consume(tiles, memory, units, scale, own, output, total);
+  consume(tiles, memory, units, scale, own, uses, output, total);
 
   float* const reciprocals = memory.steps[own].before[0];
   if (thread < kHeads) reciprocals[thread] = finish_head(attention, row, first_head + thread, total, own == 0);
@@ -165,6 +145,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::named_barrier(1 + own, kWarpgroup);
   store_rows<kHeads, kOwnDims>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, own * kOwnDims);
+  return units;
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+__global__ void __launch_bounds__(kThreads, 1)
+    sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
+  ptx::launch_dependents();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t memory_start[];
+  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
+  constexpr int kProducerWarps = 4;
+  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 8);
+  ptx::wait_for_predecessors();
+
+  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
+  const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
+  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
+  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
+  StageUses uses;
+  if (own == 2) {
+    ptx::give_registers<96>();
+    for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
+      const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
+      const int units = (keys.count + kUnit - 1) / kUnit;
+      produce<kProducerWarps>(attention.keys, keys, tiles, 0, units, threadIdx.x / kWarp - 8, uses);
+      uses.add(units);
+    }
+    return;
+  }
+  ptx::take_registers<208>();
+  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
+    const int units = attend(attention, tiles, memory, tile / head_tiles, tile % head_tiles * kHeads, own, uses);
+    uses.add(units);
+  }
 #else
   ptx::wait_for_predecessors();
 #endif
@@ -173,8 +188,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, cudaStream_t stream) {
-  const auto tiles = static_cast<unsigned>(attention.rows * ((attention.heads + kHeads - 1) / kHeads));
-  const Launch at{dim3(tiles), dim3(kThreads), stream, sizeof(SharedMemory)};
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status != cudaSuccess) return status;
+  const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
+  const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
   return launch_kernel(sparse_attention_wide_kernel, at, attention);
 }
 
