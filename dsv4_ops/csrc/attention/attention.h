@@ -22,28 +22,28 @@ struct Divisor {
 struct KeySources {
   Pool window_pool;
   Pool compressed_pool;
-  Divisor window_page;      // page_size of the pools
+  Divisor window_page;  // page_size of the pools
   Divisor compressed_page;
   int window;
-  const int32_t* indices;   // [B, S, k] or null
-  int64_t indices_stride;   // elements from one row to the next
+  const int32_t* indices;  // [B, S, k] or null
+  int64_t indices_stride;  // elements from one row to the next
   int k;
-  int ratio;                // all complete entries: positions of an entry; else 0
+  int ratio;  // all complete entries: positions of an entry; else 0
 };
 
 struct SparseAttention {
-  const void* q;      // [B, S, H, D]
-  Dtype dtype;        // of q and o
-  int64_t q_stride;   // elements from one head to the next, and H times that from one row to the next
-  int64_t rows;       // B * S
+  const void* q;     // [B, S, H, D]
+  Dtype dtype;       // of q and o
+  int64_t q_stride;  // elements from one head to the next, and H times that from one row to the next
+  int64_t rows;      // B * S
   int heads;
   int dim;
   const float* sink;  // [H]
   Rope rope;          // rope.tokens is S
   KeySources keys;
-  void* o;            // [B, S, H, D]
-  float* lse;         // [B, S, H]
-  float* partials;    // null, or room for partial_floats(...) of them
+  void* o;          // [B, S, H, D]
+  float* lse;       // [B, S, H]
+  float* partials;  // null, or room for partial_floats(...) of them
 };
 
 constexpr int kUnit = 64;  // keys whose softmax is taken together: what is added to a row's result in one step
@@ -57,11 +57,15 @@ inline int64_t key_capacity(const KeySources& keys) {
 // Whether the tensor-core kernel of this GPU takes these operands; all others go to the plain kernel.
 bool on_tensor_cores(const SparseAttention& attention);
 
-// Floats of workspace with which the units of a row are computed by different CTAs; the results have the same bits without.
+// Floats of workspace with which the units of a row are computed by different CTAs; the results have the same bits
+// without.
 int64_t partial_floats(const SparseAttention& attention);
 
-cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream);        // tensor cores
-cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, cudaStream_t stream);   // its tiles of 64 heads
-cudaError_t launch_sparse_attention_plain(const SparseAttention& attention, cudaStream_t stream);  // any form
+// On tensor cores, and its form with tiles of 64 heads on a GPU of so many SMs.
+cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream);
+cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream);
+
+// Any form.
+cudaError_t launch_sparse_attention_plain(const SparseAttention& attention, cudaStream_t stream);
 
 }  // namespace dsv4

@@ -1,7 +1,8 @@
+#include "common/bind.h"
+
 #include <optional>
 
 #include "attention/attention.h"
-#include "common/bind.h"
 #include "common/bind_pool.h"
 #include "common/bind_rope.h"
 
@@ -24,7 +25,8 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
   call.expect_tensor("q", q, {kBfloat16, kFloat32}, {kAny, kAny, kAny, kAny});
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), dim = q.size(3);
   call.expect(dim % 8 == 0 && dim >= 8 && dim <= kLargestDim, "q", "[B, S, H, D] with D a multiple of 8 up to 512", q);
-  call.expect(heads >= 1 && batch * tokens * heads <= INT32_MAX, "q", "of at least one head and at most 2^31 - 1 vectors", q);
+  call.expect(heads >= 1 && batch * tokens * heads <= INT32_MAX, "q",
+              "of at least one head and at most 2^31 - 1 vectors", q);
   const Rows rows = call.rows("q", q, 16);
   call.expect_tensor("sink", sink, {kFloat32}, {heads});
   call.expect_contiguous("sink", sink);
@@ -61,7 +63,8 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
 
 void add_compressed_pool(const Call& call, SparseAttention& attention, const Tensor& q, const Tensor& pool,
                          const Tensor& table, int64_t page_size) {
-  const int64_t dim = q.size(3), rope_dim = attention.rope.dim, entry_bytes = dim + rope_dim + (dim - rope_dim + 511) / 512 * 8;
+  const int64_t dim = q.size(3), rope_dim = attention.rope.dim,
+                entry_bytes = dim + rope_dim + (dim - rope_dim + 511) / 512 * 8;
   attention.keys.compressed_pool = expect_pool(call, pool, table, q.size(0), page_size, entry_bytes, dim, 16);
   attention.keys.compressed_page = divisor(page_size);
   call.expect(attention.keys.compressed_pool.plain || (dim - rope_dim) % 64 == 0, "compressed_pool",
@@ -88,8 +91,8 @@ std::tuple<Tensor, Tensor> sparse_attention_window(const Tensor& q, const Tensor
                                                    const Tensor& positions, int64_t window, int64_t window_page_size,
                                                    Tensor o, Tensor lse, std::optional<Tensor> workspace) {
   const Call call("sparse_attention_window", q);
-  const SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window,
-                                                  window_page_size, o, lse);
+  const SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
   launch(call, attention, workspace);
   return {o, lse};
 }
@@ -102,8 +105,8 @@ std::tuple<Tensor, Tensor> sparse_attention_selected(const Tensor& q, const Tens
                                                      int64_t compressed_page_size, Tensor o, Tensor lse,
                                                      std::optional<Tensor> workspace) {
   const Call call("sparse_attention_selected", q);
-  SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window,
-                                            window_page_size, o, lse);
+  SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
   add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
   call.expect_tensor("indices", indices, {kInt32}, {q.size(0), q.size(1), kAny});
   const Rows rows = call.rows("indices", indices, 4);
@@ -123,8 +126,8 @@ std::tuple<Tensor, Tensor> sparse_attention_compressed(const Tensor& q, const Te
                                                        int64_t compressed_page_size, Tensor o, Tensor lse,
                                                        std::optional<Tensor> workspace) {
   const Call call("sparse_attention_compressed", q);
-  SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window,
-                                            window_page_size, o, lse);
+  SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
   add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
   call.expect(ratio >= 1 && ratio <= INT32_MAX, "q", "used with a ratio of at least 1", q);
   attention.keys.ratio = static_cast<int>(ratio);

@@ -39,7 +39,8 @@ __device__ __forceinline__ RowKeys keys_of_row(const KeySources& keys, const Rop
   return found;
 }
 
-// Entry of key number `key`, in the window pool if that is below window_keys, else in the compressed pool; negative: none.
+// Entry of key number `key`, in the window pool if that is below window_keys, else in the compressed pool; negative:
+// none.
 __device__ __forceinline__ int entry_of_key(const KeySources& keys, const RowKeys& row, int key) {
   if (key >= row.count) return kNoEntry;
   if (key < row.window_keys) {
@@ -62,7 +63,8 @@ struct Place {
 
 __device__ __forceinline__ Place place_of_entry(const Pool& pool, Divisor page_size, int64_t sequence, int entry) {
   const int page = divide(entry, page_size);
-  return {pool.data + pool.table[sequence * pool.table_stride + page] * pool.page_stride, entry - page * pool.page_size};
+  return {pool.data + pool.table[sequence * pool.table_stride + page] * pool.page_stride,
+          entry - page * pool.page_size};
 }
 
 }  // namespace dsv4

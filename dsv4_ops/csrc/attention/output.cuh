@@ -9,7 +9,8 @@
 
 namespace dsv4 {
 
-// Rows [kHeads] of bf16 in shared memory, 16 bytes apart from a multiple of 128 so that a column of chunks fills all banks.
+// Rows [kHeads] of bf16 in shared memory, 16 bytes apart from a multiple of 128 so that a column of chunks fills all
+// banks.
 template <int kWidth>
 constexpr int kStagingStride = kWidth * 2 + 16;
 
@@ -82,9 +83,10 @@ __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16
   }
 }
 
-// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse stored.
-__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head, const Total& total,
-                                             bool store_lse) {
+// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse
+// stored.
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head,
+                                             const Total& total, bool store_lse) {
   if (head >= attention.heads) return 0.0f;
   if (store_lse) attention.lse[row * attention.heads + head] = log_sum_exp(total);
   return reciprocal_of_denominator(total, attention.sink[head]);

@@ -3,7 +3,8 @@
 // A warp takes blocks of 8 keys: lane l has key l % 8, and of every group of 64 dimensions the quarter l / 8, so that a
 // load of the warp reads 64 bytes in a row of each key and a store fills all banks. While the quarters of one block are
 // unpacked, those of the next are loaded into the same registers: a warp has 4.5 KB under way all the time. Keys are
-// looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch ahead.
+// looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch
+// ahead.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -14,8 +15,8 @@
 
 namespace dsv4 {
 
-constexpr int kStages = 2;            // tiles in shared memory
-constexpr int kBlock = 8;             // keys of a warp at a time
+constexpr int kStages = 2;  // tiles in shared memory
+constexpr int kBlock = 8;   // keys of a warp at a time
 constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
 constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a key
@@ -23,8 +24,8 @@ constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a 
 // Tiles in shared memory, and how producers and consumers hand them over.
 struct TileMemory {
   alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(8) uint64_t full[kStages];  // mbarriers: the tile is written
-  uint64_t empty[kStages];            // the tile has been used
+  alignas(8) uint64_t full[kStages];      // mbarriers: the tile is written
+  uint64_t empty[kStages];                // the tile has been used
   alignas(8) uint8_t valid[kStages * 8];  // a bit for each key
 };
 
@@ -103,12 +104,12 @@ __device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
   return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
 }
 
-// Load number `load` of a key: this lane's quarter of a group of E4M3 codes, or half of its quarter of the rope dimensions.
+// Load number `load` of a key: this lane's quarter of a group of E4M3 codes, or half of its quarter of the rope
+// dimensions.
 __device__ __forceinline__ uint4 load_part(const KeyPlace& key, int load, int quarter) {
   constexpr int kGroups = kNope / 64;
   const uint8_t* const address = key.data + quarter * 16;
-  return ptx::load_once(load < kGroups ? address + load * 64
-                                       : address + quarter * 16 + kNope + (load - kGroups) * 16);
+  return ptx::load_once(load < kGroups ? address + load * 64 : address + quarter * 16 + kNope + (load - kGroups) * 16);
 }
 
 // The chunks of a lane whose groups have scales above kLargestScale, once they are written: the second factor.
@@ -168,7 +169,8 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     const uint2 next_scales = *reinterpret_cast<const uint2*>(next.scales);
     const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
     const uint2 all_scales = scales;
-    if (large) scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
+    if (large)
+      scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
 
     const uint32_t use = uses.of(stage) + tile / kStages;
     if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);

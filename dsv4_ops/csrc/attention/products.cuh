@@ -11,8 +11,8 @@ namespace dsv4 {
 
 // The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads.
 template <int kHeads>
-__device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t stride, int heads, uint8_t* query, int thread,
-                                             int threads) {
+__device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t stride, int heads, uint8_t* query,
+                                             int thread, int threads) {
   const auto load = [&](int head, int chunk) {
     return head < heads ? ptx::load_once(q + head * stride + chunk * 8) : uint4{0, 0, 0, 0};
   };
@@ -52,7 +52,8 @@ __device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, 
 
 // output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for
 template <int kHeads>
-__device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights, int slab, float (&output)[kHeads / 2]) {
+__device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights, int slab,
+                                                 float (&output)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys + slab * kSlabBytes, 16, 1024, true);
   const uint64_t b = ptx::wgmma_descriptor(weights, 128, kUnit / 8 * 128, false);
   ptx::pin_registers(output);
@@ -68,10 +69,14 @@ __device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights
 // Wait until at most `pending` slabs of output are under way; a constant once loops are unrolled.
 __device__ __forceinline__ void wait_for_slab(int pending) {
   switch (pending) {
-    case 0: return ptx::wgmma_wait<0>();
-    case 1: return ptx::wgmma_wait<1>();
-    case 2: return ptx::wgmma_wait<2>();
-    default: return ptx::wgmma_wait<3>();
+    case 0:
+      return ptx::wgmma_wait<0>();
+    case 1:
+      return ptx::wgmma_wait<1>();
+    case 2:
+      return ptx::wgmma_wait<2>();
+    default:
+      return ptx::wgmma_wait<3>();
   }
 }
 
@@ -82,12 +87,12 @@ struct Exchange {
   float* sum;        // [4][kHeads]
 };
 
-// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and the sums of each warp's: to be read
-// after the caller's barrier. `own_largest` is that of the head that this thread keeps the total of, keep(column, largest)
-// takes those of its columns.
+// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and the sums of each warp's: to be
+// read after the caller's barrier. `own_largest` is that of the head that this thread keeps the total of, keep(column,
+// largest) takes those of its columns.
 template <int kHeads, typename Keep>
-__device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, float scale,
-                                      const Exchange& memory, int barrier, float& own_largest, Keep keep) {
+__device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
+                                      float& own_largest, Keep keep) {
   const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   float values[kColumns<kHeads>];
   if (valid != ~uint64_t{0}) {
@@ -102,18 +107,18 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
   }
   reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
   ptx::named_barrier(barrier, kWarpgroup);
-  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * scale;
+  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * kScoreScale;
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; column += 2) {
     const float2 pair = combine_warps_pair<kHeads>(memory.largest, column, Larger());
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float largest = (j == 0 ? pair.x : pair.y) * scale;
+      const float largest = (j == 0 ? pair.x : pair.y) * kScoreScale;
       const float offset = largest == -INFINITY ? 0.0f : -largest;
       const int i = column / 2 * 4 + j;
       keep(column + j, largest);
-      scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], scale, offset));
-      scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], scale, offset));
+      scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
+      scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
       values[column + j] = __fadd_rn(scores[i], scores[i + 2]);
     }
   }

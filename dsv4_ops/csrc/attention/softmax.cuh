@@ -1,7 +1,8 @@
 // Softmax over units of keys whose results are added up in order, and what becomes of the sum.
 //
-// A warpgroup holds scores, weights and output with heads as columns (the layout of ptx::wgmma): a thread has kHeads / 4
-// columns, 8 * j + 2 * (lane % 4) + i, and of each the same rows. Scores are in units of log 2: score * log2(e) / sqrt(D).
+// A warpgroup holds scores, weights and output with heads as columns (the layout of ptx::wgmma): a thread has kHeads /
+// 4 columns, 8 * j + 2 * (lane % 4) + i, and of each the same rows. Scores are in units of log 2: score * log2(e) /
+// sqrt(D).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,13 +16,16 @@ namespace dsv4 {
 
 constexpr int kWarpgroup = 128;
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kScoreScale = kLog2E * 0.04419417382415922f;  // 512^-0.5: of a product of query and key
 constexpr float kLn2 = 0.6931471805599453f;
 
 template <int kHeads>
 constexpr int kColumns = kHeads / 4;  // of a thread
 
 // The head of a thread's column.
-__device__ __forceinline__ int head_of_column(int column, int lane) { return column / 2 * 8 + lane % 4 * 2 + column % 2; }
+__device__ __forceinline__ int head_of_column(int column, int lane) {
+  return column / 2 * 8 + lane % 4 * 2 + column % 2;
+}
 
 struct Larger {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
@@ -30,8 +34,8 @@ struct Sum {
   __device__ float operator()(float a, float b) const { return __fadd_rn(a, b); }
 };
 
-// One step of reduce_columns: lanes `kDistance` apart share out the kLeft columns that both go on with, or, if there is one
-// left, do the same work. `column` is the first of those that this lane keeps.
+// One step of reduce_columns: lanes `kDistance` apart share out the kLeft columns that both go on with, or, if there is
+// one left, do the same work. `column` is the first of those that this lane keeps.
 template <int kLeft, int kDistance, int kCount, typename Operation>
 __device__ __forceinline__ void reduce_step(float (&values)[kCount], int& column, bool& writes, Operation operation) {
   const bool upper = threadIdx.x & kDistance;
@@ -87,9 +91,9 @@ struct Step {
   float before, unit;
 };
 
-// Weights of a row are relative to the score `reference`, the largest of some unit. It is only raised when a unit exceeds
-// it by more than kSlack, so that output sums are rarely rescaled; weights up to 2^kSlack do no harm. All that follows
-// from the row's own scores alone. A unit without keys has the largest score -inf.
+// Weights of a row are relative to the score `reference`, the largest of some unit. It is only raised when a unit
+// exceeds it by more than kSlack, so that output sums are rarely rescaled; weights up to 2^kSlack do no harm. All that
+// follows from the row's own scores alone. A unit without keys has the largest score -inf.
 constexpr float kSlack = 8.0f;
 
 __device__ __forceinline__ Step raise_reference(float& reference, float largest) {
@@ -149,8 +153,6 @@ __device__ __forceinline__ float reciprocal_of_denominator(const Total& total, f
   return total.sum > 0 ? 1.0f / (total.sum + exp2f(sink * kLog2E - total.reference)) : 0.0f;
 }
 
-__device__ __forceinline__ float log_sum_exp(const Total& total) {
-  return (total.reference + log2f(total.sum)) * kLn2;
-}
+__device__ __forceinline__ float log_sum_exp(const Total& total) { return (total.reference + log2f(total.sum)) * kLn2; }
 
 }  // namespace dsv4

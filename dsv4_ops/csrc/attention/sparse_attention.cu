@@ -1,5 +1,35 @@
-#include <algorithm>
-
+// Sparse attention on Hopper: bf16 queries over packed pools of head dimension 512 = 448 + 64, keys read as FP8.
+//
+// Keys are taken in units of 64, in the order of keys.cuh. Keys lie on the outer dimension of the products and heads on
+// the inner one, so that any multiple of 8 heads runs without padding to 64:
+//
+//   scores [64 keys, heads] = K . Q^T          32 wgmma m64n<heads>k16; K and Q by dimensions
+//   output [512 dims, heads] = K^T . weights   8 slabs of 64 dimensions x 4 wgmma; the same tile of K, read transposed
+//
+// The result of a row is a fold over its units: each has its own largest score, weights exp2(score - largest) in bf16,
+// sum and output from zero, which are then added to what came before by one FMA (softmax.cuh). So the bits of a row are
+// the same whether one CTA goes through all units, or a CTA computes each and add_units_kernel folds them; and whether
+// a CTA has 8 heads or 64. That choice alone depends on the number of rows:
+//
+//   tile of heads  the smallest of 16, 32 and 64 (8 where there are 8) that gives each CTA an SM of its own
+//   split          one unit a CTA where few rows would leave most SMs idle: where ops/attention.py gives a workspace
+//
+// sparse_attention_kernel: a CTA owns kHeads heads of one row, and all of its units or one. 384 threads, one CTA an SM:
+//
+//   warpgroup 0      queries, scores, weights, output: output in kHeads / 2 x 8 registers
+//   warpgroups 1, 2  producers: gather, unpack, write tiles (producer.cuh)
+//
+// Shared memory: two tiles of keys 2 x 64 KB; queries kHeads KB, in the end the staged output; weights kHeads x 128
+// bytes; largest scores and sums of each warp.
+//
+// Cost of a unit in cycles of an SM for kHeads = 16 (32). Shared memory, at 128 bytes a cycle, is what bounds it:
+//
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle, less where tiles of heads share them through L2
+//   unpacking          8 instructions for 4 codes, 400 a warp and 8 keys with all else: 800 of each SM quarter
+//   shared memory      write K 512, read K twice 1024, read Q and weights 256 (512): 1800 (2050)
+//   tensor cores       512 (1024)
+//
+// add_units_kernel: a CTA owns 64 dimensions of kHeads heads of a row and reads 260 bytes a head and unit.
 #include "attention/output.cuh"
 #include "attention/products.cuh"
 #include "common/launch.cuh"
@@ -8,8 +38,8 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kBarrier = 1;  // of the consuming warpgroup
-constexpr int kSplitHeads = 16;  // heads of a CTA where the units of a row are computed by different CTAs
+constexpr int kBarrier = 1;      // of the consuming warpgroup
+constexpr int kSplitHeads = 16;  // heads of a CTA that has one unit
 
 template <int kHeads>
 struct SharedMemory {
@@ -45,10 +75,10 @@ struct Result {
   Total total;
 };
 
-// All units of a row's keys, as the producers deliver them. The scores of the next unit are computed while this one's are
-// turned into weights. kDepth slabs of output are under way at a time.
+// All units of a row's keys, as the producers deliver them. The scores of the next unit are computed while this one's
+// are turned into weights. kDepth slabs of output are under way at a time.
 template <int kHeads, int kDepth>
-__device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>& memory, int units, float scale,
+__device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>& memory, int units,
                                         Result<kHeads>& result) {
   float references[kColumns<kHeads>];
 #pragma unroll
@@ -78,7 +108,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
     if (unit + 1 < units) start_scores(unit + 1);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
     float largest[kColumns<kHeads>], own_largest = -INFINITY;
-    weigh<kHeads>(parts[0], valid, scale, exchange, kBarrier, own_largest,
+    weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
                   [&](int column, float value) { largest[column] = value; });
     ptx::named_barrier(kBarrier, kWarpgroup);
 #pragma unroll
@@ -119,7 +149,8 @@ __device__ __forceinline__ void store_partial(const Result<kHeads>& result, cons
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <int kHeads>
-__global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __grid_constant__ SparseAttention attention) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sparse_attention_kernel(const __grid_constant__ SparseAttention attention) {
   ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -145,13 +176,12 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_attention_kernel(const __g
   ptx::take_registers<224>();
   const int first_head = head_tile * kHeads, heads = attention.heads - first_head, thread = threadIdx.x;
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
-  const float scale = kLog2E * rsqrtf(static_cast<float>(kDim));
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
                        heads, memory.query, thread, kWarpgroup);
   ptx::fence_async_proxy();
   ptx::named_barrier(kBarrier, kWarpgroup);
   Result<kHeads> result;
-  consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, last - first, scale, result);
+  consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, last - first, result);
 
   if (split) {
     store_partial<kHeads>(result, Partial<kHeads>(attention.partials, blockIdx.x, gridDim.y, first));
@@ -192,7 +222,7 @@ __global__ void __launch_bounds__(kWarpgroup)
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
   Total total;
-#pragma unroll 4
+#pragma unroll 8
   for (int unit = 0; unit < row_units; ++unit) {
     const Partial<kHeads> partial(attention.partials, blockIdx.x, units, unit);
     float largest[kColumns<kHeads>], part[kHeads / 2];
@@ -246,11 +276,11 @@ cudaError_t launch_split(const SparseAttention& attention, int units, cudaStream
 
 bool on_tensor_cores(const SparseAttention& attention) {
   const bool packed = !attention.keys.window_pool.plain && !attention.keys.compressed_pool.plain;
-  if (attention.dtype != Dtype::kBf16 || attention.dim != kDim || attention.rope.dim != kRopeDim || !packed) return false;
+  const bool fits =
+      attention.dtype == Dtype::kBf16 && attention.dim == kDim && attention.rope.dim == kRopeDim && packed;
   int device = 0, major = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
-  return known && major == 9;
+  return fits && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
 int64_t partial_floats(const SparseAttention& attention) {
@@ -259,17 +289,22 @@ int64_t partial_floats(const SparseAttention& attention) {
 }
 
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream) {
-  const int units = units_of(attention), heads = attention.heads;
   constexpr int kLargestGrid = 65535;
+  const int units = units_of(attention), heads = attention.heads;
   if (attention.partials != nullptr && units <= kLargestGrid) {
-    return heads <= 8 ? launch_split<8>(attention, units, stream) : launch_split<16>(attention, units, stream);
+    return heads <= 8 ? launch_split<8>(attention, units, stream) : launch_split<kSplitHeads>(attention, units, stream);
   }
-  // The largest tile of heads that still gives most SMs a CTA: every tile unpacks the keys for itself.
-  constexpr int kCtas = 96;
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status != cudaSuccess) return status;
+  const auto fits = [&](int tile) { return heads <= tile || attention.rows * tiles_of(heads, tile) <= processors; };
   if (heads <= 8) return launch<8>(attention, 1, stream);
-  if (heads <= 16 || attention.rows * tiles_of(heads, 32) < kCtas) return launch<16>(attention, 1, stream);
-  if (heads <= 32 || attention.rows * tiles_of(heads, 64) < kCtas) return launch<32>(attention, 1, stream);
-  return launch_sparse_attention_wide(attention, stream);
+  if (fits(16)) return launch<16>(attention, 1, stream);
+  if (fits(32)) return launch<32>(attention, 1, stream);
+  return launch_sparse_attention_wide(attention, processors, stream);
 }
 
 }  // namespace dsv4

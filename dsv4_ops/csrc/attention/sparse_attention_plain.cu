@@ -1,10 +1,11 @@
-// Sparse attention without tensor cores, for every form that sparse_attention.cu does not take: fp32 queries or pools (exact
-// mode), other head dimensions, and GPUs without wgmma, until those have a kernel of their own. Computes in fp32.
+// Sparse attention without tensor cores, for every form that sparse_attention.cu does not take: fp32 queries or pools
+// (exact mode), other head dimensions, and GPUs without wgmma, until those have a kernel of their own. Computes in
+// fp32.
 //
-// A CTA owns one head of one row. Warp w takes keys 4w .. 4w + 3, then those 32 further on, with a running softmax of its
-// own; a lane has dimensions lane, lane + 32, ... of query, keys and output. The eight results are added up in order.
-// Every head reads the keys for itself, from L2: this is about correctness, not about speed.
-// Shared memory: output of each warp [8][D], their largest scores and sums [8] each, 16.1 KB for D = 512.
+// A CTA owns one head of one row. Warp w takes keys 4w .. 4w + 3, then those 32 further on, with a running softmax of
+// its own; a lane has dimensions lane, lane + 32, ... of query, keys and output. The eight results are added up in
+// order. Every head reads the keys for itself, from L2: this is about correctness, not about speed. Shared memory:
+// output of each warp [8][D], their largest scores and sums [8] each, 16.1 KB for D = 512.
 #include "attention/keys.cuh"
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
@@ -15,10 +16,10 @@ namespace dsv4 {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kKeys = 4;       // of a warp at a time
+constexpr int kKeys = 4;  // of a warp at a time
 constexpr int kLargestDim = 512;
 constexpr int kValues = kLargestDim / kWarp;  // of a lane
-constexpr int kGroup = 64;     // dimensions that share a scale
+constexpr int kGroup = 64;                    // dimensions that share a scale
 
 // E4M3 -> fp32 by moving the bits; a NaN code is 480, as in decode_finite_e4m3 of dsv4_ops/ops/formats.py.
 __device__ __forceinline__ float decode_finite_e4m3(uint32_t code) {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void load_key(const KeySources& sources, const RowKey
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps * kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp)
     sparse_attention_plain_kernel(const __grid_constant__ SparseAttention attention) {
   ptx::launch_dependents();
   ptx::wait_for_predecessors();
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kWarps * kWarp)
       }
       values = {values.x / denominator, values.y / denominator};
     }
-    if (2 * pair >= nope) values = rotate(values, {__ldg(turns + 2 * pair - nope), -__ldg(turns + 2 * pair - nope + 1)});
+    if (2 * pair >= nope)
+      values = rotate(values, {__ldg(turns + 2 * pair - nope), -__ldg(turns + 2 * pair - nope + 1)});
     o[2 * pair] = from_float<T>(values.x);
     o[2 * pair + 1] = from_float<T>(values.y);
   }

@@ -1,3 +1,24 @@
+// Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. The same bits, but another
+// division of labour: two warpgroups share the keys, which two of 32 heads each would read twice.
+//
+// A CTA owns 64 heads of one row at a time and goes from row to row. 384 threads, one CTA an SM:
+//
+//   warpgroups 0, 1  take units in pairs. Each computes scores and weights of one unit for all heads (wgmma m64n64k16);
+//                    then both add both units to their half of the output: 256 dimensions x 64 heads in 128 registers
+//   warpgroup 2      producer (producer.cuh): unit u goes to stage u % 2; ahead by what is free, into the next row too
+//
+// A pair: scores and weights | barrier of 256 | steps of the fold, by the threads that keep the totals | barrier of 128
+// | output of the first unit, whose tile is then free | output of the second.
+//
+// Shared memory, 219 KB: two tiles of keys 2 x 64 KB; queries 64 KB, in the end the staged output, 66 KB; of each unit
+// of a pair weights 8 KB, largest scores and sums of each warp 2.3 KB; steps 2 KB.
+//
+// Cost of a unit in cycles of an SM:
+//
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2
+//   unpacking          800 issue slots of each SM quarter
+//   shared memory      write K 512, scores read K and Q 1024, output reads K and weights 1024: 2560
+//   tensor cores       2048, the floor
 #include <algorithm>
 
 #include "attention/output.cuh"
@@ -30,7 +51,8 @@ struct PairSteps {
 
 struct SharedMemory {
   TileMemory tiles;
-  alignas(1024) uint8_t query[2 * kStagingBytes];  // 8 slabs of [64][128 bytes]; in the end two halves of output [64][256]
+  alignas(
+      1024) uint8_t query[2 * kStagingBytes];  // 8 slabs of [64][128 bytes]; in the end two halves of output [64][256]
   Unit unit[2];
   PairSteps steps[2];
 };
@@ -38,7 +60,7 @@ struct SharedMemory {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // The consuming warpgroup `own`: scores of every other unit, output of its half of the dimensions for all of them.
-__device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory, int units, float scale, int own,
+__device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory, int units, int own,
                                         const StageUses& uses, float (&output)[kOwnSlabs][kHeads / 2], Total& total) {
 #pragma unroll
   for (int slab = 0; slab < kOwnSlabs; ++slab) {
@@ -63,7 +85,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
       Unit& mine = memory.unit[own];
       const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + own * 8);
       float own_largest = -INFINITY;
-      weigh<kHeads>(part, valid, scale, Exchange{mine.weights, mine.largest, mine.sum}, 1 + own, own_largest,
+      weigh<kHeads>(part, valid, Exchange{mine.weights, mine.largest, mine.sum}, 1 + own, own_largest,
                     [](int, float) {});
       if (thread < kHeads) mine.unit_largest[thread] = own_largest;
     }
@@ -74,8 +96,8 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (first + i >= units) continue;
-        const Step step = total.add(memory.unit[i].unit_largest[thread],
-                                    combine_warps<kHeads>(memory.unit[i].sum, thread, Sum()));
+        const Step step =
+            total.add(memory.unit[i].unit_largest[thread], combine_warps<kHeads>(memory.unit[i].sum, thread, Sum()));
         steps.before[i][thread] = step.before;
         steps.unit[i][thread] = step.unit;
         const bool rescale = __any_sync(kAllLanes, step.before != 1.0f);
@@ -121,7 +143,6 @@ __device__ __forceinline__ int attend(const SparseAttention& attention, const Ti
   const int units = (keys.count + kUnit - 1) / kUnit;
   const int heads = attention.heads - first_head, thread = threadIdx.x % kWarpgroup;
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
-  const float scale = kLog2E * rsqrtf(static_cast<float>(kDim));
   ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);  // the output of the row before has left the memory of the queries
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
                        heads, memory.query, threadIdx.x, 2 * kWarpgroup);
@@ -129,7 +150,7 @@ __device__ __forceinline__ int attend(const SparseAttention& attention, const Ti
   ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);
   float output[kOwnSlabs][kHeads / 2];
   Total total;
-  consume(tiles, memory, units, scale, own, uses, output, total);
+  consume(tiles, memory, units, own, uses, output, total);
 
   float* const reciprocals = memory.steps[own].before[0];
   if (thread < kHeads) reciprocals[thread] = finish_head(attention, row, first_head + thread, total, own == 0);
@@ -144,7 +165,8 @@ __device__ __forceinline__ int attend(const SparseAttention& attention, const Ti
     stage_slab<kHeads, kOwnDims>(output[slab], staging, slab * kSlab);
   }
   ptx::named_barrier(1 + own, kWarpgroup);
-  store_rows<kHeads, kOwnDims>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, own * kOwnDims);
+  store_rows<kHeads, kOwnDims>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads,
+                               own * kOwnDims);
   return units;
 }
 
@@ -187,13 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status != cudaSuccess) return status;
+cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
   return launch_kernel(sparse_attention_wide_kernel, at, attention);

@@ -1,11 +1,11 @@
 // Keys and queries as the tensor cores read them, for head dimension 512 = 448 + 64.
 //
-// A tile of rows (keys or heads) of 512 bf16 lies in shared memory as 8 slabs of 64 dimensions. A slab has 128 bytes a row,
-// and the 16-byte chunk c of row r stands at place c ^ (r % 8): the 128-byte swizzle of wgmma, under which a slab can be
-// read with dimensions as the inner index of a product (scores) and, transposed, as the outer index (output).
+// A tile of rows (keys or heads) of 512 bf16 lies in shared memory as 8 slabs of 64 dimensions. A slab has 128 bytes a
+// row, and the 16-byte chunk c of row r stands at place c ^ (r % 8): the 128-byte swizzle of wgmma, under which a slab
+// can be read with dimensions as the inner index of a product (scores) and, transposed, as the outer index (output).
 //
-// In slab 7 (rope), sixteen neighbouring dimensions stand in the order 0 2 4 .. 14, 1 3 .. 15, alike in keys, queries and
-// output: a thread of a product holds rows r and r + 8, which are then a pair that rope turns.
+// In slab 7 (rope), sixteen neighbouring dimensions stand in the order 0 2 4 .. 14, 1 3 .. 15, alike in keys, queries
+// and output: a thread of a product holds rows r and r + 8, which are then a pair that rope turns.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,10 +19,10 @@ namespace dsv4 {
 constexpr int kDim = 512;
 constexpr int kRopeDim = 64;
 constexpr int kNope = kDim - kRopeDim;
-constexpr int kSlab = 64;                  // dimensions
+constexpr int kSlab = 64;  // dimensions
 constexpr int kSlabs = kDim / kSlab;
-constexpr int kRowBytes = kSlab * 2;       // of a row of a slab
-constexpr int kNopeChunks = kNope / 8;     // chunks of 16 bytes in a row
+constexpr int kRowBytes = kSlab * 2;               // of a row of a slab
+constexpr int kNopeChunks = kNope / 8;             // chunks of 16 bytes in a row
 constexpr int kEntryBytes = kNope + 2 * kRopeDim;  // of the data part of a packed entry
 constexpr int kScaleBytes = 8;
 
@@ -53,10 +53,10 @@ __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-// E4M3 -> bf16: sign and code are moved to the sign and to the low end of the exponent with the mantissa. That is the value
-// times 2^-120, subnormal codes included, which become bf16 subnormals: products take them as they are. The factor
-// 2^(byte - 7) of a group repairs that and applies its UE8M0 scale 2^(byte - 127), exactly. It exists for bytes up to
-// kLargestScale; groups with a larger one (an amax above 57344, or NaN) need a second factor.
+// E4M3 -> bf16: sign and code are moved to the sign and to the low end of the exponent with the mantissa. That is the
+// value times 2^-120, subnormal codes included, which become bf16 subnormals: products take them as they are. The
+// factor 2^(byte - 7) of a group repairs that and applies its UE8M0 scale 2^(byte - 127), exactly. It exists for bytes
+// up to kLargestScale; groups with a larger one (an amax above 57344, or NaN) need a second factor.
 constexpr uint32_t kLargestScale = 134;
 
 __device__ __forceinline__ uint32_t first_factor(uint32_t byte) { return byte * 0x00800080u + 0x3C003C00u; }
