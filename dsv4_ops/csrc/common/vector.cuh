@@ -116,6 +116,19 @@ struct Packed {
     }
   }
 
+  // Bits of the largest magnitude as fp32, ordered as unsigned integers: NaN above infinity above every number.
+  __device__ __forceinline__ uint32_t max_magnitude_bits() const {
+    uint32_t largest = 0;  // of bf16: two, of the even and of the odd elements
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) {
+#pragma unroll
+      for (const uint32_t word : {parts[i].x, parts[i].y, parts[i].z, parts[i].w}) {
+        largest = sizeof(T) == 2 ? __vmaxu2(largest, word & 0x7FFF7FFFu) : max(largest, word & 0x7FFFFFFFu);
+      }
+    }
+    return sizeof(T) == 2 ? max(largest << 16, largest & 0xFFFF0000u) : largest;
+  }
+
   __device__ __forceinline__ void store(T* address) const {
 #pragma unroll
     for (int i = 0; i < kCount / kWidth; ++i) *reinterpret_cast<uint4*>(address + i * kWidth) = parts[i];
@@ -150,8 +163,8 @@ __device__ __forceinline__ void store_some(T* address, int left, const float (&v
   }
 }
 
-// kBytes bytes (1, 2, 4, 8 or 16) in one store. They are joined pair by pair: what was taken apart from a pair or a word
-// then costs nothing.
+// kBytes bytes (1, 2, 4, 8 or 16) in one store. They are joined pair by pair: what was taken apart from a pair or a
+// word then costs nothing.
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(uint8_t* address, const uint8_t (&bytes)[kBytes]) {
   const auto pair = [&](int i) { return static_cast<uint32_t>(bytes[i]) | static_cast<uint32_t>(bytes[i + 1]) << 8; };

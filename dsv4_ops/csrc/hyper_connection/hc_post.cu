@@ -26,8 +26,8 @@ struct Arguments {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) hc_post_kernel(const Arguments at) {
   constexpr int n = 4;
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const unsigned vectors = at.width / kCount;
   const unsigned vector = blockIdx.x * kThreads + threadIdx.x;
   if (vector >= at.tokens * vectors) return;
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads) hc_post_kernel(const Arguments at) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) hc_post_any_kernel(const Arguments at) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int n = at.streams;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= at.tokens * at.width) return;
