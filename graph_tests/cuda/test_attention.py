@@ -18,9 +18,9 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.dsv4
 KINDS = ("window", "selected", "compressed")
 BF16, F32 = torch.bfloat16, torch.float32
-# Tensor cores take weights in bf16. Each is off by up to 2^-9 of itself, and a row of few keys sees that undiluted: keys
-# are below 9 and a rounded weight has at most half of the sum, 2^-10 * 9. Besides, the output is rounded. lse is a sum of
-# fp32 weights.
+# Tensor cores take weights in bf16. Each is off by up to 2^-9 of itself, and a row of few keys sees that undiluted:
+# keys are below 9 and a rounded weight has at most half of the sum, 2^-10 * 9. Besides, the output is rounded. lse is a
+# sum of fp32 weights.
 TENSOR = (close(2.0**-7, 9e-3), close(1e-5, 1e-5))
 # Sums of fp32 products in another order: see graph_tests/ops/test_attention.py.
 PLAIN = (close(2.0**-7, 2e-5), close(1e-6, 1e-5)), (close(1e-5, 2e-5), close(1e-6, 1e-5))

@@ -151,13 +151,13 @@ __device__ __forceinline__ void store_partial(const Result<kHeads>& result, cons
 template <int kHeads>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_kernel(const __grid_constant__ SparseAttention attention) {
-  ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory<kHeads>*>(memory_start);
   constexpr int kProducerWarps = 8;
   const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 4);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
   const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;
@@ -201,6 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_rows<kHeads, kDim>(memory.query, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, 0);
 #else
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 #endif
 }
 
@@ -208,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kHeads>
 __global__ void __launch_bounds__(kWarpgroup)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   __shared__ alignas(16) uint8_t staging[kHeads * kStagingStride<kSlab>];
   const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;

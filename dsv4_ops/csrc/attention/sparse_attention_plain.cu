@@ -60,8 +60,8 @@ __device__ __forceinline__ void load_key(const KeySources& sources, const RowKey
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     sparse_attention_plain_kernel(const __grid_constant__ SparseAttention attention) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   __shared__ float outputs[kWarps][kLargestDim], largests[kWarps], sums[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t vector = blockIdx.x, head = vector % attention.heads;

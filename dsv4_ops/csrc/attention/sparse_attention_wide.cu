@@ -174,13 +174,13 @@ __device__ __forceinline__ int attend(const SparseAttention& attention, const Ti
 
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
-  ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
   constexpr int kProducerWarps = 4;
   const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 8);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 #else
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 #endif
 }
 
