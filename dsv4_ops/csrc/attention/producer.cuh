@@ -198,9 +198,11 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     }
     if (large) multiply_again(all_scales, first_chunk, second_chunk);
     if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
-    ptx::fence_async_proxy();
-    __syncwarp();
-    if (lane == 0 && block % kBlocks == kBlocks - 1) ptx::mbarrier_arrive(tiles.full_barrier(stage));
+    if (block % kBlocks == kBlocks - 1) {
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(tiles.full_barrier(stage));
+    }
     scales = next_scales;
   }
 }

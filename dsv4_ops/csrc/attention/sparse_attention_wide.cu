@@ -56,6 +56,7 @@ struct SharedMemory {
   Unit unit[2];
   PairSteps steps[2];
 };
+static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
