@@ -51,8 +51,7 @@ struct PairSteps {
 
 struct SharedMemory {
   TileMemory tiles;
-  alignas(
-      1024) uint8_t query[2 * kStagingBytes];  // 8 slabs of [64][128 bytes]; in the end two halves of output [64][256]
+  alignas(1024) uint8_t query[2 * kStagingBytes];  // 8 slabs of [64][128 bytes]; in the end output, twice [64][256]
   Unit unit[2];
   PairSteps steps[2];
 };
@@ -92,7 +91,8 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
     }
     ptx::named_barrier(kBothBarrier, 2 * kWarpgroup);
 
-    // 2. How both are added, while the first product is under way
+    // 2. How both are added. A product started before would be serialised: ptxas loses track of it in the branches
+    // here.
     if (thread < kHeads) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
