@@ -38,6 +38,8 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;  // of a thread
+static_assert(2 * kProducerRegisters + kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
 constexpr int kBarrier = 1;      // of the consuming warpgroup
 constexpr int kSplitHeads = 16;  // heads of a CTA that has one unit
 
@@ -169,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
   if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
-    ptx::give_registers<144>();
+    ptx::give_registers<kProducerRegisters>();
     produce<kProducerWarps>(attention.keys, keys, tiles, first, last, threadIdx.x / kWarp - 4, StageUses());
     return;
   }
-  ptx::take_registers<224>();
+  ptx::take_registers<kConsumerRegisters>();
   const int first_head = head_tile * kHeads, heads = attention.heads - first_head, thread = threadIdx.x;
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,

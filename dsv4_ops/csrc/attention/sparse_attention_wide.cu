@@ -30,6 +30,8 @@ namespace {
 
 constexpr int kHeads = 64;
 constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;  // of a thread
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
 constexpr int kBothBarrier = 3;  // of the consuming warpgroups; each has a barrier of its own, 1 or 2
 constexpr int kOwnSlabs = kSlabs / 2;
 constexpr int kOwnDims = kDim / 2;
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
   StageUses uses;
   if (own == 2) {
-    ptx::give_registers<96>();
+    ptx::give_registers<kProducerRegisters>();
     for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
       const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
       const int units = (keys.count + kUnit - 1) / kUnit;
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  ptx::take_registers<208>();
+  ptx::take_registers<kConsumerRegisters>();
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const int units = attend(attention, tiles, memory, tile / head_tiles, tile % head_tiles * kHeads, own, uses);
     uses.add(units);

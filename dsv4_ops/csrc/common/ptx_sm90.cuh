@@ -67,6 +67,10 @@ __device__ __forceinline__ void stmatrix_transposed(uint32_t address, uint32_t a
                : "memory");
 }
 
+// A thread of a CTA of three warpgroups starts with 168 registers (65536 / 384, in steps of 8). Whoever takes more than
+// the others gave waits for ever.
+constexpr int kRegistersOfThreeWarpgroups = 3 * 168;
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // setmaxnreg.dec, setmaxnreg.inc: registers of each thread of this warpgroup from here on.
