@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   if (!keeps) return;
   for (int row = lane; row < chunk.rows; row += lanes) {
     if (row + kHalves * c.ratio < chunk.rows) continue;
-    const int position = chunk.start + row, group = by_ratio.divide(position), place = place_of(position, by_ratio, c.ratio);
+    const int position = chunk.start + row, group = by_ratio.divide(position), place = position - group * c.ratio;
     if (row != lane || groups > 0) token.load(c, channels, row);
     if (row != lane || groups > 0 || chunk.start != guess) token.load_bias(channels, place);
     token.store(channels, group % kHalves * c.ratio + place);
