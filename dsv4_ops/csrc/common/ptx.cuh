@@ -28,6 +28,14 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return value;
 }
 
+// st.global.v4: 16 bytes. An assignment may become several stores: the compiler takes vectors apart, and does not always
+// find them again where a thread writes to several rows.
+__device__ __forceinline__ void store(void* address, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 // ld.relaxed.gpu.global: 4 bytes from L2, also while another kernel writes them; leaves nothing in L1.
 __device__ __forceinline__ int32_t load_relaxed(const int32_t* address) {
   int32_t value;

@@ -186,11 +186,10 @@ struct Packed {
     return sizeof(T) == 2 ? max(largest << 16, largest & 0xFFFF0000u) : largest;
   }
 
-  // To global memory, 16 bytes in one store. An assignment may become several: the compiler takes vectors apart, and
-  // does not always find them again where a thread writes to several rows.
+  // To global memory.
   __device__ __forceinline__ void store(T* address) const {
 #pragma unroll
-    for (int i = 0; i < kCount / kWidth; ++i) __stwb(reinterpret_cast<uint4*>(address + i * kWidth), parts[i]);
+    for (int i = 0; i < kCount / kWidth; ++i) ptx::store(address + i * kWidth, parts[i]);
   }
 };
 
