@@ -1,0 +1,323 @@
+// The k best entries of each row of scores, exactly: ties go to the lowest entry, entries come out in ascending order, then -1.
+//
+// A CTA owns a row. Scores arrive as integers in descending order of a sort (index_scores.cuh). A row that fits lies in shared
+// memory. Of a longer one only groups of 16 entries are looked at whose largest key is at least the k-th largest of all groups'
+// largest keys: k entries are at least that large, so the k best are among them, and on data without a pattern few others.
+// Their keys are gathered into shared memory in the order of entries. If they do not fit (many ties), keys stay in memory.
+//
+//   1. the k-th largest key: a histogram of 2048 bins between the smallest and the largest score; the keys of the bin with the
+//      k-th (usually a handful) are ranked against each other. Where they are more than 256, histograms of key bits, from the
+//      highest that differ to the lowest, narrow the interval 2048-fold each time.
+//   2. every warp counts the winners and the ties of its part of the row, and writes them behind those of the parts before.
+//
+// All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, in integers: the order in
+// which they happen does not show.
+//
+// Shared memory, bytes: 4 * keys that fit; 12288 list of groups (rows that do not fit); 9.6 KB histogram and exchange.
+// Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). One row has one
+// CTA, so it is latency: about ten barriers.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "indexer/index_scores.cuh"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kBins = 2048;
+constexpr int kFew = 256;          // keys that are ranked against each other
+constexpr int kMostKeys = 49152;   // in shared memory
+constexpr int kManyThreads = 1024;
+constexpr int kFewThreads = 512;   // where there are more rows than multiprocessors
+
+struct Exchange {
+  uint32_t histogram[kBins];
+  uint32_t few[kFew];
+  uint32_t of_warp[2][kWarp];
+  uint32_t few_count;
+  uint32_t bin, above, inside;  // the bin with the wanted rank, keys above it and in it
+  uint32_t key, ties;
+};
+
+// Keys above `key` win, and the first `ties` keys that are equal to it.
+struct Threshold {
+  uint32_t key;
+  int ties;
+};
+
+__device__ __forceinline__ uint32_t sum_if(const uint32_t* of_warp, bool counts) {
+  return __reduce_add_sync(kAllLanes, counts ? of_warp[threadIdx.x % kWarp] : 0u);
+}
+
+// Histogram of bin_of(key), -1 for keys that do not count, and the bin that holds the `rank`-th largest of all `total` keys
+// that count. Bin 0 is what the others leave: masses of equal keys at the low end cost no atomics. The histogram is zero
+// before and after.
+template <typename Keys, typename Bin>
+__device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t total, uint32_t rank, Bin bin_of,
+                                         Exchange& exchange) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int bin = bin_of(keys(i));
+    if (bin > 0) atomicAdd(&exchange.histogram[bin], 1u);
+  }
+  if (threadIdx.x == 0) exchange.few_count = 0;
+  __syncthreads();
+
+  const int own = kBins / blockDim.x, first = threadIdx.x * own;
+  uint32_t sum = 0;
+  for (int i = 0; i < own; ++i) sum += exchange.histogram[first + i];
+  uint32_t from_here = sum;  // bins of this lane and of higher ones
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t other = __shfl_down_sync(kAllLanes, from_here, distance);
+    if (lane + distance < kWarp) from_here += other;
+  }
+  if (lane == 0) exchange.of_warp[0][warp] = from_here;
+  __syncthreads();
+  uint32_t above = sum_if(exchange.of_warp[0], lane > warp && lane < warps) + from_here - sum;
+  for (int i = own - 1; i >= 0; --i) {
+    const uint32_t inside = first + i == 0 ? total - above : exchange.histogram[first + i];
+    if (above < rank && rank <= above + inside) {
+      exchange.bin = first + i;
+      exchange.above = above;
+      exchange.inside = inside;
+    }
+    above += inside;
+    exchange.histogram[first + i] = 0;
+  }
+  __syncthreads();
+}
+
+// The `rank`-th largest of the keys for which `counts` holds, of which there are at most kFew.
+template <typename Keys, typename Counts>
+__device__ __forceinline__ Threshold rank_few(const Keys& keys, int count, uint32_t rank, Counts counts,
+                                              Exchange& exchange) {
+  const int some = exchange.inside;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint32_t key = keys(i);
+    if (counts(key)) exchange.few[atomicAdd(&exchange.few_count, 1u)] = key;
+  }
+  __syncthreads();
+  if (threadIdx.x < some) {
+    const uint32_t key = exchange.few[threadIdx.x];
+    uint32_t greater = 0, equal = 0;
+    bool first = true;
+    for (int i = 0; i < some; ++i) {
+      const uint32_t other = exchange.few[i];
+      greater += other > key;
+      equal += other == key;
+      first = first && !(other == key && i < threadIdx.x);
+    }
+    if (first && greater < rank && rank <= greater + equal) {
+      exchange.key = key;
+      exchange.ties = rank - greater;
+    }
+  }
+  __syncthreads();
+  return {exchange.key, static_cast<int>(exchange.ties)};
+}
+
+// The k-th largest of `count` > k keys.
+template <typename Keys>
+__device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count, int k, Exchange& exchange) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  uint32_t low = 0xFFFFFFFFu, high = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint32_t key = keys(i);
+    low = min(low, key);
+    high = max(high, key);
+  }
+  low = __reduce_min_sync(kAllLanes, low);
+  high = __reduce_max_sync(kAllLanes, high);
+  if (lane == 0) {
+    exchange.of_warp[0][warp] = low;
+    exchange.of_warp[1][warp] = high;
+  }
+  __syncthreads();
+  low = __reduce_min_sync(kAllLanes, lane < warps ? exchange.of_warp[0][lane] : 0xFFFFFFFFu);
+  high = __reduce_max_sync(kAllLanes, lane < warps ? exchange.of_warp[1][lane] : 0u);
+  if (low == high) {
+    __syncthreads();  // exchange.of_warp is written again
+    return {low, k};
+  }
+
+  // 1. bins of equal width between the smallest and the largest score, where these are finite
+  const float bottom = score_of(low), width = score_of(high) - bottom, bins_per_unit = (kBins - 1) / width;
+  if (width < __builtin_huge_valf() && bins_per_unit < __builtin_huge_valf()) {  // both false for NaN
+    const auto bin_of = [=](uint32_t key) {
+      return min(static_cast<int>((score_of(key) - bottom) * bins_per_unit), kBins - 1);
+    };
+    find_bin(keys, count, count, k, bin_of, exchange);
+    if (exchange.inside <= kFew) {
+      const int bin = exchange.bin;
+      const auto counts = [=](uint32_t key) { return bin_of(key) == bin; };
+      return rank_few(keys, count, k - exchange.above, counts, exchange);
+    }
+  }
+
+  // 2. bins of key bits; every round leaves the keys of one bin, [low, high]
+  uint32_t rank = k, total = count;
+  while (true) {
+    const int shift = max(21 - __clz(high - low), 0);  // leaves at most 11 bits
+    const auto bin_of = [=](uint32_t key) {
+      return key >= low && key <= high ? static_cast<int>((key - low) >> shift) : -1;
+    };
+    find_bin(keys, count, total, rank, bin_of, exchange);
+    rank -= exchange.above;
+    total = exchange.inside;
+    low += exchange.bin << shift;
+    if (shift == 0) return {low, static_cast<int>(rank)};
+    high = low + min(high - low, (1u << shift) - 1);
+    if (total <= kFew) {
+      const uint32_t from = low, to = high;
+      const auto counts = [=](uint32_t key) { return key >= from && key <= to; };
+      return rank_few(keys, count, rank, counts, exchange);
+    }
+  }
+}
+
+// write(place, i) for each winner, in order, with places from 0; returns how many there are.
+template <typename Keys, typename Write>
+__device__ __forceinline__ int write_winners(const Keys& keys, int count, Threshold threshold, Write write,
+                                             Exchange& exchange) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int part = ((count + kWarp - 1) / kWarp + warps - 1) / warps * kWarp;
+  const int begin = min(warp * part, count), end = min(begin + part, count);
+  uint32_t greater = 0, equal = 0;
+#pragma unroll 4
+  for (int first = begin; first < end; first += kWarp) {
+    const uint32_t key = first + lane < end ? keys(first + lane) : 0;
+    greater += __popc(__ballot_sync(kAllLanes, key > threshold.key));
+    equal += __popc(__ballot_sync(kAllLanes, key == threshold.key));
+  }
+  if (lane == 0) {
+    exchange.of_warp[0][warp] = greater;
+    exchange.of_warp[1][warp] = equal;
+  }
+  __syncthreads();
+  const int all = sum_if(exchange.of_warp[0], lane < warps), all_equal = sum_if(exchange.of_warp[1], lane < warps);
+  int greater_before = sum_if(exchange.of_warp[0], lane < warp), equal_before = sum_if(exchange.of_warp[1], lane < warp);
+  const uint32_t lower_lanes = (1u << lane) - 1;
+#pragma unroll 4
+  for (int first = begin; first < end; first += kWarp) {
+    const uint32_t key = first + lane < end ? keys(first + lane) : 0;
+    const uint32_t wins = __ballot_sync(kAllLanes, key > threshold.key);
+    const uint32_t ties = __ballot_sync(kAllLanes, key == threshold.key);
+    const int equals = equal_before + __popc(ties & lower_lanes);
+    if (key > threshold.key || (key == threshold.key && equals < threshold.ties)) {
+      write(greater_before + __popc(wins & lower_lanes) + min(equals, threshold.ties), first + lane);
+    }
+    greater_before += __popc(wins);
+    equal_before += __popc(ties);
+  }
+  __syncthreads();
+  return all + min(all_equal, threshold.ties);
+}
+
+// Keys of `count` entries, a multiple of four of which may be read, to shared memory. Both lie at multiples of 16 bytes.
+__device__ __forceinline__ void fetch(const uint32_t* from, int count, uint32_t* to) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < (count + 3) / 4; i += blockDim.x) {
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+}
+
+// The largest key of every `merged` neighbouring groups.
+__device__ __forceinline__ void fetch_maxima(const uint32_t* maxima, int groups, int merged, uint32_t* to) {
+  const int count = (groups + merged - 1) / merged;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    uint32_t largest = 0;
+    for (int j = i * merged; j < min((i + 1) * merged, groups); ++j) largest = max(largest, maxima[j]);
+    to[i] = largest;
+  }
+}
+
+struct Selection {
+  const int32_t* positions;
+  int64_t positions_stride;
+  int tokens;  // of a sequence
+  int ratio;
+  int capacity;
+  int64_t first_token;
+  int k;
+  int room;  // keys that fit in shared memory
+};
+
+__global__ void __launch_bounds__(kManyThreads)
+    index_select_kernel(Selection in, ScoreSink sink, int32_t* indices) {
+  ptx::launch_dependents();
+  __shared__ Exchange exchange;
+  extern __shared__ __align__(16) uint32_t select_shared[];
+  uint32_t* const shared_keys = select_shared;
+  uint32_t* const list = select_shared + in.room;  // of groups; only where a row does not fit
+  for (int i = threadIdx.x; i < kBins; i += blockDim.x) exchange.histogram[i] = 0;
+  const int64_t row = blockIdx.x, token = in.first_token + row;
+  const int32_t* const position = in.positions + token / in.tokens * in.positions_stride + token % in.tokens;
+  const uint32_t* const row_keys = sink.keys + row * sink.stride;
+  const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
+  int32_t* const picks = indices + token * in.k;
+  ptx::wait_for_predecessors();
+  const int seen = visible_entries(*position, in.ratio, in.capacity), k = in.k;
+
+  if (seen <= k) {
+    for (int i = threadIdx.x; i < k; i += blockDim.x) picks[i] = i < seen ? i : -1;
+    return;
+  }
+  const auto in_shared = [=](int i) { return shared_keys[i]; };
+  if (seen <= in.room) {
+    fetch(row_keys, seen, shared_keys);
+    __syncthreads();
+    const Threshold threshold = find_threshold(in_shared, seen, k, exchange);
+    write_winners(in_shared, seen, threshold, [=](int place, int i) { picks[place] = i; }, exchange);
+    return;
+  }
+
+  // Groups that can hold a winner.
+  const int groups = (seen + kGroup - 1) / kGroup, merged = (groups + in.room - 1) / in.room;
+  const int merged_groups = (groups + merged - 1) / merged, entries = merged * kGroup;
+  fetch_maxima(maxima, groups, merged, shared_keys);
+  __syncthreads();
+  const Threshold bound = find_threshold(in_shared, merged_groups, k, exchange);
+  const auto put_in_list = [=](int place, int group) {
+    if (place < in.room / kGroup) list[place] = group;
+  };
+  const int found = write_winners(in_shared, merged_groups, {bound.key, merged_groups}, put_in_list, exchange);
+  const int64_t gathered = static_cast<int64_t>(found) * entries;
+  if (gathered <= in.room) {
+    const auto entry_of = [=](int i) { return static_cast<int>(list[i / entries]) * entries + i % entries; };
+#pragma unroll 8
+    for (int i = threadIdx.x; i < gathered; i += blockDim.x) {
+      const int entry = entry_of(i);
+      shared_keys[i] = entry < seen ? row_keys[entry] : 0;
+    }
+    __syncthreads();
+    const auto count = static_cast<int>(gathered);
+    const Threshold threshold = find_threshold(in_shared, count, k, exchange);
+    write_winners(in_shared, count, threshold, [=](int place, int i) { picks[place] = entry_of(i); }, exchange);
+    return;
+  }
+  const auto in_memory = [=](int i) { return row_keys[i]; };
+  const Threshold threshold = find_threshold(in_memory, seen, k, exchange);
+  write_winners(in_memory, seen, threshold, [=](int place, int i) { picks[place] = i; }, exchange);
+}
+
+}  // namespace
+
+bool wants_maxima(int64_t capacity) { return capacity > kMostKeys; }
+
+cudaError_t launch_select(const IndexScoring& scoring, const ScoreSink& sink, int64_t first_token, int64_t rows, int k,
+                          int32_t* indices, cudaStream_t stream) {
+  const int capacity = scoring.capacity();
+  const int room = std::min((capacity + 3) / 4 * 4, kMostKeys);
+  const Selection selection{scoring.positions, scoring.positions_stride, scoring.tokens, scoring.ratio, capacity,
+                            first_token,       k,                        room};
+  const size_t shared = sizeof(uint32_t) * (room + (wants_maxima(capacity) ? room / kGroup : 0));
+  const int threads = rows > 132 ? kFewThreads : kManyThreads;
+  const Launch at{dim3(static_cast<unsigned>(rows)), dim3(threads), stream, shared};
+  return launch_kernel(index_select_kernel, at, selection, sink, indices);
+}
+
+}  // namespace dsv4
