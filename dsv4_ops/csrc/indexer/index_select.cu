@@ -275,29 +275,29 @@ __global__ void __launch_bounds__(kManyThreads)
     return;
   }
 
-  // Groups that can hold a winner.
   const int groups = (seen + kGroup - 1) / kGroup, merged = (groups + in.room - 1) / in.room;
   const int merged_groups = (groups + merged - 1) / merged, entries = merged * kGroup;
-  fetch_maxima(maxima, groups, merged, shared_keys);
-  __syncthreads();
-  const Threshold bound = find_threshold(in_shared, merged_groups, k, exchange);
-  const auto put_in_list = [=](int place, int group) {
-    if (place < in.room / kGroup) list[place] = group;
-  };
-  const int found = write_winners(in_shared, merged_groups, {bound.key, merged_groups}, put_in_list, exchange);
-  const int64_t gathered = static_cast<int64_t>(found) * entries;
-  if (gathered <= in.room) {
-    const auto entry_of = [=](int i) { return static_cast<int>(list[i / entries]) * entries + i % entries; };
-#pragma unroll 8
-    for (int i = threadIdx.x; i < gathered; i += blockDim.x) {
-      const int entry = entry_of(i);
-      shared_keys[i] = entry < seen ? row_keys[entry] : 0;
-    }
+  if (k < merged_groups) {
+    fetch_maxima(maxima, groups, merged, shared_keys);
     __syncthreads();
-    const auto count = static_cast<int>(gathered);
-    const Threshold threshold = find_threshold(in_shared, count, k, exchange);
-    write_winners(in_shared, count, threshold, [=](int place, int i) { picks[place] = entry_of(i); }, exchange);
-    return;
+    const Threshold bound = find_threshold(in_shared, merged_groups, k, exchange);
+    const auto put_in_list = [=](int place, int group) {
+      if (place < in.room / kGroup) list[place] = group;
+    };
+    const int found = write_winners(in_shared, merged_groups, {bound.key, merged_groups}, put_in_list, exchange);
+    if (static_cast<int64_t>(found) * entries <= in.room) {
+      const int count = found * entries;
+      const auto entry_of = [=](int i) { return static_cast<int>(list[i / entries]) * entries + i % entries; };
+#pragma unroll 8
+      for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        const int entry = entry_of(i);
+        shared_keys[i] = entry < seen ? row_keys[entry] : 0;
+      }
+      __syncthreads();
+      const Threshold threshold = find_threshold(in_shared, count, k, exchange);
+      write_winners(in_shared, count, threshold, [=](int place, int i) { picks[place] = entry_of(i); }, exchange);
+      return;
+    }
   }
   const auto in_memory = [=](int i) { return row_keys[i]; };
   const Threshold threshold = find_threshold(in_memory, seen, k, exchange);

@@ -16,7 +16,7 @@ int tiles_of(int64_t capacity) { return static_cast<int>((capacity + kTile - 1) 
 
 int64_t index_topk_row_words(int64_t capacity) {
   const int64_t stride = static_cast<int64_t>(tiles_of(capacity)) * kTile;
-  return stride + stride / kGroup;
+  return wants_maxima(capacity) ? stride + stride / kGroup : stride;
 }
 
 int rows_of_block(IndexForm form, const IndexScoring& scoring, int64_t most_rows) {
@@ -47,7 +47,8 @@ cudaError_t launch_index_topk(IndexForm form, const IndexScoring& scoring, int k
   const int rows = rows_of_block(form, scoring, rows_that_fit);
   const int blocks_of_sequence = (scoring.tokens + rows - 1) / rows;
   const int64_t blocks = static_cast<int64_t>(scoring.batch) * blocks_of_sequence;
-  const int64_t blocks_of_chunk = std::min(rows_that_fit / rows, blocks);
+  const int64_t chunks = (blocks + rows_that_fit / rows - 1) / (rows_that_fit / rows);
+  const int64_t blocks_of_chunk = (blocks + chunks - 1) / chunks;
   const auto first_token = [&](int64_t block) {
     return block / blocks_of_sequence * scoring.tokens + block % blocks_of_sequence * rows;
   };

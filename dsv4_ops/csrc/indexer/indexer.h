@@ -58,7 +58,7 @@ cudaError_t launch_index_scores(IndexForm form, const IndexScoring& scoring, flo
 cudaError_t launch_index_topk(IndexForm form, const IndexScoring& scoring, int k, uint32_t* workspace,
                               int64_t workspace_words, int32_t* indices, cudaStream_t stream);
 
-// Words of the workspace for one row: a key for each entry, and one for each 16 entries.
+// Words of the workspace for one row: a key for each entry, in long rows also one for each 16 entries.
 int64_t index_topk_row_words(int64_t capacity);
 
 }  // namespace dsv4
