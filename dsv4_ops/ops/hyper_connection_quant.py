@@ -98,8 +98,8 @@ def _alloc_post_pre_nvfp4(f, x, post, comb, fn, scale, base, norm_weight, norm_e
     return x.new_empty(x.shape), *_alloc_pre_nvfp4(x, fn, scale, base, norm_weight, norm_eps, hc_eps, iterations)
 
 
-# x [T, n, d] bf16 | f32, norm_weight [d] bf16 | f32; group 32 | 64 | 128
-# -> y [T, d] of x's dtype (normed), post f32 [T, n], comb f32 [T, n, n], q [T, d] E4M3, q_scale [T, d/group] uint8 (UE8M0)
+# x [T, n, d] bf16 | f32, norm_weight [d] bf16 | f32; group 32 | 64 | 128 -> y [T, d] of x's dtype (normed),
+# post f32 [T, n], comb f32 [T, n, n], q [T, d] E4M3, q_scale [T, d/group] uint8 (UE8M0)
 hc_pre_rms_norm_quant_fp8 = define(
     "hc_pre_rms_norm_quant_fp8(Tensor x, Tensor fn, Tensor scale, Tensor base, Tensor norm_weight, float norm_eps,"
     " float hc_eps, int iterations, int group) -> (Tensor y, Tensor post, Tensor comb, Tensor q, Tensor q_scale)",

@@ -23,6 +23,7 @@ from dsv4_ops.registry import Inline, define, describe, expect
 
 NVFP4_GROUP = 16
 NVFP4_SCALE_FLOOR = 2.0**-126  # keeps the global scale of an all-zero tensor a normal number
+AMAX_PARTS = 1024  # kMostPartials of csrc/nvfp4/nvfp4.h: parts of a tensor that look for its amax
 
 
 def nvfp4_scale_of(amax: Tensor) -> Tensor:
@@ -147,6 +148,7 @@ nvfp4_global_scale = define(
     reference=nvfp4_global_scale_reference,
     check=lambda x: expect_groups("nvfp4_global_scale", x, 1),
     inline=Inline.ALWAYS,
+    workspace=lambda x: x.new_empty((AMAX_PARTS,), dtype=torch.int32),
 )
 
 # x [T, K] bf16 | f32 -> scale [T, 1] f32

@@ -1,7 +1,10 @@
-"""Rewrite pairs of neighbouring dsv4 ops into their fused op.
+"""Rewrite neighbouring dsv4 ops into their fused op.
 
 The rules match our own nodes, so they do not depend on how torch decomposes anything. A fused op's reference is the
-literal composition of its parts: rewriting changes no bit.
+literal composition of its parts: rewriting changes no bit. Later rules see what earlier ones made, so
+
+    hc_post, hc_pre, rms_norm, quant_fp8  ->  hc_post, hc_pre, rms_norm_quant_fp8
+                                          ->  hc_post, hc_pre_rms_norm_quant_fp8  ->  hc_post_pre_rms_norm_quant_fp8
 """
 
 import operator
@@ -28,23 +31,38 @@ class Rule:
     keeps_producer: bool
 
 
-RULES = (
+PAIRS = (
     Rule("rms_norm", "quant_fp8", "rms_norm_quant_fp8", True),
     Rule("rms_norm", "quant_mxfp4", "rms_norm_quant_mxfp4", True),
     Rule("swiglu", "quant_fp8", "swiglu_quant_fp8", False),
     Rule("swiglu", "quant_mxfp4", "swiglu_quant_mxfp4", False),
 )
 # NVFP4 needs the row scale between norm and quantiser: quant_nvfp4(y, nvfp4_row_scale(y)).
-ROW_SCALED_RULES = (
+ROW_SCALED = (
     Rule("rms_norm", "quant_nvfp4", "rms_norm_quant_nvfp4", True),
     Rule("swiglu", "quant_nvfp4", "swiglu_quant_nvfp4", False),
+)
+# The norm of hc_pre's first result, with or without a quantiser.
+NORMED_STREAMS = tuple(
+    Rule("hc_pre", consumer, f"hc_pre_{consumer}", False)
+    for consumer in ("rms_norm_quant_fp8", "rms_norm_quant_nvfp4", "rms_norm")
+)
+# Across the boundary of two sub-layers.
+BOUNDARIES = tuple(
+    Rule("hc_post", consumer, consumer.replace("hc_", "hc_post_"), True)
+    for consumer in ("hc_pre_rms_norm_quant_fp8", "hc_pre_rms_norm_quant_nvfp4", "hc_pre_rms_norm", "hc_pre")
 )
 
 
 def fuse(graph: Graph) -> Counter:
     """Apply every rule until none matches; returns how often each fused op was made."""
     counts = Counter()
-    for rules, rewrite in ((RULES, _fuse_pair), (ROW_SCALED_RULES, _fuse_row_scaled)):
+    for rules, rewrite in (
+        (PAIRS, _fuse_pair),
+        (ROW_SCALED, _fuse_row_scaled),
+        (NORMED_STREAMS, _fuse_normed_streams),
+        (BOUNDARIES, _fuse_pair),
+    ):
         for rule in rules:
             for node in list(graph.nodes):
                 if _is(node, rule.consumer) and rewrite(graph, rule, node):
@@ -53,14 +71,16 @@ def fuse(graph: Graph) -> Counter:
 
 
 def _fuse_pair(graph: Graph, rule: Rule, consumer: Node) -> bool:
-    producer = consumer.args[0]
+    producer, *others = consumer.args
     if not _is(producer, rule.producer) or not (rule.keeps_producer or len(producer.users) == 1):
         return False
-    arguments = (*producer.args, *consumer.args[1:])
-    results = _insert(graph, rule.fused, producer, arguments)
+    if not _computed_before(graph, others, producer):
+        return False
+    results = _insert(graph, rule.fused, producer, (*producer.args, *others))
     if rule.keeps_producer:
         producer.replace_all_uses_with(results(0))
     _replace_results(consumer, results, offset=int(rule.keeps_producer))
+    _erase(graph, consumer, producer)
     return True
 
 
@@ -76,6 +96,29 @@ def _fuse_row_scaled(graph: Graph, rule: Rule, consumer: Node) -> bool:
         producer.replace_all_uses_with(results(0))
     scale.replace_all_uses_with(results(first + 2))
     _replace_results(consumer, results, offset=first)
+    _erase(graph, consumer, scale, producer)
+    return True
+
+
+def _fuse_normed_streams(graph: Graph, rule: Rule, consumer: Node) -> bool:
+    """hc_pre(x, fn, scale, base, norm_eps, ...) -> y, post, comb, and rms_norm*(y, weight, eps, ...): y is read by
+    nothing else, and the fused op has one eps for both."""
+    y, weight, eps, *group = consumer.args
+    producer = y.args[0] if _is_result(y, 0) else None
+    if not _is(producer, rule.producer):
+        return False
+    mix, scalars = producer.args[:4], producer.args[4:]
+    others = [user for user in producer.users if _is_result(user, 0) and user is not y]
+    if others or len(y.users) > 1 or eps != scalars[0] or not _computed_before(graph, (weight,), producer):
+        return False
+    results = _insert(graph, rule.fused, producer, (*mix, weight, *scalars, *group))
+    if len(TABLE[rule.consumer].outputs) == 1:
+        consumer.replace_all_uses_with(results(0))
+    else:  # the normed row, then, behind post and comb, codes and scales
+        _replace_results(consumer, lambda index: results(index and index + 2), offset=0)
+    _erase(graph, consumer, y)
+    _replace_results(producer, results, offset=0)
+    _erase(graph, producer)
     return True
 
 
@@ -99,6 +142,30 @@ def _replace_results(consumer: Node, results: Callable[[int], Node], offset: int
     """Point the users of a multi-output op (all of them getitem nodes) at the results of the fused op."""
     for user in list(consumer.users):
         user.replace_all_uses_with(results(user.args[1] + offset))
+
+
+def _erase(graph: Graph, *nodes: Node) -> None:
+    """Remove nodes, in this order, with their results: a dead user would stop the next rule."""
+    for node in nodes:
+        for user in list(node.users):
+            if user.target is operator.getitem and not user.users:
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _computed_before(graph: Graph, arguments, node: Node) -> bool:
+    """Whether the graph has every argument when it comes to `node`."""
+    missing = {argument for argument in arguments if isinstance(argument, Node)}
+    for other in graph.nodes:
+        if other is node:
+            break
+        missing.discard(other)
+    return not missing
+
+
+def _is_result(node, index: int) -> bool:
+    return isinstance(node, Node) and node.target is operator.getitem and node.args[1] == index
 
 
 def _is(node, name: str) -> bool:

@@ -35,7 +35,7 @@ def mixed(tokens, n, seed=5):
 def transformers_pre(x, fn, scale, base, eps=EPS, iterations=ITERATIONS):
     """y, post, comb of transformers for x [T, n, d] fp32."""
     config = DeepseekV4Config(
-        hidden_size=DIM, hc_mult=x.shape[-2], hc_eps=eps, hc_sinkhorn_iters=iterations, rms_norm_eps=NORM_EPS
+        hidden_size=x.shape[-1], hc_mult=x.shape[-2], hc_eps=eps, hc_sinkhorn_iters=iterations, rms_norm_eps=NORM_EPS
     )
     module = DeepseekV4HyperConnection(config)
     with torch.no_grad():

@@ -96,6 +96,18 @@ void Call::expect_rows(const char* name, const Tensor& tensor, std::initializer_
   expect(false, name, "[..., " + (width == kAny ? "*" : std::to_string(width)) + "] " + dtype_names(dtypes), tensor);
 }
 
+void Call::expect_rows_like(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes,
+                            const Tensor& x, int64_t width) const {
+  expect_device(name, tensor);
+  const int64_t dims = x.dim();
+  const auto wanted = [&](int64_t i) { return i + 1 < dims ? x.size(i) : width; };
+  bool fits = has_dtype(tensor, dtypes) && tensor.dim() == dims;
+  for (int64_t i = 0; fits && i < dims; ++i) fits = tensor.size(i) == wanted(i);
+  if (fits) return;
+  const auto size = [&](int64_t i) { return std::to_string(wanted(i)); };
+  expect(false, name, list(dims, size) + " " + dtype_names(dtypes), tensor);
+}
+
 void Call::expect_contiguous(const char* name, const Tensor& tensor) const {
   expect(tensor.is_contiguous(), name, "contiguous (call .contiguous() on it)", tensor);
 }

@@ -53,6 +53,10 @@ class Call {
   void expect_rows(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes,
                    int64_t width = kAny) const;
 
+  // The same, and the leading dimensions must be those of `x`.
+  void expect_rows_like(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes,
+                        const Tensor& x, int64_t width) const;
+
   // Raise unless the tensor is contiguous. Outputs that `alloc` made are.
   void expect_contiguous(const char* name, const Tensor& tensor) const;
 

@@ -52,6 +52,13 @@ __device__ __forceinline__ uint32_t mxfp4_group_scale(float amax) {
   return ceil_ue8m0(clamp_min(amax, kMxfp4AmaxFloor) * (1.0f / kE2m1Max));
 }
 
+// ---- NVFP4 ----
+
+// amax -> the global scale max(amax / 2688, 2^-126), which maps it to the largest code times the largest block scale.
+__device__ __forceinline__ float nvfp4_global_scale(float amax) {
+  return clamp_min(__fdiv_rn(amax, kNvfp4Largest), kNvfp4ScaleFloor);
+}
+
 // ---- E4M3 ----
 
 // Two values -> two codes, nearest even, saturating at 448; `low` in bits 0..7.
@@ -67,25 +74,48 @@ __device__ __forceinline__ float decode_e4m3(uint32_t code) { return decode_e4m3
 
 // ---- E2M1 ----
 
-// fp32 -> 4-bit code: nearest, ties to even code, saturating at 6; NaN gives 6; zero keeps its sign.
+// Magnitude -> bits of the fp32 number 2^23 + code: nearest, ties to even code, saturating at 6; NaN gives code 0.
 //
-// Adding 2^(22 + e) to a magnitude below 2^(e + 1) rounds it to one mantissa bit, ties to even, in one rounding: the last
-// bits of the sum are the magnitude in units of 2^(e - 1), which is the code less 2e. e is 0, 1 or 2.
+// The code is the magnitude on a scale that is bent twice, 2m up to m = 2, m + 2 up to 4 and m / 2 + 4 up to 6, rounded to
+// an integer. Each piece is saturated to [0, 1] and worth 4, 2 or 1 codes; its sum with 2^23 rounds, ties to even. All
+// products and differences that are not saturated are exact, and of the pieces at most one is no integer.
+__device__ __forceinline__ uint32_t round_e2m1(float magnitude) {
+  const float upper = __saturatef(__fmaf_rn(magnitude, 0.5f, -2.0f));
+  const float middle = __saturatef(__fmaf_rn(magnitude, 0.5f, -1.0f));
+  const float lower = __saturatef(__fmul_rn(magnitude, 0.5f));
+  const float sum = __fmaf_rn(middle, 2.0f, __fmaf_rn(lower, 4.0f, 0x1p23f));
+  return __float_as_uint(__fadd_rn(upper, sum));
+}
+
+// fp32 -> 4-bit code; NaN gives 6 and zero keeps its sign.
 __device__ __forceinline__ uint32_t encode_e2m1(float value) {
-  const float magnitude = fminf(fabsf(value), kE2m1Max);  // fminf(NaN, 6) is 6
-  const uint32_t binade = max(__float_as_uint(magnitude) & 0x7F800000u, 0x3F800000u);
-  const float rounded = magnitude + __uint_as_float(binade + (22u << 23));
-  const uint32_t code = (__float_as_uint(rounded) & 7u) + ((binade - 0x3F800000u) >> 22);
+  const uint32_t code = round_e2m1(fminf(fabsf(value), kE2m1Max)) & 7u;  // fminf(NaN, 6) is 6
   const uint32_t sign = value == value ? (__float_as_uint(value) >> 28) & 8u : 0u;
   return code | sign;
 }
 
-// 4-bit code -> fp32, exact. The three bits of a magnitude are exponent and mantissa of a number whose subnormal is 0.5.
+// Up to eight magnitudes (no NaN), with the signs of `signs` -> their codes in one word, the first in the lowest bits.
+template <int kCount>
+__device__ __forceinline__ uint32_t encode_e2m1_word(const float (&magnitudes)[kCount], const float (&signs)[kCount]) {
+  static_assert(kCount <= 8, "eight codes fill a word");
+  uint32_t word = 0, exponents = 0, sign[8] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    word += round_e2m1(magnitudes[i]) << 4 * i;
+    exponents += 0x4B000000u << 4 * i;  // of 2^23
+    sign[i] = __float_as_uint(signs[i]);
+  }
+  // The top bytes of the even and of the odd elements, which hold the signs in bit 7.
+  const auto top = [](uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x0073); };
+  const uint32_t even = __byte_perm(top(sign[0], sign[2]), top(sign[4], sign[6]), 0x5410);
+  const uint32_t odd = __byte_perm(top(sign[1], sign[3]), top(sign[5], sign[7]), 0x5410);
+  return word - exponents + ((even >> 4 & 0x08080808u) | (odd & 0x80808080u));
+}
+
+// 4-bit code -> fp32, exact. Exponent and mantissa in the place of those of fp32 are the value times 2^-126, whose
+// subnormal stands for 0.5.
 __device__ __forceinline__ float decode_e2m1(uint32_t code) {
-  const uint32_t magnitude = code & 7u;
-  const float normal = __uint_as_float((magnitude << 22) + (126u << 23));
-  const float value = magnitude < 2 ? 0.5f * magnitude : normal;
-  return __uint_as_float(__float_as_uint(value) | (code & 8u) << 28);
+  return __fmul_rn(__uint_as_float((code & 7u) << 22 | (code & 8u) << 28), 0x1p126f);
 }
 
 }  // namespace dsv4

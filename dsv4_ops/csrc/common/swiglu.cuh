@@ -38,7 +38,7 @@ template <typename T, int kCount>
 struct Halves {
   Packed<T, kCount> gates, ups;
 
-  __device__ __forceinline__ void load(const T* row, int width, int column) {
+  __device__ __forceinline__ void load(const T* row, unsigned width, unsigned column) {
     gates.load_once(row + column);
     ups.load_once(row + width + column);
   }
@@ -54,7 +54,7 @@ template <typename T, int kCount>
 struct Pairs {
   Packed<T, 2 * kCount> pairs;
 
-  __device__ __forceinline__ void load(const T* row, int, int column) { pairs.load_once(row + 2 * column); }
+  __device__ __forceinline__ void load(const T* row, unsigned, unsigned column) { pairs.load_once(row + 2 * column); }
 
   __device__ __forceinline__ void to_floats(float (&gate)[kCount], float (&up)[kCount]) const {
     float values[2 * kCount];

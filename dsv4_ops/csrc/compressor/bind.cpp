@@ -33,9 +33,10 @@ void expect_dim(const Call& call, EntryForm form, const Tensor& norm_weight, int
   call.expect(dim % 4 == 0 && dim >= 4 && dim <= kCompressorMaxDim, "norm_weight",
               "[D] with D a multiple of 4, at most " + std::to_string(kCompressorMaxDim), norm_weight);
   if (form == EntryForm::kKv) {
-    call.expect(nope >= 64 && nope % 64 == 0 && rope_dim % 4 == 0, "norm_weight",
-                "[D] with D - R a multiple of 64 and R of 4 for a packed pool (here R = " + std::to_string(rope_dim) + ")",
-                norm_weight);
+    call.expect(
+        nope >= 64 && nope % 64 == 0 && rope_dim % 4 == 0, "norm_weight",
+        "[D] with D - R a multiple of 64 and R of 4 for a packed pool (here R = " + std::to_string(rope_dim) + ")",
+        norm_weight);
   } else if (form != EntryForm::kPlain) {
     call.expect(dim == 32 || dim == 64 || dim == 128, "norm_weight", "[D] with D 32, 64 or 128", norm_weight);
   }

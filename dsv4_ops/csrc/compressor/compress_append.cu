@@ -2,22 +2,27 @@
 //
 //   entry = quantise([hadamard(]rope(rms_norm(sum over a group's rows of softmax_rows(score + ape) * kv))[)])
 //
-// compress_append_kernel. One CTA owns a sequence (up to 8 tokens) or some groups of one. Its threads stand four channels
-// apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows) threadIdx.y
-// counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a thread in flight;
-// norm, rope, Hadamard and quantiser work on registers. A step that completes no group only copies its token, which
-// arrives while the position does.
+// compress_append_kernel. One CTA owns a sequence (up to 8 tokens) or some groups of one. Its threads stand four
+// channels apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows),
+// threadIdx.y counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a
+// thread in flight; norm, rope, Hadamard and quantiser work on registers. A step that completes no group only copies
+// its token, which arrives while the position does.
 //
-// Old rows of the state are read before new ones overwrite them. In a CTA every channel has one thread that reads and
-// then writes all its rows (kHalves = 2), or the barrier of the row lanes lies in between. More than 8 tokens have several
-// CTAs and a second launch, keep_rows_kernel, in which a CTA owns a slot of a sequence's state.
+// Old rows of the state are read before new ones overwrite them. In a CTA, every channel has one thread that reads all
+// its rows and then writes (kHalves = 2), or the barrier of the row lanes lies in between (kHalves = 1). A chunk of
+// more than 8 tokens has several CTAs and a second launch, keep_rows_kernel: a CTA owns a slot of a sequence's state.
 //
-// Shared memory: 1 KB for the sums of warps and
-//   kHalves = 1   24 KB: three floats a channel of every row lane
-//   kHalves = 2   ape if it has at most 32 KB (16 KB for D = 512), loaded before the wait, each thread its own channels
+// The sum of a channel has one order, whatever the chunk: rows lane, lane + lanes, ..., eight at a time, then the
+// lanes.
 //
-// Floor: two dependent reads for a decode step without an entry; an entry of D = 512 reads 28 KB (CSA) or 508 KB (HCA) at
-// the 64 bytes a clock of one SM. A chunk reads 16 * D (CSA) or 8 * D bytes (HCA) a token at the speed of memory.
+// Shared memory:
+//   sums       kHalves = 1: 1 KB, kHalves = 2: 64 bytes: sums of squares of the warps, for two groups in turn
+//   lane_sums  kHalves = 1: 24 KB: three floats a channel of every row lane
+//   staged     kHalves = 2: ape if it has at most 32 KB (16 KB for D = 512), from before the wait; a larger one goes
+//              to L2
+//
+// Floor: two dependent reads for a decode step without an entry. An entry of D = 512 reads 28 KB (CSA) or 508 KB (HCA)
+// at the 64 bytes a clock of one SM. A chunk reads 16 * D (CSA) or 8 * D bytes (HCA) a token at the speed of memory.
 #include <algorithm>
 #include <type_traits>
 
@@ -35,10 +40,10 @@ constexpr int kThreads = kCompressorMaxDim / kQuad;  // of a row lane at most
 constexpr int kLaneThreads = 512;                    // of a CTA with row lanes
 constexpr int kMaxWarps = kThreads / kWarp;          // of a row lane
 constexpr int kMaxLanes = kLaneThreads / kWarp;
-constexpr int kDecodeTokens = 8;                     // of a sequence, up to which one CTA does everything
+constexpr int kDecodeTokens = 8;  // of a sequence, up to which one CTA does everything
 constexpr int kKeepThreads = 128;
-constexpr int kApeBytes = 32 * 1024;                 // largest ape that is held in shared memory
-constexpr int kSms = 132;                            // of an H200: the grid of a chunk fills them about once
+constexpr int kApeBytes = 32 * 1024;  // largest ape that is held in shared memory
+constexpr int kSms = 132;             // of an H200: the grid of a chunk fills them about once
 
 // kv and score of one token: the thread's channels of both halves.
 template <int kHalves>
@@ -102,6 +107,16 @@ __device__ __forceinline__ void stage_ape(const Compressor& c, int dim, int colu
   }
 }
 
+// A larger ape comes to L2, a share of it by each CTA.
+__device__ __forceinline__ void prefetch_ape(const Compressor& c, int width) {
+  constexpr int kLine = 128 / sizeof(float);
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int64_t ctas = gridDim.x * gridDim.y, cta = blockIdx.y * gridDim.x + blockIdx.x;
+  for (int64_t at = (cta * threads + thread) * kLine; at < c.ratio * width; at += ctas * threads * kLine) {
+    ptx::prefetch_l2(c.ape + at);
+  }
+}
+
 // The sums of all row lanes -> lane 0. Every thread has read its rows when one leaves.
 __device__ __forceinline__ void combine_lanes(Softmax& softmax, float4* shared) {
   softmax.store(shared + threadIdx.y * blockDim.x + threadIdx.x, kLaneThreads);
@@ -122,8 +137,8 @@ __device__ __forceinline__ void write_index(const Entry& entry, int column, floa
 }
 
 template <EntryForm kForm>
-__device__ __forceinline__ void write_entry(const Entry& entry, int dim, int rope_dim, int column, float (&values)[kQuad],
-                                            bool inside) {
+__device__ __forceinline__ void write_entry(const Entry& entry, int dim, int rope_dim, int column,
+                                            float (&values)[kQuad], bool inside) {
   if constexpr (kForm == EntryForm::kPlain) {
     write_plain(entry, dim, column, values, inside);
   } else if constexpr (kForm == EntryForm::kKv) {
@@ -149,15 +164,17 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   const int sequence = blockIdx.y, column = threadIdx.x * kQuad;
   const int lane = kHalves == 1 ? threadIdx.y : 0, lanes = kHalves == 1 ? blockDim.y : 1;
   const int dim = kDim ? kDim : c.dim;
-  const bool inside = kDim % (kQuad * kWarp) == 0 && kDim > 0 || column < dim;
+  const bool inside = (kDim > 0 && kDim % (kQuad * kWarp) == 0) || column < dim;
 
   // 1. Parameters of the model.
   const float* ape = c.ape;
   float weights[kQuad] = {};
   if (inside) load_weights(c, column, weights);
-  if constexpr (kHalves == 2) {
-    if (stage) ape = &staged[0].x;
-    if (stage && inside) stage_ape(c, dim, column, &staged[0].x);
+  if (kHalves == 2 && stage) {
+    ape = &staged[0].x;
+    if (inside) stage_ape(c, dim, column, &staged[0].x);
+  } else {
+    prefetch_ape(c, kHalves * dim);
   }
   const Channels channels = find_channels<kHalves>(c, dim, ape, sequence, column);
   ptx::wait_for_predecessors();

@@ -20,12 +20,13 @@ enum class EntryForm {
 constexpr int kCompressorMaxDim = 1024;    // D
 constexpr int kCompressorMaxGrid = 65535;  // sequences, and slots of the state
 
-// Operands of one call. width = halves * dim, slots = halves * ratio; halves is 2 where groups overlap (CSA, index keys).
+// Operands of one call. width = halves * dim and slots = halves * ratio, where halves is 2 if groups overlap (CSA and
+// index keys).
 struct Compressor {
-  float* state;             // [sequences, slots, 2, width]
-  const float* kv;          // [sequences, rope.tokens, width]
-  const float* score;       // likewise
-  int kv_stride;            // elements from one token to the next
+  float* state;        // [sequences, slots, 2, width]
+  const float* kv;     // [sequences, rope.tokens, width]
+  const float* score;  // likewise
+  int kv_stride;       // elements from one token to the next
   int score_stride;
   const float* ape;         // [ratio, width]
   const void* norm_weight;  // [dim]

@@ -4,8 +4,8 @@
 // arrive: `largest` is the largest score so far, `total` the sum of e^(score - largest), `weighted` the sum of these
 // weights times kv; when a larger score comes, both sums are scaled down.
 //
-// As in torch's softmax a channel with a score of NaN or +inf, or with no score above -inf, becomes NaN. `largest` starts
-// at the smallest finite number, so that a score of -inf weighs nothing instead of NaN.
+// As in torch's softmax, a channel with a score of NaN or +inf, or with no score above -inf, becomes NaN. `largest`
+// starts at the smallest finite number, so that a score of -inf weighs nothing instead of NaN.
 #pragma once
 
 #include <cfloat>
@@ -41,8 +41,8 @@ struct Chunk {
   int rows;
 };
 
-// Tokens come first and rows at position -1 after them: every round of 32 probes leaves 1/32 of the candidates. Each warp
-// searches for itself.
+// Tokens come first and rows at position -1 after them: every round of 32 probes leaves 1/32 of the candidates. Each
+// warp searches for itself.
 __device__ __forceinline__ Chunk find_chunk(const Rope& rope, int sequence) {
   const int32_t* const positions = rope.positions + sequence * rope.stride;
   const int lane = threadIdx.x % kWarp;
@@ -137,15 +137,20 @@ struct Channels {
   const float* ape;
   int dim;    // from one half of a row to the other
   int width;  // from kv to score in the state, and from one row of ape to the next
+
+  __device__ __forceinline__ Channels of_half(int half) const {
+    const int shift = half * dim;
+    return {state + shift, kv + shift, score + shift, ape + shift, dim, width};
+  }
 };
 
-// One half of a group's rows: row i is token i of the group that the half belongs to. Rows before `kept_rows` are in the
-// state, the others in the chunk.
+// One half of a group's rows: row i is token i of the group that the half belongs to. Rows before `kept_rows` are in
+// the state, the others in the chunk.
 struct Half {
-  int slot;       // of row 0
-  int token;      // of row 0, counted from the chunk's first
+  int slot;   // of row 0
+  int token;  // of row 0, counted from the chunk's first
   int kept_rows;
-  int rows;       // ratio, or 0 where the group has no predecessor
+  int rows;  // ratio, or 0 where the group has no predecessor
 };
 
 __device__ __forceinline__ Half find_half(int owner, int halves, int ratio, int start) {
@@ -159,7 +164,7 @@ __device__ __forceinline__ void load_kept(const Channels& from, int slot, float 
   load_floats(row + from.width, score);
 }
 
-// Rows first, first + step, ... of a half -> kv and score + ape; a row past its end weighs nothing. `from` starts at the
+// Rows first, first + step, ... of a half -> kv and score + ape; a row past its end weighs nothing. `from` holds the
 // half's channels.
 template <int kRows>
 __device__ __forceinline__ void load_rows(const Compressor& c, const Channels& from, const Half& half, int first,
@@ -210,9 +215,7 @@ __device__ __forceinline__ Softmax pool_rows(const Compressor& c, const Channels
     float kv[kRowsAtOnce][kQuad], score[kRowsAtOnce][kQuad];
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      const int shift = h * from.dim;
-      const Channels half{from.state + shift, from.kv + shift, from.score + shift, from.ape + shift, from.dim, from.width};
-      load_rows<kRows>(c, half, halves[h], first, lanes, kv + h * kRows, score + h * kRows);
+      load_rows<kRows>(c, from.of_half(h), halves[h], first, lanes, kv + h * kRows, score + h * kRows);
     }
     softmax.add(kv, score);
   }

@@ -1,13 +1,107 @@
-// rms_norm_quant_fp8, _mxfp4 and _nvfp4: the kernels of norm/rms_norm_rows.cuh with a quantiser behind them.
+// rms_norm_quant_fp8, _mxfp4 and _nvfp4: y = rounded(weight * x / rms(x)), and codes and scales of the rounded y by the
+// policy `Output` (common/quantised_row.cuh).
+//
+// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the sum
+// of squares, for NVFP4 a second one for the largest magnitude of y, then y and its codes out of registers. Shared memory:
+// 64 bytes for each of the two.
+//
+// With few rows the GPU is empty and the time is that of one CTA, of which quantising is a third. So gridDim.y CTAs work on
+// the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has no
+// influence on the bits.
+//
+// Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4 takes about as long
+// for its 38 instructions an element.
+#include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
-#include "norm/rms_norm_rows.cuh"
+#include "norm/norm_row.cuh"
 
 namespace dsv4 {
 namespace {
 
+constexpr int kFewRows = 32;  // rows that several CTAs share
+
+template <int kVectors, int kParts, typename T, typename W, typename Output>
+__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinCtas<kParts, T, W>)
+    rms_norm_quant_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
+  __shared__ alignas(16) float sums[kNormMaxWarps];
+  ptx::launch_dependents();
+  NormRow<kVectors, kParts, T, W> row;
+  row.width = static_cast<unsigned>(rows.width);
+  row.load_weights(weight);
+  ptx::wait_for_predecessors();
+  row.load(x + blockIdx.x * rows.stride);
+  row.normalise(eps, sums);
+
+  output.begin(blockIdx.x, row.width);
+  if constexpr (Output::kNeedsAmax) {
+    __shared__ uint32_t largest[kNormMaxWarps];
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < row.kAll; ++i) {
+      float values[kNormCount];
+      row.values[i].to_floats(values);
+      bits = max(bits, max_magnitude_bits(values));
+    }
+    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0 && blockIdx.y == 0);
+  }
+
+  // This CTA's share of the warps: gridDim.y is a power of two.
+  if ((threadIdx.x / kWarp & (gridDim.y - 1)) != blockIdx.y) return;
+  y += blockIdx.x * rows.width;
+#pragma unroll
+  for (int i = 0; i < row.kAll; ++i) {
+    float values[kNormCount];
+    row.values[i].to_floats(values);
+    if (row.inside(i)) row.values[i].store(y + row.column_of(i));
+    output.store(row.column_of(i), values, row.inside(i));
+  }
+}
+
+template <typename T, typename W, typename Output>
+__global__ void __launch_bounds__(kNormMaxWarps * kWarp)
+    rms_norm_quant_any_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
+  __shared__ alignas(16) float sums[kNormMaxWarps];
+  ptx::launch_dependents();
+  ptx::wait_for_predecessors();
+  const auto width = static_cast<unsigned>(rows.width);
+  y += blockIdx.x * rows.width;
+  const uint32_t bits = norm_any_row(x + blockIdx.x * rows.stride, weight, width, eps, y, sums);
+  output.begin(blockIdx.x, width);
+  if constexpr (Output::kNeedsAmax) {
+    __shared__ uint32_t largest[kNormMaxWarps];
+    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
+  }
+  for_each_norm_vector(width, [&](unsigned column) {
+    float values[kNormCount];
+    load_some(y + column, static_cast<int>(width - column), values);  // what this thread has stored
+    output.store(column, values, column < width);
+  });
+}
+
+template <typename T, typename W, typename Output>
+cudaError_t launch(const T* x, Rows rows, const W* weight, float eps, T* y, Output output, cudaStream_t stream) {
+  const NormTactic tactic = norm_tactic(rows, sizeof(T), {x, weight, y});
+  const bool alone = !tactic.in_registers || rows.count > kFewRows || tactic.warps < 8;
+  const unsigned ctas = alone ? 1 : tactic.warps < 12 ? 2 : 4;  // of a row
+  const Launch at{dim3(static_cast<unsigned>(rows.count), ctas), dim3(tactic.warps * kWarp), stream};
+  if (!tactic.in_registers) {
+    return launch_kernel(rms_norm_quant_any_kernel<T, W, Output>, at, x, rows, weight, eps, y, output);
+  }
+  return with_norm_tactic(tactic, [&](auto vectors, auto parts) {
+    const auto kernel = rms_norm_quant_kernel<vectors(), parts(), T, W, Output>;
+    return launch_kernel(kernel, at, x, rows, weight, eps, y, output);
+  });
+}
+
 template <typename Output>
 cudaError_t launch(const NormInput& in, Output output, cudaStream_t stream) {
-  return launch_rms_norm_rows(in.x, in.dtype, in.rows, in.weight, in.weight_dtype, in.eps, in.y, output, stream);
+  return with_dtype(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_dtype(in.weight_dtype, [&](auto weight_element) {
+      const auto* weight = static_cast<const decltype(weight_element)*>(in.weight);
+      return launch(static_cast<const T*>(in.x), in.rows, weight, in.eps, static_cast<T*>(in.y), output, stream);
+    });
+  });
 }
 
 }  // namespace

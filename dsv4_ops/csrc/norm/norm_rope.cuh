@@ -4,10 +4,9 @@
 //   heads   y = rope(x / rms(x)), rounded once                          one warp: kRows neighbouring heads of a token
 //   window  entry = pack(round(rope(round(weight * x / rms(x)))))       one warp: the row of a token
 //
-// A lane holds 8 neighbouring columns of every 256 ("octet"), so that an access of a warp is 512 consecutive bytes of
-// bf16. Columns of heads are counted from the end of the row: their rotated channels, at most 256, then lie in the last
-// octet, whatever the width. Columns of a window row are counted from the start: groups of 64 lie in 8 neighbouring
-// lanes.
+// A lane holds 8 neighbouring columns ("octet") of every 256 ("chunk"), so that an access of a warp is 512 consecutive
+// bytes of bf16. Chunks of heads end at the end of the row: the rotated channels, at most 256, then lie in the last one,
+// whatever the width. Chunks of a window row begin at its start: groups of 64 then lie in 8 neighbouring lanes.
 //
 // What bounds it: a token's chain of dependent reads, position -> row of the rope table; then, from a few thousand
 // heads on, reading and writing every head once. The sum of a row has one order: over a lane's columns, then over lanes
@@ -27,12 +26,15 @@ namespace dsv4 {
 
 constexpr int kNormRopeThreads = 128;
 constexpr int kNormRopeWarps = kNormRopeThreads / kWarp;
-constexpr int kOctet = 8;                 // columns of a lane in one chunk
-constexpr int kChunk = kWarp * kOctet;    // columns of a warp in one chunk
-constexpr int64_t kManyHeads = 4096;      // from here on a warp takes several heads: an H200 holds them all at once
+constexpr int kOctet = 8;               // columns of a lane in one chunk
+constexpr int kChunk = kWarp * kOctet;  // columns of a warp in one chunk
+
+// Up to so many heads every head has a warp of its own, and 132 SMs hold all of them at once; beyond, a warp takes four
+// heads of a token, which again all are there at once up to 128 tokens of 128 heads.
+constexpr int64_t kManyHeads = 4096;
 constexpr int kHeadsOfAWarp = 4;
 
-// 32 warps of an SM, 64 registers a thread: where a row is small enough.
+// 32 warps of an SM, 64 registers a thread: where a row is short enough for that.
 template <typename T, int kChunks>
 constexpr int kCtasOfAnSm = sizeof(T) == 2 && kChunks == 2 ? 8 : 1;
 

@@ -1,49 +1,25 @@
-// swiglu: the kernel of norm/swiglu_rows.cuh with h stored as it is.
+// swiglu: h = rounded(silu(min(gate, limit)) * clamp(up, -limit, limit) * route_weight).
+//
+// One CTA owns a tile of a row, as norm/gated_row.cuh says; no shared memory. Rows that are not whole vectors or start
+// anywhere are read and written element by element.
+// Floor: with bf16 4 + 2 bytes an element of h at the speed of a copy.
+#include "norm/gated_row.cuh"
 #include "norm/norm.h"
-#include "norm/swiglu_rows.cuh"
 
 namespace dsv4 {
 namespace {
 
-// h [rows, width] of T.
-template <typename T>
-struct StoredRow {
-  static constexpr bool kNeedsAmax = false;
-  T* h;
+constexpr int kMaxThreads = 256;
 
-  __device__ void begin(int64_t row, int width) { h += row * width; }
-
-  template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount], bool inside) const {
-    if (inside) store_floats(h + column, values);
-  }
-};
-
-// The same for rows that are no whole vectors or start anywhere.
-template <typename T>
-struct AnyStoredRow {
-  static constexpr bool kNeedsAmax = false;
-  T* h;
-  int width_;  // set by begin
-
-  __device__ void begin(int64_t row, int width) {
-    h += row * width;
-    width_ = width;
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void store(int column, const float (&values)[kCount], bool) const {
-    store_some(h + column, width_ - column, values);
-  }
-};
-
+// Halves (common/swiglu.cuh) element by element.
 template <typename T, int kCount>
 struct AnyHalves {
   float gates[kCount], ups[kCount];
 
-  __device__ __forceinline__ void load(const T* row, int width, int column) {
-    load_some(row + column, width - column, gates);
-    load_some(row + width + column, width - column, ups);
+  __device__ __forceinline__ void load(const T* row, unsigned width, unsigned column) {
+    const int left = static_cast<int>(width - column);
+    load_some(row + column, left, gates);
+    load_some(row + width + column, left, ups);
   }
 
   __device__ __forceinline__ void to_floats(float (&gate)[kCount], float (&up)[kCount]) const {
@@ -55,21 +31,52 @@ struct AnyHalves {
   }
 };
 
+template <int kVectors, bool kWhole, typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    swiglu_kernel(const T* gate_up, Rows rows, const float* route_weight, float limit, T* h) {
+  using GateUp = std::conditional_t<kWhole, Halves<T, kGatedCount>, AnyHalves<T, kGatedCount>>;
+  ptx::launch_dependents();
+  ptx::wait_for_predecessors();
+  const auto width = static_cast<unsigned>(rows.width);
+  const unsigned first = blockIdx.y * blockDim.x * kVectors * kGatedCount;
+  GatedTile<kVectors, GateUp> tile;
+  tile.compute(gate_up + blockIdx.x * rows.stride, width, first, route_weight + blockIdx.x, limit);
+  h += blockIdx.x * rows.width;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const unsigned column = tile.column_of(first, i);
+    if (column >= width) continue;
+    if constexpr (kWhole) {
+      store_floats(h + column, tile.h[i]);
+    } else {
+      store_some(h + column, static_cast<int>(width - column), tile.h[i]);
+    }
+  }
+}
+
+template <bool kWhole, typename T>
+cudaError_t launch(const T* gate_up, Rows rows, const float* route_weight, float limit, T* h, cudaStream_t stream) {
+  const GatedTactic tactic = gated_tactic(rows, false);
+  const dim3 grid(static_cast<unsigned>(rows.count), static_cast<unsigned>(tactic.tiles));
+  const Launch at{grid, dim3(tactic.threads), stream};
+  return tactic.vectors == 1 ? launch_kernel(swiglu_kernel<1, kWhole, T>, at, gate_up, rows, route_weight, limit, h)
+                             : launch_kernel(swiglu_kernel<2, kWhole, T>, at, gate_up, rows, route_weight, limit, h);
+}
+
 }  // namespace
 
 cudaError_t launch_swiglu(const void* gate_up, Dtype dtype, Rows rows, const float* route_weight, float limit, void* h,
                           cudaStream_t stream) {
+  if (rows.width == 0) return cudaSuccess;
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+    const bool whole = rows.width % kGatedCount == 0 && aligned(gate_up) && aligned(h) &&
+                       rows.stride * sizeof(T) % 16 == 0;
     const auto* source = static_cast<const T*>(gate_up);
     auto* const target = static_cast<T*>(h);
-    const bool whole = rows.width % kGatedCount == 0 && aligned(source) && aligned(target) &&
-                       rows.stride * sizeof(T) % 16 == 0;
-    using Any = AnyHalves<T, kGatedCount>;
-    return whole ? launch_swiglu_rows<Halves<T, kGatedCount>>(source, rows, route_weight, limit, StoredRow<T>{target},
-                                                              stream)
-                 : launch_swiglu_rows<Any>(source, rows, route_weight, limit, AnyStoredRow<T>{target}, stream);
+    return whole ? launch<true>(source, rows, route_weight, limit, target, stream)
+                 : launch<false>(source, rows, route_weight, limit, target, stream);
   });
 }
 
