@@ -7,7 +7,6 @@ from dsv4_ops.registry import TABLE, Cuda
 from graph_tests.cuda.kernel_checks import bits, check_kernel, close
 from graph_tests.ops.attention_cases import FULL, make
 from graph_tests.ops.test_gemm import operands
-from graph_tests.ops.test_indexer_topk import arguments_for
 
 pytestmark = pytest.mark.cuda
 
@@ -36,14 +35,6 @@ def test_linear_fp32():
 def test_attention(kind):
     arguments, _ = make(kind, [[0, 1], [40, 41], [77, 78]], dims=FULL, dtype=torch.bfloat16)
     check_kernel(f"sparse_attention_{kind}", arguments, (close(2.0**-7, 1e-3), close(1e-5, 1e-5)))
-
-
-@pytest.mark.parametrize("k", [1, 9, 44, 64])
-def test_selection(k):
-    scores = [float(entry * 7 % 44) for entry in range(44)]
-    arguments = arguments_for(scores, [-1, 0, 3, 33, 175])
-    check_kernel("index_scores_plain", arguments, bits)
-    check_kernel("index_topk_plain", (*arguments, k), bits)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

@@ -20,6 +20,7 @@
 #include <cuda_bf16.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
@@ -454,24 +455,31 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
 #endif
 }
 
-// CTAs that share the tiles of a block: the number that is done first by a simple account. A multiprocessor has `resident`
-// CTAs at a time; each costs a prologue, and each tile costs what the multiprocessor needs for it, or more where a lone CTA
-// cannot keep it busy. In cycles.
-int slices_of(int blocks, int tiles, int resident, int warpgroups, double tile_cycles, double lone_tile_cycles) {
+// What a multiprocessor is thought to need, in cycles, when it has `resident` CTAs of `warpgroups` at a time.
+struct Costs {
+  int warpgroups;
+  int resident;
+  double tile;       // a tile, where enough of them are under way
+  double lone_tile;  // a tile, where the multiprocessor has one CTA
+  int most_tiles;    // of a slice: more would leave multiprocessors idle at the end
+};
+
+// Into how many slices the tiles of a block are cut: the number that is done first by that account.
+int slices_of(int blocks, int tiles, const Costs& costs) {
   constexpr double kPrologue = 3000;
+  constexpr int kMostSlices = 4096;
   double best = 0;
   int slices = 1;
-  for (int candidate = 1; candidate <= tiles && candidate <= 4096; ++candidate) {
-    const double tiles_of_slice = (tiles + candidate - 1) / candidate;
-    if (candidate > 1 && candidate * tiles_of_slice - tiles >= tiles_of_slice) continue;  // a slice without tiles
-    const double ctas = static_cast<double>(blocks) * candidate;
-    const double ctas_of_sm = std::max(1.0, ctas / kMultiprocessors);
-    const double rounds = static_cast<int64_t>((ctas + kMultiprocessors - 1) / kMultiprocessors);
-    const double together = std::min<double>(resident, ctas_of_sm);
-    const double waves = std::max(1.0, rounds / resident);
-    const double busy = std::min<double>(warpgroups, tiles_of_slice) / warpgroups;
-    const double cycles = std::max(tile_cycles, lone_tile_cycles / (together * busy));
-    const double total = waves * kPrologue + rounds * tiles_of_slice * cycles;
+  for (int candidate = 1; candidate <= std::min(tiles, kMostSlices); ++candidate) {
+    const int tiles_of_slice = (tiles + candidate - 1) / candidate;
+    if ((candidate - 1) * tiles_of_slice >= tiles) continue;  // the last slice would be empty
+    if (tiles_of_slice > costs.most_tiles && candidate < std::min(tiles, kMostSlices)) continue;
+    const double ctas_of_each = static_cast<double>(blocks) * candidate / kMultiprocessors;
+    const double rounds = std::ceil(ctas_of_each);
+    const double together = std::min<double>(costs.resident, std::max(1.0, ctas_of_each));
+    const double busy = std::min(1.0, (tiles_of_slice + 1.0) / (costs.warpgroups + 1.0));
+    const double cycles = std::max(costs.tile, costs.lone_tile / (together * busy));
+    const double total = std::max(1.0, rounds / costs.resident) * kPrologue + rounds * tiles_of_slice * cycles;
     if (best == 0 || total < best * 0.99) {
       best = total;
       slices = candidate;
@@ -481,16 +489,20 @@ int slices_of(int blocks, int tiles, int resident, int warpgroups, double tile_c
 }
 
 template <IndexForm kForm, bool kPaired>
-cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
+Costs costs_of(int rows) {
   constexpr bool kFp4 = kForm == IndexForm::kFp4;
-  const double pairs = (task.rows + 1) / 2;
-  const double memory = kFp4 ? 330 : 420;                    // one token: bytes at the memory's speed, or unpacking
-  const double products = pairs * (kFp4 ? 600 : 320);        // 64 keys x 128 columns
-  const int most_warpgroups = kPaired ? 4 : 2, resident = kPaired ? 1 : 2;
-  task.slices = slices_of(task.blocks, task.tiles, resident, most_warpgroups, kPaired ? products : memory,
-                          kPaired ? products * 1.5 : 900);
-  const int tiles = (task.tiles + task.slices - 1) / task.slices;
-  const int warpgroups = std::min(most_warpgroups, tiles);
+  if (kPaired) {
+    const double products = (rows + 1) / 2 * (kFp4 ? 600.0 : 320.0);  // 64 keys x 128 columns each
+    return {4, 1, products, products, INT32_MAX};
+  }
+  return {2, 2, kFp4 ? 330.0 : 420.0, 900.0, 64};  // unpacking in FP4; in FP8 bytes at the memory's speed
+}
+
+template <IndexForm kForm, bool kPaired>
+cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
+  const Costs costs = costs_of<kForm, kPaired>(task.rows);
+  task.slices = slices_of(task.blocks, task.tiles, costs);
+  const int warpgroups = std::min(costs.warpgroups, (task.tiles + task.slices - 1) / task.slices);
   const int all_rows = kPaired ? (task.rows + 1) / 2 * 2 : 1;
   const auto shared = static_cast<size_t>(SharedMap<kForm>::bytes(all_rows, warpgroups, kStages<kPaired>));
   const Launch at{dim3(static_cast<unsigned>(static_cast<int64_t>(task.blocks) * task.slices)),

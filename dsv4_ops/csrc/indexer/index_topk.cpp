@@ -1,24 +1,18 @@
-// index_scores_* and index_topk_*: which kernels a call launches.
+// index_scores_* and index_topk_*: which kernels a call launches. No device code.
 //
 // Scores are one launch. A selection is two for each chunk of rows that the workspace holds: scores as ordered integers into
 // the workspace (index_scores_tensor.cu, index_scores_general.cu), then the k best of each row (index_select.cu). Decode is one
 // chunk. Rows that see at most k entries are not scored.
 #include <algorithm>
 
-#include "indexer/index_scores.cuh"
+#include "indexer/scoring.h"
 
 namespace dsv4 {
 namespace {
 
 int tiles_of(int64_t capacity) { return static_cast<int>((capacity + kTile - 1) / kTile); }
 
-}  // namespace
-
-int64_t index_topk_row_words(int64_t capacity) {
-  const int64_t stride = static_cast<int64_t>(tiles_of(capacity)) * kTile;
-  return wants_maxima(capacity) ? stride + stride / kGroup : stride;
-}
-
+// Tokens of a block, at most `most_rows`.
 int rows_of_block(IndexForm form, const IndexScoring& scoring, int64_t most_rows) {
   if (!fits_tensor_cores(form, scoring)) return 1;
   return static_cast<int>(std::min<int64_t>(rows_of_tensor_block(form, scoring.tokens), most_rows));
@@ -28,6 +22,13 @@ cudaError_t launch_scores(IndexForm form, const IndexScoring& scoring, const Sco
                           cudaStream_t stream) {
   return fits_tensor_cores(form, scoring) ? launch_scores_tensor(form, scoring, task, sink, stream)
                                           : launch_scores_general(form, scoring, task, sink, stream);
+}
+
+}  // namespace
+
+int64_t index_topk_row_words(int64_t capacity) {
+  const int64_t stride = static_cast<int64_t>(tiles_of(capacity)) * kTile;
+  return wants_maxima(capacity) ? stride + stride / kGroup : stride;
 }
 
 cudaError_t launch_index_scores(IndexForm form, const IndexScoring& scoring, float* scores, cudaStream_t stream) {
