@@ -1,7 +1,8 @@
-"""Index selections on a GPU: time in a CUDA graph, warm and with L2 flushed, peak memory beyond the arguments, and how the
-time divides into scores and selection, beside what the peers' kernels take on an H200 for logits, metadata and top-k.
+"""Index selections on a GPU: time in a CUDA graph, warm and with L2 flushed, and peak memory beyond the arguments.
 
-Every query sees the whole context, as in the peers' measurements. Random queries and keys: scores without a pattern.
+Beside them stands what the peers' kernels take on an H200 for logits, metadata and top-k. Scores alone are timed where
+they fit in 1 GiB. Every query sees the whole context, as in the peers' measurements. Random queries and keys: scores
+without a pattern.
 """
 
 import argparse

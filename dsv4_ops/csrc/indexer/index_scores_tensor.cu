@@ -17,8 +17,6 @@
 //                        warpgroups * stages * 8704 (fp8) or 5120 (fp4)  keys and scales, a slot for each thread
 // Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory. Prefill, 16384 flops a score on the tensor
 // cores; the two instructions a head and score of the sum hide behind the products of the other warpgroups.
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -26,246 +24,15 @@
 #include "common/ptx.cuh"
 #include "common/ptx_sm90_index.cuh"
 #include "common/reduce.cuh"
+#include "indexer/index_operands.cuh"
 #include "indexer/index_scores.cuh"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kHeads = 64;
-constexpr int kDim = 128;
-constexpr int kWarpgroup = 128;
-constexpr int kMostRows = 8;
 constexpr int kMultiprocessors = 132;
 
-// n / divisor for 0 <= n < 2^31 by a multiplication: the high word of n * multiplier, plus n, shifted.
-struct Divisor {
-  uint32_t value;
-  uint32_t multiplier;
-  int shift;
-
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-};
-
-Divisor make_divisor(uint32_t value) {
-  int shift = 0;
-  while ((uint64_t{1} << shift) < value) ++shift;
-  const uint64_t multiplier = ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - value)) / value + 1;
-  return {value, static_cast<uint32_t>(multiplier), shift};
-}
-
-template <IndexForm kForm>
-struct Format;
-
-template <>
-struct Format<IndexForm::kFp8> {
-  static constexpr int kKeyBytes = 128;      // of a key in the pool
-  static constexpr int kScaleBytes = 4;
-  static constexpr int kQueryBytes = 128;    // of a head in the pool of queries
-  static constexpr int kPanels = 1;          // of 128 bytes, that a head has in shared memory
-  static constexpr int kSteps = 4;           // of 32 bytes of k
-  static constexpr int kParts = 4;           // 16-byte parts of keys that a thread takes of a tile
-  static constexpr int kScales = 1;          // words of scales likewise
-  static constexpr int kMostRows = 8;
-};
-
-template <>
-struct Format<IndexForm::kFp4> {
-  static constexpr int kKeyBytes = 64;
-  static constexpr int kScaleBytes = 4;
-  static constexpr int kQueryBytes = 64;
-  static constexpr int kPanels = 2;
-  static constexpr int kSteps = 8;
-  static constexpr int kParts = 2;
-  static constexpr int kScales = 2;
-  static constexpr int kMostRows = 4;
-};
-
-// Tiles of a warpgroup that are in place or on their way.
-template <bool kPaired>
-constexpr int kStages = kPaired ? 3 : 4;
-
-template <IndexForm kForm>
-struct SharedMap {
-  using F = Format<kForm>;
-  static constexpr int kStageBytes = kWarpgroup * (16 * F::kParts + 4 * F::kScales);
-
-  static int bytes(int rows, int warpgroups, int stages) {
-    const int queries = rows * kHeads * (128 * F::kPanels);
-    return queries + rows * kHeads * 4 + kMostRows * 4 + warpgroups * stages * kStageBytes;
-  }
-};
-
-// ---- FP4 ----
-
-// Of eight codes in `word`, the pair (code pair, code pair + 4) times `scale` as two bf16. A code's three bits are moved into
-// the last exponent bits and the first mantissa bit of a bf16: that is its magnitude times 2^-126.
-__device__ __forceinline__ uint32_t decode_pair(uint32_t word, int pair, __nv_bfloat162 scale) {
-  const uint32_t sign = (word << (12 - 4 * pair)) & 0x80008000u;
-  const uint32_t moved = pair < 2 ? word << (6 - 4 * pair) : word >> (4 * pair - 6);
-  const uint32_t bits = sign | (moved & 0x01C001C0u);
-  const __nv_bfloat162 unit = __bfloat162bfloat162(__ushort_as_bfloat16(0x7E80));  // 2^126
-  const __nv_bfloat162 value = __hmul2(__hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), unit), scale);
-  return reinterpret_cast<const uint32_t&>(value);
-}
-
-// A UE8M0 byte as two bf16: byte 0 is the subnormal 2^-127, 255 is NaN.
-__device__ __forceinline__ __nv_bfloat162 decode_scale(uint32_t byte) {
-  const uint32_t bits = (byte << 7) + (byte == 0 || byte == 255 ? 1u << 6 : 0u);
-  return __bfloat162bfloat162(__ushort_as_bfloat16(static_cast<unsigned short>(bits)));
-}
-
-// ---- queries ----
-
-// 16 bytes of a head on their way to shared memory; all zero for a row that does not exist.
-struct QueryPart {
-  uint4 codes;
-  uint32_t scale;
-};
-
-template <IndexForm kForm>
-__device__ __forceinline__ QueryPart load_query(const IndexScoring& in, int64_t token, int rows, int index) {
-  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
-  const int part = index % kParts, head = index / kParts % kHeads, row = index / kParts / kHeads;
-  QueryPart loaded{};
-  if (row >= rows) return loaded;
-  const int64_t line = (token + row) * kHeads + head;
-  loaded.codes = *reinterpret_cast<const uint4*>(in.q + line * in.q_stride + 16 * part);
-  if constexpr (kForm == IndexForm::kFp4) loaded.scale = in.scales[line * in.scales_stride + part];
-  return loaded;
-}
-
-// Word `place` of k step `step` of a head's line.
-template <IndexForm kForm>
-__device__ __forceinline__ uint32_t* query_word(uint8_t* queries, int all_rows, int line, int step, int place) {
-  const int panel = step / 4, byte = (step % 4 * 32 + place * 4) ^ (line % 8 * 16);
-  return reinterpret_cast<uint32_t*>(queries + (panel * all_rows * kHeads + line) * 128 + byte);
-}
-
-template <IndexForm kForm>
-__device__ __forceinline__ void store_query(uint8_t* queries, int all_rows, int index, const QueryPart& loaded) {
-  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
-  const int part = index % kParts, line = index / kParts;
-  const uint32_t words[4] = {loaded.codes.x, loaded.codes.y, loaded.codes.z, loaded.codes.w};
-  if constexpr (kForm == IndexForm::kFp8) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *query_word<kForm>(queries, all_rows, line, part / 4 * 2 + i / 2, i % 2 * 4 + part % 4) = words[i];
-    }
-  } else {
-    const __nv_bfloat162 scale = decode_scale(loaded.scale);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        *query_word<kForm>(queries, all_rows, line, 2 * i + pair / 2, pair % 2 * 4 + part) =
-            decode_pair(words[i], pair, scale);
-      }
-    }
-  }
-}
-
-// ---- keys ----
-
-// Where a thread's two keys of a tile lie: rows `row` and `row` + 8.
-struct KeyPlaces {
-  int32_t page[2];
-  int slot[2];
-};
-
-struct KeyReader {
-  const IndexScoring& in;
-  const Divisor& page_size;
-  int64_t table;     // of the sequence
-  int capacity;
-  int row;           // of the tile
-  int part;          // t
-
-  __device__ __forceinline__ KeyPlaces find(int tile) const {
-    KeyPlaces places;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto entry = static_cast<uint32_t>(min(tile * kTile + row + 8 * i, capacity - 1));
-      const uint32_t page = page_size.quotient(entry);
-      places.slot[i] = static_cast<int>(entry - page * page_size.value);
-      places.page[i] = in.keys.table[table + page];
-    }
-    return places;
-  }
-};
-
-// Copy a thread's parts of a tile to its slots; zeros for entries from `seen` on.
-template <IndexForm kForm>
-__device__ __forceinline__ void copy_keys(const KeyReader& reader, const KeyPlaces& places, int tile, int seen,
-                                          int scale_row, uint8_t* stage) {
-  using F = Format<kForm>;
-  const int thread = threadIdx.x % kWarpgroup;
-  const uint8_t* keys[2];
-  const uint8_t* scales[2];
-  int bytes[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool exists = tile * kTile + reader.row + 8 * i < seen;
-    bytes[i] = exists ? 16 : 0;
-    const uint8_t* const page = reader.in.keys.data + (exists ? places.page[i] * reader.in.keys.page_stride : 0);
-    keys[i] = page + static_cast<int64_t>(places.slot[i]) * F::kKeyBytes;
-    scales[i] = page + static_cast<int64_t>(reader.in.keys.page_size) * F::kKeyBytes + places.slot[i] * F::kScaleBytes;
-  }
-#pragma unroll
-  for (int i = 0; i < F::kParts; ++i) {
-    const int half = i / (F::kParts / 2), part = reader.part + i % (F::kParts / 2) * 4;
-    ptx::cp_async_16(stage + (i * kWarpgroup + thread) * 16, keys[half] + 16 * part, bytes[half]);
-  }
-  uint8_t* const words = stage + kWarpgroup * 16 * F::kParts;
-  if constexpr (kForm == IndexForm::kFp8) {
-    ptx::cp_async_4(words + thread * 4, scale_row ? scales[1] : scales[0], (scale_row ? bytes[1] : bytes[0]) / 4);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      ptx::cp_async_4(words + (i * kWarpgroup + thread) * 4, scales[i], bytes[i] / 4);
-    }
-  }
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// A thread's share of a tile as the first operand of all k steps, and its scale (FP8).
-template <IndexForm kForm>
-struct KeyOperand {
-  uint32_t values[Format<kForm>::kSteps][4];
-  float scale;
-
-  __device__ __forceinline__ void load(const uint8_t* stage, int part) {
-    using F = Format<kForm>;
-    const int thread = threadIdx.x % kWarpgroup;
-    const auto* const parts = reinterpret_cast<const uint4*>(stage) + thread;
-    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kWarpgroup * 16 * F::kParts) + thread;
-    if constexpr (kForm == IndexForm::kFp8) {
-#pragma unroll
-      for (int i = 0; i < F::kParts; ++i) {
-        const uint4 four = parts[i * kWarpgroup];
-        const int half = i / 2, step = i % 2 * 2;
-        values[step][half] = four.x;
-        values[step][half + 2] = four.y;
-        values[step + 1][half] = four.z;
-        values[step + 1][half + 2] = four.w;
-      }
-      scale = __uint_as_float(words[0]);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 four = parts[half * kWarpgroup];
-        const uint32_t codes[4] = {four.x, four.y, four.z, four.w};
-        const __nv_bfloat162 factor = decode_scale(words[half * kWarpgroup] >> (8 * part) & 0xFFu);
-#pragma unroll
-        for (int step = 0; step < F::kSteps; ++step) {
-          values[step][half] = decode_pair(codes[step / 2], step % 2 * 2, factor);
-          values[step][half + 2] = decode_pair(codes[step / 2], step % 2 * 2 + 1, factor);
-        }
-      }
-      scale = 1.0f;
-    }
-  }
-};
 
 // acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the distance of panels in it.
 template <IndexForm kForm, int kN>
@@ -308,6 +75,90 @@ __device__ __forceinline__ float exchange(float lower, float upper, bool keep_up
   return (keep_upper ? upper : lower) + sent;
 }
 
+// The tokens of a CTA, neighbours of one sequence.
+struct Block {
+  int sequence;
+  int first_row;   // of the sequence
+  int rows;
+  int64_t token;   // of all: the first one
+
+  __device__ __forceinline__ Block(const IndexScoring& in, const ScoreTask& task) {
+    const int blocks_of_sequence = (in.tokens + task.rows - 1) / task.rows;
+    const int block = task.first_block + blockIdx.x / task.slices;
+    sequence = block / blocks_of_sequence;
+    first_row = block % blocks_of_sequence * task.rows;
+    rows = min(task.rows, in.tokens - first_row);
+    token = static_cast<int64_t>(sequence) * in.tokens + first_row;
+  }
+};
+
+// Parts of queries that a thread loads together.
+template <IndexForm kForm>
+struct QueryBatch {
+  static constexpr int kParts = 4;
+  QueryPart parts[kParts];
+
+  // Those with numbers first, first + blockDim.x, ... of `count`.
+  __device__ __forceinline__ void load(const IndexScoring& in, const Block& block, int first, int count) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int index = first + i * blockDim.x;
+      if (index < count) parts[i] = load_query<kForm>(in, block.token, block.rows, index);
+    }
+  }
+
+  __device__ __forceinline__ void store(uint8_t* queries, int all_rows, int first, int count) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int index = first + i * blockDim.x;
+      if (index < count) store_query<kForm>(queries, all_rows, index, parts[i]);
+    }
+  }
+};
+
+// What a lane writes of a tile's product for one token or two.
+struct LaneOutput {
+  int entry;
+  int half;        // the key is the upper one of the thread's two
+  float scale;     // of the key
+  int64_t sink_row;  // of the first row of the block
+  int capacity;
+};
+
+// From the product of a tile with the queries of `row` (kPaired: and the row behind it) to scores, keys and maxima. Lanes
+// exchange sums until each has one score; what belongs to a row that does not exist is dropped.
+template <bool kPaired>
+__device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads : kHeads / 2], const float* weights,
+                                           const int* seen_by, int row, int rows, const LaneOutput& lane_output,
+                                           const ScoreSink& sink) {
+  const int lane = threadIdx.x % kWarp, part = lane % 4;
+  float2 sums = sum_heads<0>(acc, weights + row * kHeads, part);
+  float score;
+  if constexpr (kPaired) {
+    const float2 others = sum_heads<kHeads / 2>(acc, weights + (row + 1) * kHeads, part);
+    const bool second = part % 2;
+    sums = {exchange(sums.x, others.x, second, 1), exchange(sums.y, others.y, second, 1)};
+    score = exchange(sums.x, sums.y, lane_output.half, 2);
+    row += second;
+  } else {
+    score = exchange(sums.x, sums.y, lane_output.half, 1);
+    score += __shfl_xor_sync(kAllLanes, score, 2);
+  }
+  const int entry = lane_output.entry;
+  const int64_t sink_row = lane_output.sink_row + row;
+  const bool exists = row < rows && (kPaired || part < 2);
+  uint32_t key = 0;
+  if (exists) {
+    key = put_score(sink, sink_row, entry, lane_output.capacity, score * lane_output.scale, entry < seen_by[row]);
+  }
+  if (sink.maxima == nullptr) return;
+#pragma unroll
+  for (int distance = kPaired ? 2 : 1; distance < kWarp; distance *= 2) {  // over the lanes of one row
+    key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
+  }
+  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[(sink_row * sink.stride + entry) / kGroup] = key;
+}
+
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // kPaired: two tokens a product, else a block has one token.
@@ -317,75 +168,62 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
   ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using F = Format<kForm>;
-  constexpr int kN = kPaired ? 2 * kHeads : kHeads;
-  constexpr int kBatch = 4;  // parts of queries that a thread loads together
+  constexpr int kN = kPaired ? 2 * kHeads : kHeads, kReady = kStages<kPaired>;
+  constexpr int kStageBytes = SharedMap<kForm>::kStageBytes;
   extern __shared__ __align__(1024) uint8_t shared[];
 
   // 1. this CTA's tokens, its slice of tiles, this thread's keys
-  const int blocks_of_sequence = (in.tokens + task.rows - 1) / task.rows;
-  const int block = task.first_block + blockIdx.x / task.slices, slice = blockIdx.x % task.slices;
-  const int sequence = block / blocks_of_sequence, first_row = block % blocks_of_sequence * task.rows;
-  const int rows = min(task.rows, in.tokens - first_row), all_rows = kPaired ? (rows + 1) / 2 * 2 : 1;
-  const int64_t token = static_cast<int64_t>(sequence) * in.tokens + first_row;
-  const int tiles_of_slice = (task.tiles + task.slices - 1) / task.slices;
-  const int first_tile = slice * tiles_of_slice, last_tile = min(first_tile + tiles_of_slice, task.tiles);
+  const Block block(in, task);
+  const int all_rows = kPaired ? (block.rows + 1) / 2 * 2 : 1;
   const int warpgroups = blockDim.x / kWarpgroup, warpgroup = threadIdx.x / kWarpgroup;
+  const int tiles_of_slice = (task.tiles + task.slices - 1) / task.slices;
+  const int slice_begin = blockIdx.x % task.slices * tiles_of_slice;
+  const int slice_end = min(slice_begin + tiles_of_slice, task.tiles), first_tile = slice_begin + warpgroup;
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   const int row = threadIdx.x % kWarpgroup / kWarp * kGroup + lane / 4;
   const int own_half = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * own_half
-  const KeyReader reader{in, page_size, sequence * in.keys.table_stride, task.capacity, row, part};
+  const KeyReader reader{in, page_size, block.sequence * in.keys.table_stride, task.capacity, row, part};
 
   uint8_t* const queries = shared;
-  auto* const weights = reinterpret_cast<float*>(shared + all_rows * kHeads * 128 * F::kPanels);
+  auto* const weights = reinterpret_cast<float*>(queries + all_rows * kHeads * 128 * F::kPanels);
   auto* const seen_by = reinterpret_cast<int*>(weights + all_rows * kHeads);
-  uint8_t* const stages =
-      reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kStages<kPaired> * SharedMap<kForm>::kStageBytes;
+  uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes;
   ptx::wait_for_predecessors();
 
   // 2. everything that is waited for together: positions, the first pages, the first queries
-  const int32_t* const positions = in.positions + sequence * in.positions_stride + first_row;
+  const int32_t* const positions = in.positions + block.sequence * in.positions_stride + block.first_row;
   int seen = 0;  // by any row
-  for (int i = 0; i < rows; ++i) seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
-  KeyPlaces places[kStages<kPaired>];
-#pragma unroll
-  for (int i = 0; i < kStages<kPaired>; ++i) places[i] = reader.find(first_tile + warpgroup + i * warpgroups);
-  const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
-  QueryPart batch[kBatch];
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int index = threadIdx.x + i * blockDim.x;
-    if (index < query_parts) batch[i] = load_query<kForm>(in, token, rows, index);
+#pragma unroll 4
+  for (int i = 0; i < block.rows; ++i) {
+    seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
   }
+  KeyPlaces places[kReady];
+#pragma unroll
+  for (int i = 0; i < kReady; ++i) places[i] = reader.find(first_tile + i * warpgroups);
+  const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
+  QueryBatch<kForm> batch;
+  batch.load(in, block, threadIdx.x, query_parts);
   if (seen <= task.enough) return;
 
   // 3. the first keys on their way, queries in place
-  const int end_tile = min(last_tile, (seen + kTile - 1) / kTile);
-  const int tiles = max(end_tile - first_tile - warpgroup + warpgroups - 1, 0) / warpgroups;  // of this warpgroup
+  const int end_tile = min(slice_end, (seen + kTile - 1) / kTile);
+  const int tiles = max(end_tile - first_tile + warpgroups - 1, 0) / warpgroups;  // of this warpgroup
 #pragma unroll
-  for (int i = 0; i < kStages<kPaired>; ++i) {
-    const int tile = first_tile + warpgroup + i * warpgroups;
-    if (i < tiles) {
-      copy_keys<kForm>(reader, places[i], tile, seen, own_half, stages + i * SharedMap<kForm>::kStageBytes);
-    }
+  for (int i = 0; i < kReady; ++i) {
+    const int tile = first_tile + i * warpgroups;
+    if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, own_half, stages + i * kStageBytes);
     ptx::cp_async_commit();
   }
-  for (int first = threadIdx.x; first < query_parts; first += kBatch * blockDim.x) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < query_parts) store_query<kForm>(queries, all_rows, index, batch[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + (kBatch + i) * blockDim.x;
-      if (index < query_parts) batch[i] = load_query<kForm>(in, token, rows, index);
-    }
+  const int step = batch.kParts * blockDim.x;
+  for (int first = threadIdx.x; first < query_parts; first += step) {
+    batch.store(queries, all_rows, first, query_parts);
+    batch.load(in, block, first + step, query_parts);
   }
   for (int i = threadIdx.x; i < all_rows * kHeads; i += blockDim.x) {
-    weights[i] = i < rows * kHeads ? in.w[(token + i / kHeads) * in.w_stride + i % kHeads] : 0.0f;
+    weights[i] = i < block.rows * kHeads ? in.w[(block.token + i / kHeads) * in.w_stride + i % kHeads] : 0.0f;
   }
   if (threadIdx.x < all_rows) {
-    const bool exists = threadIdx.x < rows;
+    const bool exists = threadIdx.x < block.rows;
     seen_by[threadIdx.x] = exists ? visible_entries(positions[threadIdx.x], in.ratio, task.capacity) : 0;
   }
   ptx::fence_async_proxy();
@@ -394,61 +232,34 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
   // 4. tiles
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
   const uint64_t panel = all_rows * kHeads * 128 / 16;
-  const int64_t sink_row = token - task.first_token;
-  int tile = first_tile + warpgroup, stage = 0;
-  KeyPlaces next = reader.find(tile + kStages<kPaired> * warpgroups);
-  for (int i = 0; i < tiles; ++i, tile += warpgroups) {
+  LaneOutput lane_output{0, own_half, 1.0f, block.token - task.first_token, task.capacity};
+  KeyPlaces next = reader.find(first_tile + kReady * warpgroups);
+  for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += warpgroups) {
+    uint8_t* const own_stage = stages + stage * kStageBytes;
     KeyOperand<kForm> keys;
-    uint8_t* const own_stage = stages + stage * SharedMap<kForm>::kStageBytes;
-    ptx::cp_async_wait<kStages<kPaired> - 1>();
+    ptx::cp_async_wait<kReady - 1>();
     keys.load(own_stage, part);
-    if (i + kStages<kPaired> < tiles) {
-      copy_keys<kForm>(reader, next, tile + kStages<kPaired> * warpgroups, seen, own_half, own_stage);
-      next = reader.find(tile + (kStages<kPaired> + 1) * warpgroups);
+    if (i + kReady < tiles) {
+      copy_keys<kForm>(reader, next, tile + kReady * warpgroups, seen, own_half, own_stage);
+      next = reader.find(tile + (kReady + 1) * warpgroups);
     }
     ptx::cp_async_commit();
-    stage = stage + 1 == kStages<kPaired> ? 0 : stage + 1;
-    const int entry = tile * kTile + row + 8 * own_half;
+    stage = stage + 1 == kReady ? 0 : stage + 1;
+    lane_output.entry = tile * kTile + row + 8 * own_half;
+    lane_output.scale = keys.scale;
     for (int first = 0; first < all_rows; first += kN / kHeads) {
       float acc[kN / 2];
       multiply<kForm, kN>(acc, keys, first_queries + first * (kHeads * 128 / 16), panel);
-      float2 sums = sum_heads<0>(acc, weights + first * kHeads, part);
-      int own_row = first;
-      float score;
-      if constexpr (kPaired) {
-        const float2 others = sum_heads<kHeads / 2>(acc, weights + (first + 1) * kHeads, part);
-        const bool second = part % 2;
-        sums = {exchange(sums.x, others.x, second, 1), exchange(sums.y, others.y, second, 1)};
-        score = exchange(sums.x, sums.y, own_half, 2);
-        own_row += second;
-      } else {
-        score = exchange(sums.x, sums.y, own_half, 1);
-        score += __shfl_xor_sync(kAllLanes, score, 2);
-      }
-      const bool exists = own_row < rows && (kPaired || part < 2);
-      const bool sees = entry < seen_by[own_row];
-      uint32_t key = 0;
-      if (exists) key = put_score(sink, sink_row + own_row, entry, task.capacity, score * keys.scale, sees);
-      if (sink.maxima != nullptr) {
-        // Lanes of one row: in a pair those that agree in bit 0.
-#pragma unroll
-        for (int distance = kPaired ? 2 : 1; distance < kWarp; distance *= 2) {
-          key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
-        }
-        if (exists && lane < kN / kHeads) {
-          sink.maxima[(sink_row + own_row) * (sink.stride / kGroup) + tile * (kTile / kGroup) + row / kGroup] = key;
-        }
-      }
+      put_scores<kPaired>(acc, weights, seen_by, first, block.rows, lane_output, sink);
     }
   }
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
-  const int begin = max(end_tile, first_tile) * kTile, end = min(last_tile * kTile, task.capacity);
-  for (int i = 0; i < rows; ++i) {
-    for (int entry = begin + threadIdx.x; entry < end; entry += blockDim.x) {
-      sink.scores[(sink_row + i) * sink.stride + entry] = kUnseen;
-    }
+  const int begin = max(end_tile, slice_begin) * kTile, end = min(slice_end * kTile, task.capacity);
+  for (int i = 0; i < block.rows; ++i) {
+    float* const scores = sink.scores + (lane_output.sink_row + i) * sink.stride;
+    for (int entry = begin + threadIdx.x; entry < end; entry += blockDim.x) scores[entry] = kUnseen;
   }
 #else
   ptx::wait_for_predecessors();

@@ -29,6 +29,7 @@ namespace {
 constexpr int kBins = 2048;
 constexpr int kFew = 256;          // keys that are ranked against each other
 constexpr int kMostKeys = 49152;   // in shared memory
+constexpr int kAhead = 2;
 constexpr int kManyThreads = 1024;
 constexpr int kFewThreads = 512;   // where there are more rows than multiprocessors
 
@@ -94,17 +95,17 @@ __device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t t
 template <typename Keys, typename Counts>
 __device__ __forceinline__ Threshold rank_few(const Keys& keys, int count, uint32_t rank, Counts counts,
                                               Exchange& exchange) {
-  const int some = exchange.inside;
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const uint32_t key = keys(i);
     if (counts(key)) exchange.few[atomicAdd(&exchange.few_count, 1u)] = key;
   }
   __syncthreads();
+  const uint32_t some = exchange.few_count;
   if (threadIdx.x < some) {
     const uint32_t key = exchange.few[threadIdx.x];
     uint32_t greater = 0, equal = 0;
     bool first = true;
-    for (int i = 0; i < some; ++i) {
+    for (uint32_t i = 0; i < some; ++i) {
       const uint32_t other = exchange.few[i];
       greater += other > key;
       equal += other == key;
@@ -119,25 +120,35 @@ __device__ __forceinline__ Threshold rank_few(const Keys& keys, int count, uint3
   return {exchange.key, static_cast<int>(exchange.ties)};
 }
 
-// The k-th largest of `count` > k keys.
-template <typename Keys>
-__device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count, int k, Exchange& exchange) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  uint32_t low = 0xFFFFFFFFu, high = 0;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const uint32_t key = keys(i);
+// Smallest and largest of some keys.
+struct Range {
+  uint32_t low = 0xFFFFFFFFu;
+  uint32_t high = 0;
+
+  __device__ __forceinline__ void add(uint32_t key) {
     low = min(low, key);
     high = max(high, key);
   }
-  low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
+};
+
+// Over all threads; a barrier, after which the CTA also sees what was written to shared memory.
+__device__ __forceinline__ Range merge(Range own, Exchange& exchange) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const uint32_t low = __reduce_min_sync(kAllLanes, own.low), high = __reduce_max_sync(kAllLanes, own.high);
   if (lane == 0) {
     exchange.of_warp[0][warp] = low;
     exchange.of_warp[1][warp] = high;
   }
   __syncthreads();
-  low = __reduce_min_sync(kAllLanes, lane < warps ? exchange.of_warp[0][lane] : 0xFFFFFFFFu);
-  high = __reduce_max_sync(kAllLanes, lane < warps ? exchange.of_warp[1][lane] : 0u);
+  return {__reduce_min_sync(kAllLanes, lane < warps ? exchange.of_warp[0][lane] : 0xFFFFFFFFu),
+          __reduce_max_sync(kAllLanes, lane < warps ? exchange.of_warp[1][lane] : 0u)};
+}
+
+// The k-th largest of `count` > k keys, all of them in `range`.
+template <typename Keys>
+__device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count, Range range, int k,
+                                                    Exchange& exchange) {
+  uint32_t low = range.low, high = range.high;
   if (low == high) {
     __syncthreads();  // exchange.of_warp is written again
     return {low, k};
@@ -147,7 +158,7 @@ __device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count,
   const float bottom = score_of(low), width = score_of(high) - bottom, bins_per_unit = (kBins - 1) / width;
   if (width < __builtin_huge_valf() && bins_per_unit < __builtin_huge_valf()) {  // both false for NaN
     const auto bin_of = [=](uint32_t key) {
-      return min(static_cast<int>((score_of(key) - bottom) * bins_per_unit), kBins - 1);
+      return min(__float2int_rz((score_of(key) - bottom) * bins_per_unit), kBins - 1);  // NaN of no entry: 0
     };
     find_bin(keys, count, count, k, bin_of, exchange);
     if (exchange.inside <= kFew) {
@@ -216,23 +227,54 @@ __device__ __forceinline__ int write_winners(const Keys& keys, int count, Thresh
   return all + min(all_equal, threshold.ties);
 }
 
-// Keys of `count` entries, a multiple of four of which may be read, to shared memory. Both lie at multiples of 16 bytes.
-__device__ __forceinline__ void fetch(const uint32_t* from, int count, uint32_t* to) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < (count + 3) / 4; i += blockDim.x) {
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+// The first 4 * kAhead keys of each thread's part of a row, requested before it is known how many there are.
+struct Ahead {
+  uint4 keys[kAhead];
+
+  __device__ __forceinline__ void load(const uint32_t* from, int room) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int first = 4 * (threadIdx.x + i * blockDim.x);
+      if (first < room) keys[i] = *reinterpret_cast<const uint4*>(from + first);
+    }
   }
+};
+
+// `count` keys to shared memory. Both lie at multiples of 16 bytes, and whole tiles may be read.
+__device__ __forceinline__ Range fetch(const Ahead& ahead, const uint32_t* from, int count, uint32_t* to) {
+  Range range;
+  const auto put = [&](int first, uint4 four) {
+    const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i < count) range.add(keys[i]);
+    }
+    *reinterpret_cast<uint4*>(to + first) = four;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int first = 4 * (threadIdx.x + i * blockDim.x);
+    if (first < count) put(first, ahead.keys[i]);
+  }
+#pragma unroll 4
+  for (int first = 4 * (threadIdx.x + kAhead * blockDim.x); first < count; first += 4 * blockDim.x) {
+    put(first, *reinterpret_cast<const uint4*>(from + first));
+  }
+  return range;
 }
 
 // The largest key of every `merged` neighbouring groups.
-__device__ __forceinline__ void fetch_maxima(const uint32_t* maxima, int groups, int merged, uint32_t* to) {
+__device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, uint32_t* to) {
   const int count = (groups + merged - 1) / merged;
+  Range range;
 #pragma unroll 4
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     uint32_t largest = 0;
     for (int j = i * merged; j < min((i + 1) * merged, groups); ++j) largest = max(largest, maxima[j]);
+    range.add(largest);
     to[i] = largest;
   }
+  return range;
 }
 
 struct Selection {
@@ -260,6 +302,8 @@ __global__ void __launch_bounds__(kManyThreads)
   const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
   int32_t* const picks = indices + token * in.k;
   ptx::wait_for_predecessors();
+  Ahead ahead;
+  ahead.load(row_keys, in.room);
   const int seen = visible_entries(*position, in.ratio, in.capacity), k = in.k;
 
   if (seen <= k) {
@@ -268,9 +312,8 @@ __global__ void __launch_bounds__(kManyThreads)
   }
   const auto in_shared = [=](int i) { return shared_keys[i]; };
   if (seen <= in.room) {
-    fetch(row_keys, seen, shared_keys);
-    __syncthreads();
-    const Threshold threshold = find_threshold(in_shared, seen, k, exchange);
+    const Range range = merge(fetch(ahead, row_keys, seen, shared_keys), exchange);
+    const Threshold threshold = find_threshold(in_shared, seen, range, k, exchange);
     write_winners(in_shared, seen, threshold, [=](int place, int i) { picks[place] = i; }, exchange);
     return;
   }
@@ -278,9 +321,8 @@ __global__ void __launch_bounds__(kManyThreads)
   const int groups = (seen + kGroup - 1) / kGroup, merged = (groups + in.room - 1) / in.room;
   const int merged_groups = (groups + merged - 1) / merged, entries = merged * kGroup;
   if (k < merged_groups) {
-    fetch_maxima(maxima, groups, merged, shared_keys);
-    __syncthreads();
-    const Threshold bound = find_threshold(in_shared, merged_groups, k, exchange);
+    const Range range = merge(fetch_maxima(maxima, groups, merged, shared_keys), exchange);
+    const Threshold bound = find_threshold(in_shared, merged_groups, range, k, exchange);
     const auto put_in_list = [=](int place, int group) {
       if (place < in.room / kGroup) list[place] = group;
     };
@@ -288,19 +330,23 @@ __global__ void __launch_bounds__(kManyThreads)
     if (static_cast<int64_t>(found) * entries <= in.room) {
       const int count = found * entries;
       const auto entry_of = [=](int i) { return static_cast<int>(list[i / entries]) * entries + i % entries; };
+      Range own;
 #pragma unroll 8
       for (int i = threadIdx.x; i < count; i += blockDim.x) {
         const int entry = entry_of(i);
-        shared_keys[i] = entry < seen ? row_keys[entry] : 0;
+        const uint32_t key = entry < seen ? row_keys[entry] : 0;  // no entry: below every key, and never among the k
+        if (entry < seen) own.add(key);
+        shared_keys[i] = key;
       }
-      __syncthreads();
-      const Threshold threshold = find_threshold(in_shared, count, k, exchange);
+      const Threshold threshold = find_threshold(in_shared, count, merge(own, exchange), k, exchange);
       write_winners(in_shared, count, threshold, [=](int place, int i) { picks[place] = entry_of(i); }, exchange);
       return;
     }
   }
   const auto in_memory = [=](int i) { return row_keys[i]; };
-  const Threshold threshold = find_threshold(in_memory, seen, k, exchange);
+  Range own;
+  for (int i = threadIdx.x; i < seen; i += blockDim.x) own.add(row_keys[i]);
+  const Threshold threshold = find_threshold(in_memory, seen, merge(own, exchange), k, exchange);
   write_winners(in_memory, seen, threshold, [=](int place, int i) { picks[place] = i; }, exchange);
 }
 
