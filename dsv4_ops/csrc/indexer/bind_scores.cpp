@@ -82,7 +82,7 @@ Tensor topk_of(const char* op, IndexForm form, const Arguments& arguments, int64
   call.expect_tensor("indices", indices, {kInt32}, {scoring.batch, scoring.tokens, k});
   call.expect_contiguous("indices", indices);
   if (indices.numel() == 0) return indices;
-  const int64_t row_words = index_topk_row_words(scoring.capacity());
+  const int64_t row_words = index_topk_row_words(scoring.capacity(), static_cast<int>(k));
   const std::string wanted = "contiguous int32 with at least " + std::to_string(row_words) +
                              " elements at a multiple of 16 bytes, from the op's workspace function";
   call.expect(workspace.has_value(), "workspace", wanted, indices);

@@ -13,9 +13,13 @@
 // All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, in integers: the order in
 // which they happen does not show.
 //
-// Shared memory, bytes: 4 * keys that fit; 12288 list of groups (rows that do not fit); 9.6 KB histogram and exchange.
-// Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). One row has one
-// CTA, so it is latency: about ten barriers.
+// Without equal maxima k groups are looked at, 16 * k entries. Rows of up to 32 * k entries are therefore read whole, and room
+// for that many keys (between 16384 and 49152) leaves room for entries of groups that tie.
+//
+// Shared memory, bytes: 4 a key that fits; a sixteenth of that for the list of groups (longer rows); 9504 histogram and
+// exchange. Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). A row
+// has one CTA: in decode it is latency, seven barriers a row that fits, twice as many a longer one; in prefill it is about 40
+// instructions a key.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -28,7 +32,8 @@ namespace {
 
 constexpr int kBins = 2048;
 constexpr int kFew = 256;          // keys that are ranked against each other
-constexpr int kMostKeys = 49152;   // in shared memory
+constexpr int kManyKeys = 16384;   // in shared memory
+constexpr int kMostKeys = 49152;
 constexpr int kAhead = 2;
 constexpr int kManyThreads = 1024;
 constexpr int kFewThreads = 512;   // where there are more rows than multiprocessors
@@ -198,11 +203,13 @@ __device__ __forceinline__ int write_winners(const Keys& keys, int count, Thresh
   const int begin = min(warp * part, count), end = min(begin + part, count);
   uint32_t greater = 0, equal = 0;
 #pragma unroll 4
-  for (int first = begin; first < end; first += kWarp) {
-    const uint32_t key = first + lane < end ? keys(first + lane) : 0;
-    greater += __popc(__ballot_sync(kAllLanes, key > threshold.key));
-    equal += __popc(__ballot_sync(kAllLanes, key == threshold.key));
+  for (int i = begin + lane; i < end; i += kWarp) {
+    const uint32_t key = keys(i);
+    greater += key > threshold.key;
+    equal += key == threshold.key;
   }
+  greater = __reduce_add_sync(kAllLanes, greater);
+  equal = __reduce_add_sync(kAllLanes, equal);
   if (lane == 0) {
     exchange.of_warp[0][warp] = greater;
     exchange.of_warp[1][warp] = equal;
@@ -352,15 +359,21 @@ __global__ void __launch_bounds__(kManyThreads)
 
 }  // namespace
 
-bool wants_maxima(int64_t capacity) { return capacity > kMostKeys; }
+int keys_in_shared_memory(int64_t capacity, int k) {
+  int64_t keys = std::clamp<int64_t>(2 * kGroup * static_cast<int64_t>(k), kManyKeys, kMostKeys);
+  if (capacity > keys * kGroup) keys = kMostKeys;
+  return static_cast<int>(std::min((capacity + 3) / 4 * 4, keys));
+}
+
+bool wants_maxima(int64_t capacity, int k) { return capacity > keys_in_shared_memory(capacity, k); }
 
 cudaError_t launch_select(const IndexScoring& scoring, const ScoreSink& sink, int64_t first_token, int64_t rows, int k,
                           int32_t* indices, cudaStream_t stream) {
   const int capacity = scoring.capacity();
-  const int room = std::min((capacity + 3) / 4 * 4, kMostKeys);
+  const int room = keys_in_shared_memory(capacity, k);
   const Selection selection{scoring.positions, scoring.positions_stride, scoring.tokens, scoring.ratio, capacity,
                             first_token,       k,                        room};
-  const size_t shared = sizeof(uint32_t) * (room + (wants_maxima(capacity) ? room / kGroup : 0));
+  const size_t shared = sizeof(uint32_t) * (room + (wants_maxima(capacity, k) ? room / kGroup : 0));
   const int threads = rows > 132 ? kFewThreads : kManyThreads;
   const Launch at{dim3(static_cast<unsigned>(rows)), dim3(threads), stream, shared};
   return launch_kernel(index_select_kernel, at, selection, sink, indices);

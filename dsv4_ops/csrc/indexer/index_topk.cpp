@@ -26,9 +26,9 @@ cudaError_t launch_scores(IndexForm form, const IndexScoring& scoring, const Sco
 
 }  // namespace
 
-int64_t index_topk_row_words(int64_t capacity) {
+int64_t index_topk_row_words(int64_t capacity, int k) {
   const int64_t stride = static_cast<int64_t>(tiles_of(capacity)) * kTile;
-  return wants_maxima(capacity) ? stride + stride / kGroup : stride;
+  return wants_maxima(capacity, k) ? stride + stride / kGroup : stride;
 }
 
 cudaError_t launch_index_scores(IndexForm form, const IndexScoring& scoring, float* scores, cudaStream_t stream) {
@@ -43,7 +43,7 @@ cudaError_t launch_index_topk(IndexForm form, const IndexScoring& scoring, int k
                               int64_t workspace_words, int32_t* indices, cudaStream_t stream) {
   if (scoring.batch == 0 || scoring.tokens == 0 || k == 0) return cudaSuccess;
   const int capacity = scoring.capacity();
-  const int64_t rows_that_fit = workspace_words / index_topk_row_words(capacity);
+  const int64_t rows_that_fit = workspace_words / index_topk_row_words(capacity, k);
   if (rows_that_fit < 1) return cudaErrorInvalidValue;
   const int rows = rows_of_block(form, scoring, rows_that_fit);
   const int blocks_of_sequence = (scoring.tokens + rows - 1) / rows;
@@ -54,7 +54,7 @@ cudaError_t launch_index_topk(IndexForm form, const IndexScoring& scoring, int k
     return block / blocks_of_sequence * scoring.tokens + block % blocks_of_sequence * rows;
   };
   const int64_t stride = static_cast<int64_t>(tiles_of(capacity)) * kTile;
-  uint32_t* const maxima = wants_maxima(capacity) ? workspace + rows_that_fit * stride : nullptr;
+  uint32_t* const maxima = wants_maxima(capacity, k) ? workspace + rows_that_fit * stride : nullptr;
   const ScoreSink sink{nullptr, workspace, maxima, stride};
   for (int64_t block = 0; block < blocks; block += blocks_of_chunk) {
     const int64_t count = std::min(blocks_of_chunk, blocks - block), first = first_token(block);

@@ -54,11 +54,11 @@ struct IndexScoring {
 cudaError_t launch_index_scores(IndexForm form, const IndexScoring& scoring, float* scores, cudaStream_t stream);
 
 // The k best entries of each token, int32 [B, tokens, k]: ascending, then -1. `workspace` holds at least
-// index_topk_row_words(capacity) words, and is used for as many rows at a time as fit.
+// index_topk_row_words words, and is used for as many rows at a time as fit.
 cudaError_t launch_index_topk(IndexForm form, const IndexScoring& scoring, int k, uint32_t* workspace,
                               int64_t workspace_words, int32_t* indices, cudaStream_t stream);
 
 // Words of the workspace for one row: a key for each entry, in long rows also one for each 16 entries.
-int64_t index_topk_row_words(int64_t capacity);
+int64_t index_topk_row_words(int64_t capacity, int k);
 
 }  // namespace dsv4

@@ -46,7 +46,9 @@ cudaError_t launch_scores_general(IndexForm form, const IndexScoring& scoring, S
 cudaError_t launch_select(const IndexScoring& scoring, const ScoreSink& sink, int64_t first_token, int64_t rows, int k,
                           int32_t* indices, cudaStream_t stream);
 
-// Whether rows of this capacity have maxima: the selection does not keep a longer row in shared memory.
-bool wants_maxima(int64_t capacity);
+// Keys of a row that a selection keeps in shared memory, and whether rows of this capacity are longer, so that their groups'
+// maxima are wanted.
+int keys_in_shared_memory(int64_t capacity, int k);
+bool wants_maxima(int64_t capacity, int k);
 
 }  // namespace dsv4
