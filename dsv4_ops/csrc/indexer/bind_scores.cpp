@@ -88,7 +88,8 @@ Tensor topk_of(const char* op, IndexForm form, const Arguments& arguments, int64
   call.expect(workspace.has_value(), "workspace", wanted, indices);
   call.expect_tensor("workspace", *workspace, {kInt32}, {kAny});
   const bool aligned = reinterpret_cast<uintptr_t>(workspace->const_data_ptr()) % 16 == 0;
-  call.expect(workspace->is_contiguous() && aligned && workspace->numel() >= row_words, "workspace", wanted, *workspace);
+  const bool fits = workspace->is_contiguous() && workspace->numel() >= row_words;
+  call.expect(fits && aligned, "workspace", wanted, *workspace);
   call.check(launch_index_topk(form, scoring, static_cast<int>(k), mutable_data<uint32_t>(*workspace),
                                workspace->numel(), mutable_data<int32_t>(indices), call.stream()));
   return indices;

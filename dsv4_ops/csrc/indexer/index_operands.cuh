@@ -1,8 +1,9 @@
-// Operands of the scoring kernel on the tensor cores (index_scores_tensor.cu): how queries come to shared memory and keys to
-// registers, both in the kernel's order of k.
+// Operands of the scoring kernel on the tensor cores (index_scores_tensor.cu): how queries come to shared memory and
+// keys to registers, both in the kernel's order of k.
 //
 //   fp8   step s of 4 takes from a head, for t = 0 .. 3, the eight bytes from 64 * (s / 2) + 16 * t + 8 * (s % 2) on
-//   fp4   step s of 8 takes from the group t the codes c, c + 4, c + 1, c + 5 with c = 8 * (s / 2) + 2 * (s % 2), in bf16
+//   fp4   step s of 8 takes from the group t the codes c, c + 4, c + 1, c + 5, with c = 8 * (s / 2) +
+//         2 * (s % 2), as bf16
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,6 +67,10 @@ struct Format<IndexForm::kFp4> {
 template <bool kPaired>
 constexpr int kStages = kPaired ? 3 : 4;
 
+// Of a CTA: as many as their registers allow. With one token a product, two CTAs share a multiprocessor.
+template <IndexForm kForm, bool kPaired>
+constexpr int kMostWarpgroups = !kPaired ? 2 : kForm == IndexForm::kFp8 ? 4 : 3;
+
 template <IndexForm kForm>
 struct SharedMap {
   using F = Format<kForm>;
@@ -79,8 +84,8 @@ struct SharedMap {
 
 // ---- FP4 ----
 
-// Of eight codes in `word`, the pair (code pair, code pair + 4) times `scale` as two bf16. A code's three bits are moved into
-// the last exponent bits and the first mantissa bit of a bf16: that is its magnitude times 2^-126.
+// Of eight codes in `word`, the pair (code pair, code pair + 4) times `scale` as two bf16. A code's three bits are
+// moved into the last exponent bits and the first mantissa bit of a bf16: that is its magnitude times 2^-126.
 __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int pair, __nv_bfloat162 scale) {
   const uint32_t sign = (word << (12 - 4 * pair)) & 0x80008000u;
   const uint32_t moved = pair < 2 ? word << (6 - 4 * pair) : word >> (4 * pair - 6);

@@ -25,14 +25,15 @@ __device__ __forceinline__ float score_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
-// A score in the row's place, for an entry of a tile; `seen` false where the row does not see the entry. Returns the key.
-__device__ __forceinline__ uint32_t put_score(const ScoreSink& sink, int64_t row, int entry, int capacity, float score,
-                                              bool seen) {
+// A score to element `offset` of the sink, for `entry` of a tile; `seen` false where its row does not see the entry.
+// Returns the key.
+__device__ __forceinline__ uint32_t put_score(const ScoreSink& sink, int64_t offset, int entry, int capacity,
+                                              float score, bool seen) {
   const uint32_t key = seen ? key_of(score) : 0;
   if (sink.scores == nullptr) {
-    sink.keys[row * sink.stride + entry] = key;
+    sink.keys[offset] = key;
   } else if (entry < capacity) {
-    sink.scores[row * sink.stride + entry] = seen ? score : kUnseen;
+    sink.scores[offset] = seen ? score : kUnseen;
   }
   return key;
 }

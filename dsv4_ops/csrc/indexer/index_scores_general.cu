@@ -2,10 +2,11 @@
 //
 //   score[t, e] = sum_h w[t, h] * relu(q[t, h] . k[e])
 //
-// A CTA owns one token and a slice of its tiles of 64 keys. A tile is dequantised into shared memory, then heads come eight at
-// a time: two threads share a key, each multiplies four heads. Sums run along the width, then along a thread's heads, then
-// over the two threads: fixed by the widths. This form serves exact mode (plain), heads and widths other than 64 x 128, and
-// GPUs other than Hopper; floor: 2 fp32 flops a head, channel and score, of which shared memory lets about half through.
+// A CTA owns one token and a slice of its tiles of 64 keys. A tile is dequantised into shared memory, then heads come
+// eight at a time: two threads share a key, each multiplies four heads. Sums run along the width, then along a thread's
+// heads, then over the two threads: fixed by the widths. This form serves exact mode (plain), heads and widths other
+// than 64 x 128, and GPUs other than Hopper; floor: 2 fp32 flops a head, channel and score, of which shared memory lets
+// about half through.
 //
 // Shared memory, bytes: 64 * (dim + 1) * 4 keys, dim * 32 eight heads as [dim][8], 288 weights and sums.
 #include <algorithm>
@@ -129,13 +130,14 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (half == 1) continue;
     const int entry = tile * kTile + own_key;
-    uint32_t key = put_score(sink, row, entry, task.capacity, score, entry < seen);
+    const int64_t offset = row * sink.stride + entry;
+    uint32_t key = put_score(sink, offset, entry, task.capacity, score, entry < seen);
     if (sink.maxima == nullptr) continue;
 #pragma unroll
     for (int distance = 1; distance < kGroup; distance *= 2) {
       key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
     }
-    if (own_key % kGroup == 0) sink.maxima[(row * sink.stride + entry) / kGroup] = key;
+    if (own_key % kGroup == 0) sink.maxima[offset / kGroup] = key;
   }
 }
 

@@ -1,22 +1,23 @@
 // Scores of index keys on the tensor cores of Hopper: sum over 64 heads of w * relu(q . k), heads of 128.
 //
-// Keys lie on M, 64 a tile, heads on N: 64 of one token, or 128 of two. A CTA owns up to 8 neighbouring tokens of a sequence
-// (one in decode) and a slice of its tiles. Its warpgroups take the tiles in turn and never meet after the queries are in
-// place: a thread copies by cp.async exactly the 16-byte parts of keys that it later feeds to wgmma from its registers. That
-// makes the order of k in a product free, as long as queries and keys agree: thread t of four takes the parts t and t + 4 of
-// a key in FP8, the group t of 32 in FP4, and the queries are stored in shared memory in the order that follows from it.
+// Keys lie on M, 64 a tile, heads on N: 64 of one token, or 128 of two. A CTA owns up to 8 neighbouring tokens of a
+// sequence (one in decode) and a slice of its tiles. Its warpgroups take the tiles in turn and never meet after the
+// queries are in place: a thread copies by cp.async exactly the 16-byte parts of keys that it later feeds to wgmma from
+// its registers. That makes the order of k in a product free, as long as queries and keys agree: thread t of four takes
+// the parts t and t + 4 of a key in FP8, the group t of 32 in FP4, and the queries are stored in shared memory in the
+// order that follows from it.
 //
 //   fp8   wgmma E4M3, 4 steps of 32; the key's scale multiplies the sum over heads
 //   fp4   E2M1 times its UE8M0 scale is exact in bf16; wgmma bf16, 8 steps of 16
 //
-// After the product a thread has 16 heads of two keys for each token. It adds w * relu in a fixed order, four neighbouring
-// lanes add up, so a score depends on nothing but its query and its key.
+// After the product a thread has 16 heads of two keys for each token. It adds w * relu in a fixed order, four
+// neighbouring lanes add up, so a score depends on nothing but its query and its key.
 //
 // Shared memory, bytes:  rows * 64 * (128 fp8, 256 bf16)   queries, rows of 128 bytes in the 128-byte swizzle
 //                        rows * 256 + 32                   weights; how many entries each row sees
 //                        warpgroups * stages * 8704 (fp8) or 5120 (fp4)  keys and scales, a slot for each thread
-// Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory. Prefill, 16384 flops a score on the tensor
-// cores; the two instructions a head and score of the sum hide behind the products of the other warpgroups.
+// Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory. Prefill, 16384 flops a score on the
+// tensor cores; the two instructions a head and score of the sum hide behind the products of the other warpgroups.
 #include <algorithm>
 #include <cmath>
 
@@ -34,7 +35,8 @@ constexpr int kMultiprocessors = 132;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the distance of panels in it.
+// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the distance of panels in
+// it.
 template <IndexForm kForm, int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
                                          uint64_t panel) {
@@ -69,7 +71,8 @@ __device__ __forceinline__ float2 sum_heads(const float (&acc)[kCount], const fl
   return {low.x + low.y, high.x + high.y};
 }
 
-// Of two values a lane keeps the one that `upper` says, adds the other lane's of the same kind, and gives the other one away.
+// Of two values a lane keeps the one that `upper` says, adds the other lane's of the same kind, and gives the other one
+// away.
 __device__ __forceinline__ float exchange(float lower, float upper, bool keep_upper, int distance) {
   const float sent = __shfl_xor_sync(kAllLanes, keep_upper ? lower : upper, distance);
   return (keep_upper ? upper : lower) + sent;
@@ -116,20 +119,20 @@ struct QueryBatch {
   }
 };
 
-// What a lane writes of a tile's product for one token or two.
+// What a lane writes of the product of a tile with the queries of one row or two.
 struct LaneOutput {
+  int row;         // of the block
   int entry;
-  int half;        // the key is the upper one of the thread's two
+  int upper;       // the key is the upper one of the thread's two
   float scale;     // of the key
-  int64_t sink_row;  // of the first row of the block
-  int capacity;
+  int64_t offset;  // in the sink
 };
 
-// From the product of a tile with the queries of `row` (kPaired: and the row behind it) to scores, keys and maxima. Lanes
-// exchange sums until each has one score; what belongs to a row that does not exist is dropped.
+// From the product of a tile with the queries of `row` (kPaired: and the row behind it) to scores, keys and maxima.
+// Lanes exchange sums until each has one score; what belongs to a row that does not exist is dropped.
 template <bool kPaired>
 __device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads : kHeads / 2], const float* weights,
-                                           const int* seen_by, int row, int rows, const LaneOutput& lane_output,
+                                           const int* seen_by, int row, int rows, int capacity, const LaneOutput& own,
                                            const ScoreSink& sink) {
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   float2 sums = sum_heads<0>(acc, weights + row * kHeads, part);
@@ -138,32 +141,27 @@ __device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads :
     const float2 others = sum_heads<kHeads / 2>(acc, weights + (row + 1) * kHeads, part);
     const bool second = part % 2;
     sums = {exchange(sums.x, others.x, second, 1), exchange(sums.y, others.y, second, 1)};
-    score = exchange(sums.x, sums.y, lane_output.half, 2);
-    row += second;
+    score = exchange(sums.x, sums.y, own.upper, 2);
   } else {
-    score = exchange(sums.x, sums.y, lane_output.half, 1);
+    score = exchange(sums.x, sums.y, own.upper, 1);
     score += __shfl_xor_sync(kAllLanes, score, 2);
   }
-  const int entry = lane_output.entry;
-  const int64_t sink_row = lane_output.sink_row + row;
-  const bool exists = row < rows && (kPaired || part < 2);
+  const bool exists = own.row < rows && (kPaired || part < 2);
   uint32_t key = 0;
-  if (exists) {
-    key = put_score(sink, sink_row, entry, lane_output.capacity, score * lane_output.scale, entry < seen_by[row]);
-  }
+  if (exists) key = put_score(sink, own.offset, own.entry, capacity, score * own.scale, own.entry < seen_by[own.row]);
   if (sink.maxima == nullptr) return;
 #pragma unroll
   for (int distance = kPaired ? 2 : 1; distance < kWarp; distance *= 2) {  // over the lanes of one row
     key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
   }
-  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[(sink_row * sink.stride + entry) / kGroup] = key;
+  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[own.offset / kGroup] = key;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // kPaired: two tokens a product, else a block has one token.
 template <IndexForm kForm, bool kPaired>
-__global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPaired ? 1 : 2)
+__global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, kPaired ? 1 : 2)
     index_scores_tensor_kernel(IndexScoring in, ScoreTask task, ScoreSink sink, Divisor page_size) {
   ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -181,7 +179,7 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
   const int slice_end = min(slice_begin + tiles_of_slice, task.tiles), first_tile = slice_begin + warpgroup;
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   const int row = threadIdx.x % kWarpgroup / kWarp * kGroup + lane / 4;
-  const int own_half = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * own_half
+  const int upper = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * upper
   const KeyReader reader{in, page_size, block.sequence * in.keys.table_stride, task.capacity, row, part};
 
   uint8_t* const queries = shared;
@@ -211,7 +209,7 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
     const int tile = first_tile + i * warpgroups;
-    if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, own_half, stages + i * kStageBytes);
+    if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, upper, stages + i * kStageBytes);
     ptx::cp_async_commit();
   }
   const int step = batch.kParts * blockDim.x;
@@ -232,7 +230,7 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
   // 4. tiles
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
   const uint64_t panel = all_rows * kHeads * 128 / 16;
-  LaneOutput lane_output{0, own_half, 1.0f, block.token - task.first_token, task.capacity};
+  const int64_t sink_row = block.token - task.first_token;
   KeyPlaces next = reader.find(first_tile + kReady * warpgroups);
   for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += warpgroups) {
     uint8_t* const own_stage = stages + stage * kStageBytes;
@@ -240,17 +238,19 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
     ptx::cp_async_wait<kReady - 1>();
     keys.load(own_stage, part);
     if (i + kReady < tiles) {
-      copy_keys<kForm>(reader, next, tile + kReady * warpgroups, seen, own_half, own_stage);
+      copy_keys<kForm>(reader, next, tile + kReady * warpgroups, seen, upper, own_stage);
       next = reader.find(tile + (kReady + 1) * warpgroups);
     }
     ptx::cp_async_commit();
     stage = stage + 1 == kReady ? 0 : stage + 1;
-    lane_output.entry = tile * kTile + row + 8 * own_half;
-    lane_output.scale = keys.scale;
+    LaneOutput own{kPaired ? part % 2 : 0, tile * kTile + row + 8 * upper, upper, keys.scale, 0};
+    own.offset = (sink_row + own.row) * sink.stride + own.entry;
     for (int first = 0; first < all_rows; first += kN / kHeads) {
       float acc[kN / 2];
       multiply<kForm, kN>(acc, keys, first_queries + first * (kHeads * 128 / 16), panel);
-      put_scores<kPaired>(acc, weights, seen_by, first, block.rows, lane_output, sink);
+      put_scores<kPaired>(acc, weights, seen_by, first, block.rows, task.capacity, own, sink);
+      own.row += kN / kHeads;
+      own.offset += kN / kHeads * sink.stride;
     }
   }
 
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kPaired ? 4 * kWarpgroup : 2 * kWarpgroup, kPa
   if (sink.scores == nullptr) return;
   const int begin = max(end_tile, slice_begin) * kTile, end = min(slice_end * kTile, task.capacity);
   for (int i = 0; i < block.rows; ++i) {
-    float* const scores = sink.scores + (lane_output.sink_row + i) * sink.stride;
+    float* const scores = sink.scores + (sink_row + i) * sink.stride;
     for (int entry = begin + threadIdx.x; entry < end; entry += blockDim.x) scores[entry] = kUnseen;
   }
 #else
@@ -304,9 +304,9 @@ Costs costs_of(int rows) {
   constexpr bool kFp4 = kForm == IndexForm::kFp4;
   if (kPaired) {
     const double products = (rows + 1) / 2 * (kFp4 ? 600.0 : 320.0);  // 64 keys x 128 columns each
-    return {4, 1, products, products, INT32_MAX};
+    return {kMostWarpgroups<kForm, kPaired>, 1, products, products, INT32_MAX};
   }
-  return {2, 2, kFp4 ? 330.0 : 420.0, 900.0, 64};  // unpacking in FP4; in FP8 bytes at the memory's speed
+  return {kMostWarpgroups<kForm, kPaired>, 2, kFp4 ? 330.0 : 420.0, 900.0, 64};  // unpacking in FP4; in FP8 bytes at the memory's speed
 }
 
 template <IndexForm kForm, bool kPaired>

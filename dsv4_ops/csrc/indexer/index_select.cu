@@ -1,25 +1,28 @@
-// The k best entries of each row of scores, exactly: ties go to the lowest entry, entries come out in ascending order, then -1.
+// The k best entries of each row of scores, exactly: ties go to the lowest entry, entries come out in ascending order,
+// then -1.
 //
-// A CTA owns a row. Scores arrive as integers in descending order of a sort (index_scores.cuh). A row that fits lies in shared
-// memory. Of a longer one only groups of 16 entries are looked at whose largest key is at least the k-th largest of all groups'
-// largest keys: k entries are at least that large, so the k best are among them, and on data without a pattern few others.
-// Their keys are gathered into shared memory in the order of entries. If they do not fit (many ties), keys stay in memory.
+// A CTA owns a row. Scores arrive as integers in descending order of a sort (index_scores.cuh). A row that fits lies in
+// shared memory. Of a longer one only groups of 16 entries are looked at whose largest key is at least the k-th largest
+// of all groups' largest keys: k entries are at least that large, so the k best are among them, and on data without a
+// pattern few others. Their keys are gathered into shared memory in the order of entries. If they do not fit (many
+// ties), keys stay in memory.
 //
-//   1. the k-th largest key: a histogram of 2048 bins between the smallest and the largest score; the keys of the bin with the
-//      k-th (usually a handful) are ranked against each other. Where they are more than 256, histograms of key bits, from the
-//      highest that differ to the lowest, narrow the interval 2048-fold each time.
-//   2. every warp counts the winners and the ties of its part of the row, and writes them behind those of the parts before.
+//   1. the k-th largest key: a histogram of 2048 bins between the smallest and the largest score; the keys of the bin
+//      with the k-th (usually a handful) are ranked against each other. Where they are more than 256, histograms of key
+//      bits, from the highest that differ to the lowest, narrow the interval 2048-fold each time.
+//   2. every warp counts the winners and the ties of its part of the row, and writes them behind those of the parts
+//      before.
 //
-// All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, in integers: the order in
-// which they happen does not show.
+// All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, in integers: the order
+// in which they happen does not show.
 //
-// Without equal maxima k groups are looked at, 16 * k entries. Rows of up to 32 * k entries are therefore read whole, and room
-// for that many keys (between 16384 and 49152) leaves room for entries of groups that tie.
+// Without equal maxima k groups are looked at, 16 * k entries. Rows of up to 32 * k entries are therefore read whole,
+// and room for that many keys (between 16384 and 49152) leaves room for entries of groups that tie.
 //
 // Shared memory, bytes: 4 a key that fits; a sixteenth of that for the list of groups (longer rows); 9504 histogram and
-// exchange. Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). A row
-// has one CTA: in decode it is latency, seven barriers a row that fits, twice as many a longer one; in prefill it is about 40
-// instructions a key.
+// exchange. Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked
+// at). A row has one CTA: in decode it is latency, seven barriers a row that fits, twice as many a longer one; in
+// prefill it is about 40 instructions a key.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -57,9 +60,9 @@ __device__ __forceinline__ uint32_t sum_if(const uint32_t* of_warp, bool counts)
   return __reduce_add_sync(kAllLanes, counts ? of_warp[threadIdx.x % kWarp] : 0u);
 }
 
-// Histogram of bin_of(key), -1 for keys that do not count, and the bin that holds the `rank`-th largest of all `total` keys
-// that count. Bin 0 is what the others leave: masses of equal keys at the low end cost no atomics. The histogram is zero
-// before and after.
+// Histogram of bin_of(key), -1 for keys that do not count, and the bin that holds the `rank`-th largest of all `total`
+// keys that count. Bin 0 is what the others leave: masses of equal keys at the low end cost no atomics. The histogram
+// is zero before and after.
 template <typename Keys, typename Bin>
 __device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t total, uint32_t rank, Bin bin_of,
                                          Exchange& exchange) {
@@ -163,7 +166,7 @@ __device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count,
   const float bottom = score_of(low), width = score_of(high) - bottom, bins_per_unit = (kBins - 1) / width;
   if (width < __builtin_huge_valf() && bins_per_unit < __builtin_huge_valf()) {  // both false for NaN
     const auto bin_of = [=](uint32_t key) {
-      return min(__float2int_rz((score_of(key) - bottom) * bins_per_unit), kBins - 1);  // NaN of no entry: 0
+      return min(__float2int_rz((score_of(key) - bottom) * bins_per_unit), kBins - 1);
     };
     find_bin(keys, count, count, k, bin_of, exchange);
     if (exchange.inside <= kFew) {
@@ -216,7 +219,8 @@ __device__ __forceinline__ int write_winners(const Keys& keys, int count, Thresh
   }
   __syncthreads();
   const int all = sum_if(exchange.of_warp[0], lane < warps), all_equal = sum_if(exchange.of_warp[1], lane < warps);
-  int greater_before = sum_if(exchange.of_warp[0], lane < warp), equal_before = sum_if(exchange.of_warp[1], lane < warp);
+  int greater_before = sum_if(exchange.of_warp[0], lane < warp);
+  int equal_before = sum_if(exchange.of_warp[1], lane < warp);
   const uint32_t lower_lanes = (1u << lane) - 1;
 #pragma unroll 4
   for (int first = begin; first < end; first += kWarp) {

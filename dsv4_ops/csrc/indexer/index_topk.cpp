@@ -1,8 +1,8 @@
 // index_scores_* and index_topk_*: which kernels a call launches. No device code.
 //
-// Scores are one launch. A selection is two for each chunk of rows that the workspace holds: scores as ordered integers into
-// the workspace (index_scores_tensor.cu, index_scores_general.cu), then the k best of each row (index_select.cu). Decode is one
-// chunk. Rows that see at most k entries are not scored.
+// Scores are one launch. A selection is two for each chunk of rows that the workspace holds: scores as ordered integers
+// into the workspace (index_scores_tensor.cu, index_scores_general.cu), then the k best of each row (index_select.cu).
+// Decode is one chunk. Rows that see at most k entries are not scored.
 #include <algorithm>
 
 #include "indexer/scoring.h"

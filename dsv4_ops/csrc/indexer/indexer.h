@@ -29,8 +29,8 @@ struct IndexQuery {
 cudaError_t launch_index_query(IndexForm form, const IndexQuery& query, const Rope& rope, void* codes, uint8_t* scales,
                                float* w, cudaStream_t stream);
 
-// What is scored: queries [B, tokens, heads, dim] and their weights w, and the keys of B sequences. Bytes of q, scales and
-// elements of w lie one stride apart from head to head (q, scales) and token to token (w).
+// What is scored: queries [B, tokens, heads, dim] and their weights w, and the keys of B sequences. Bytes of q, scales
+// and elements of w lie one stride apart from head to head (q, scales) and token to token (w).
 struct IndexScoring {
   const uint8_t* q;         // fp32, E4M3 or E2M1 pairs
   int64_t q_stride;
