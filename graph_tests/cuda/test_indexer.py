@@ -136,11 +136,10 @@ def test_rows_of_a_sequence_do_not_depend_on_each_other(form):
 @pytest.mark.parametrize("tokens", [(0, 1), (3, 0), (2, 3)])
 def test_empty_batches_and_strided_rows(form, tokens):
     if 0 in tokens:
-        heads = exact_arguments(form, 1, 1, max_pages=2)
-        arguments = tuple(part[:0].expand(tokens[0], *part.shape[1:]) for part in heads[:-5])
-        arguments = tuple(part.new_empty((*tokens, *part.shape[2:])) for part in arguments)
-        table, positions = heads[-4].new_zeros((tokens[0], 2)), heads[-3].new_zeros(tokens)
-        arguments = (*arguments, heads[-5], table, positions, *heads[-2:])
+        one = exact_arguments(form, 1, 1, max_pages=2)
+        query_and_weights = (part.new_empty((*tokens, *part.shape[2:])) for part in one[:-5])
+        table, positions = one[-4].new_zeros((tokens[0], 2)), one[-3].new_zeros(tokens)
+        arguments = (*query_and_weights, one[-5], table, positions, *one[-2:])
     else:
         arguments = exact_arguments(form, *tokens, max_pages=4)
         arguments = tuple(row_strided(part) if isinstance(part, Tensor) else part for part in arguments)
