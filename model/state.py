@@ -144,7 +144,8 @@ class DecodeState(nn.Module):
             view.sizes = replace(self.sizes, max_batch=rows)
             view.layers = nn.ModuleList(layer.first(rows) for layer in self.layers)
             for name, buffer in self.named_buffers(recurse=False):
-                part = {"output": buffer[:, :rows], "step": buffer, "eos": buffer}.get(name, buffer[:rows])
+                shared = name in ("step", "eos")
+                part = buffer if shared else buffer[:, :rows] if name == "output" else buffer[:rows]
                 view.register_buffer(name, part, persistent=False)
             self._views[rows] = view
         return self._views[rows]

@@ -43,14 +43,10 @@ def gumbel_noise(seed: Tensor, counter: Tensor, size: int) -> Tensor:
     return -(-(-uniform.clamp_max(1 - 2.0**-24)).log1p()).log()
 
 
-def sample_reference(
+def noisy_by_rank(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, counter: Tensor
-) -> Tensor:
-    """Greedy where temperature is 0, else a draw from the tokens that top-k and then top-p keep; ties: lowest index.
-
-    top-p keeps the fewest tokens, most probable first, whose probability among those of top-k reaches top_p; at least
-    one.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Scaled logits with noise, -inf where a token is dropped, and the tokens [B, V], both largest logit first."""
     shifted = logits - logits.amax(-1, keepdim=True)  # before the division, which could overflow
     scaled = shifted / torch.where(temperature > 0, temperature, 1.0)[:, None]
     value, order = scaled.sort(dim=-1, descending=True, stable=True)
@@ -59,7 +55,19 @@ def sample_reference(
     probability = value.softmax(-1).double()
     before = probability.cumsum(-1) - probability
     kept = (rank == 0) | (top_p[:, None] >= 1) | (before < top_p[:, None])
-    noisy = torch.where(kept, value + gumbel_noise(seed, counter, logits.shape[1]).gather(1, order), -torch.inf)
+    noise = gumbel_noise(seed, counter, logits.shape[1]).gather(1, order)
+    return torch.where(kept, value + noise, -torch.inf), order
+
+
+def sample_reference(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, counter: Tensor
+) -> Tensor:
+    """Greedy where temperature is 0, else a draw from the tokens that top-k and then top-p keep; ties: lowest index.
+
+    top-p keeps the fewest tokens, most probable first, whose probability among those of top-k reaches top_p; at least
+    one.
+    """
+    noisy, order = noisy_by_rank(logits, temperature, top_k, top_p, seed, counter)
     drawn = order.gather(1, noisy.argmax(-1, keepdim=True))[:, 0]
     return torch.where(temperature > 0, drawn, order[:, 0])
 
@@ -76,6 +84,15 @@ def check_sample(
         expect(fits, "sample", f"{name} must be [B] {str(dtype).removeprefix('torch.')}, got {describe(tensor)}")
 
 
+def sample_workspace(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, counter: Tensor
+) -> Tensor:
+    """Histogram, list, and what chunks of the vocabulary found, [B, words] int64: see csrc/sampling/sample.h."""
+    rows, vocabulary = logits.shape
+    chunks = -(-vocabulary // 2048) * 2
+    return logits.new_empty((rows, 2048 + 4096 + 2 + 5 * chunks), dtype=torch.int64)
+
+
 # logits [B, V] f32, temperature [B] f32 (0: greedy), top_k [B] int32 (0: off), top_p [B] f32 (1: off),
 # seed [B] int64, counter [B] int64 -> token [B] int64
 sample = define(
@@ -84,4 +101,5 @@ sample = define(
     alloc=lambda logits, temperature, top_k, top_p, seed, counter: seed.new_empty(seed.shape),
     reference=sample_reference,
     check=check_sample,
+    workspace=sample_workspace,
 )

@@ -131,6 +131,15 @@ def test_state_of_an_earlier_sequence_is_never_used(shape):
     check_kernel(shape.op, arguments, bits)
 
 
+@pytest.mark.parametrize("shape", (CSA, INDEX_FP8, INDEX_FP4), ids=name)
+def test_a_position_that_is_not_the_guessed_one(shape):
+    """The guess is cut to the rope table, which ends before the position here, though not before its group."""
+    stream = Stream(shape, 5, 8, exact=True)
+    arguments = list(stream.call([7, 6, 5, 3, 0], [1, 1, 1, 1, 0], 1))
+    arguments[6] = arguments[6][: shape.ratio + 1]
+    check_kernel(shape.op, tuple(arguments), bits)
+
+
 @pytest.mark.parametrize("shape", ALL, ids=name)
 @pytest.mark.parametrize(("batch", "rows"), ((0, 1), (0, 20), (3, 0), (3, 1), (3, 20)))
 def test_calls_without_tokens_write_nothing(shape, batch, rows):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dsv4_ops.backend import dsv4
+from graph_tests.checks import relative_error
 from graph_tests.tiny import tiny_checkpoint
 from model.cli import BUILTIN
 from model.decoding import capture_decode
 from model.generation import Sampling, generate
 from model.loading import load, refit
+from model.logits import compute_logits
 from model.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.cuda
@@ -39,20 +42,39 @@ def prompts() -> list[list[int]]:
     return [tokenizer.encode(text) for text in PROMPTS]
 
 
-def test_greedy_tokens_are_those_of_the_cpu(prompts):
-    cpu, cuda = builtin("cpu"), builtin("cuda")
+def test_exact_greedy_tokens_are_those_of_the_cpu(prompts):
+    """fp32 and nothing quantised: only the order of sums differs, about 1e-6, and no choice is that close."""
+    cpu, cuda = (builtin(device, exact=True) for device in ("cpu", "cuda"))
     assert sequences(cuda, prompts, 200) == sequences(cpu, prompts, 200)
 
 
-def test_sampled_tokens_are_those_of_the_cpu(prompts):
-    """The random numbers are counters: with the same logits up to rounding, the same draws."""
+def test_exact_sampled_tokens_are_those_of_the_cpu(prompts):
+    """The random numbers are counters: the same draws."""
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=5)
-    cpu, cuda = builtin("cpu"), builtin("cuda")
-    ours, theirs = sequences(cuda, prompts, 64, sampling), sequences(cpu, prompts, 64, sampling)
-    same = sum(a == b for left, right in zip(ours, theirs, strict=True) for a, b in zip(left, right, strict=True))
-    # A draw whose two best candidates lie within the rounding of the logits may fall the other way, and the rest of
-    # that sequence with it.
-    assert same >= 0.75 * sum(map(len, theirs))
+    cpu, cuda = (builtin(device, exact=True) for device in ("cpu", "cuda"))
+    assert sequences(cuda, prompts, 64, sampling) == sequences(cpu, prompts, 64, sampling)
+
+
+def test_stored_format_decodes_as_on_the_cpu(prompts):
+    """FP8 activations and caches: a rounding that falls the other way moves a logit by more than the gap between two
+    tokens now and then, and a text that is continued from there is another text. So the CPU's text is read by both
+    devices, one decode step a token; CUDA may be no farther from the fp32 model than the CPU is, and must choose the
+    CPU's token wherever the CPU's own choice is farther from the second than that distance."""
+    cpu, cuda, exact = builtin("cpu"), builtin("cuda"), builtin("cpu", exact=True)
+    written = sequences(cpu, prompts, 160)
+    length = min(len(prompt) + len(text) for prompt, text in zip(prompts, written, strict=True))
+    tokens = torch.tensor([(prompt + text)[:length] for prompt, text in zip(prompts, written, strict=True)])
+    ours, theirs, ideal = (compute_logits(model, tokens, 4) for model in (cuda, cpu, exact))
+    our_error, their_error = relative_error(ours, ideal), relative_error(theirs, ideal)
+    assert our_error <= 1.1 * their_error, (our_error, their_error)
+    best = theirs.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 4 * (theirs - ideal).square().mean(-1).sqrt()
+    same = ours.argmax(-1) == theirs.argmax(-1)
+    print(
+        f"\nlogits: relative error {our_error:.4f} (CPU {their_error:.4f}); same token {float(same.float().mean()):.2%}"
+    )
+    assert clear.float().mean() > 0.6 and bool(same[clear].all())
+    assert share > 0.97
 
 
 def change_members(state, step: int) -> int:
@@ -238,12 +260,12 @@ def test_reduce_overhead_gives_eager_tokens(tiny):
     eager = fresh(tiny)
     expected = greedy(eager, eager.decode_step)
     model = fresh(tiny)
-    step = torch.compile(model.decode_step, backend="dsv4", mode="reduce-overhead", fullgraph=True)
+    step = torch.compile(model.decode_step, backend=dsv4, mode="reduce-overhead", fullgraph=True)
     assert greedy(model, step) == expected
 
 
 def test_command_line_generates_the_text_of_the_cpu():
-    command = [sys.executable, "-m", "model", "generate", "--prompt", PROMPTS[0], "--temperature", "0"]
+    command = [sys.executable, "-m", "model", "generate", "--exact", "--prompt", PROMPTS[0], "--temperature", "0"]
     texts = [
         subprocess.run([*command, "--max-new-tokens", "48", "--device", device], capture_output=True, text=True)
         for device in ("cpu", "cuda")

@@ -44,6 +44,26 @@ def test_a_batch_of_the_model(form):
     check_kernel(f"index_query_{form}", arguments((130, 1), MODEL))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_large_batch_has_the_bits_of_the_reference(form):
+    """Enough heads for threads that own sixteen columns."""
+    check_kernel(f"index_query_{form}", arguments((2, 267), MODEL))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_positions_that_the_kernel_before_has_written(form):
+    q, weights, table, positions = on_cuda(arguments((8, 1), MODEL))
+    op = getattr(OPS, f"index_query_{form}")
+    expected = [op(q, weights, table, positions + step) for step in range(20)]
+    moving, found = torch.zeros_like(positions), []
+    torch.cuda.synchronize()
+    for step in range(20):
+        torch.add(positions, step, out=moving)
+        found.append(op(q, weights, table, moving))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(actual, wanted, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(3, 40, 8), (3, 96, 64)])
 def test_a_plain_query_may_have_any_multiple_of_eight_channels(shape):
     check_kernel("index_query_plain", arguments((3, 2), shape))

@@ -63,6 +63,8 @@ def test_kernels_are_launched_as_dependents_and_wait(path):
         statements = body(text, kernel.end())
         for call in ("launch_dependents()", "wait_for_predecessors()"):
             assert call in statements, f"{kernel[1]} does not call {call}"
+        first = statements.index("wait_for_predecessors()"), statements.index("launch_dependents()")
+        assert first[0] < first[1], f"{kernel[1]} lets its successor start before it has waited: see common/launch.cuh"
         assert "return" not in statements[: statements.index("wait_for_predecessors()")], f"{kernel[1]} may not wait"
 
 

@@ -7,37 +7,14 @@ from dsv4_ops import ops
 from dsv4_ops.registry import TABLE
 from graph_tests import checks
 from graph_tests.ops import scalar
-from graph_tests.ops.test_hyper_connection import (
-    EPS,
-    ITERATIONS,
-    NORM_EPS,
-    TOLERANCE,
-    largest_ratio,
-    post_fp64,
-    random,
-    transformers_pre,
-)
+from graph_tests.ops.hyper_connection_cases import NAMES as ALL_NAMES
+from graph_tests.ops.hyper_connection_cases import NORM_EPS, arguments_of
+from graph_tests.ops.test_hyper_connection import TOLERANCE, largest_ratio, post_fp64, transformers_pre
 
-DIM, GROUP = 64, 32
-NAMES = [f"hc_{before}_rms_norm_quant_{form}" for before in ("pre", "post_pre") for form in ("fp8", "nvfp4")]
+DIM, GROUP = 64, 32  # what arguments_of takes where it is not told
+NAMES = [name for name in ALL_NAMES if "quant" in name]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = ((0,), (1,), (7,), (2, 3), (0, 3), (3, 0))
-
-
-def arguments_of(name: str, rows: tuple[int, ...], n: int = 4, dtype=torch.float32, layout=lambda tensor: tensor):
-    outputs = (2 + n) * n
-    weights = (
-        random(outputs, n * DIM, seed=1) * (n * DIM) ** -0.5,
-        torch.tensor([0.7, 1.3, 2.0]),
-        random(outputs, seed=2),
-    )
-    x = layout(random(*rows, n, DIM, seed=7).to(dtype))
-    scalars = (NORM_EPS, EPS, ITERATIONS, *((GROUP,) if name.endswith("fp8") else ()))
-    pre = (x, *weights, random(DIM, seed=11).to(dtype), *scalars)
-    if "post_pre" not in name:
-        return pre
-    f, post, comb = random(*rows, DIM, seed=6).to(dtype), random(*rows, n).abs(), random(*rows, n, n).softmax(-1)
-    return layout(f), x, layout(post), layout(comb), *pre[1:]
 
 
 def quantised(name: str, y: torch.Tensor) -> list[list]:
@@ -55,7 +32,7 @@ def quantised(name: str, y: torch.Tensor) -> list[list]:
 @pytest.mark.parametrize("name", NAMES)
 def test_is_the_mix_of_transformers_then_the_scalar_quantiser(name, dtype, n):
     """The judge computes in fp32 or fp64 from the streams as they are rounded; codes and scales from the y returned."""
-    arguments = arguments_of(name, (7,), n, dtype)
+    arguments = arguments_of(name, (7,), n, dtype=dtype)
     results = list(getattr(ops, name)(*arguments))
     half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 0.0
     x, first = arguments[0], 1
@@ -82,7 +59,7 @@ def test_op_contract(name, rows):
     for n in (1, 4):
         for dtype in DTYPES:
             for layout in (lambda tensor: tensor, checks.row_strided):
-                checks.check_op(name, arguments_of(name, rows, n, dtype, layout))
+                checks.check_op(name, arguments_of(name, rows, n, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,9 @@
 // Checks of a rope table with the positions of an op's tokens, and the view that launchers take. For bind.cpp files.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "common/bind.h"
 #include "common/rope.h"
 
@@ -18,7 +21,9 @@ inline Rope expect_rope(const Call& call, const Tensor& table, const Tensor& pos
   call.rows("rope_table", table, 8);
   call.expect_tensor("positions", positions, {kInt32}, {batch, tokens});
   const Rows rows = call.rows("positions", positions, 4);
-  return {data<float>(table), static_cast<int>(dim), data<int32_t>(positions), rows.stride, static_cast<int>(tokens)};
+  const int table_rows = static_cast<int>(std::min<int64_t>(table.size(0), INT32_MAX));
+  return {data<float>(table), static_cast<int>(dim),    data<int32_t>(positions),
+          rows.stride,        static_cast<int>(tokens), table_rows};
 }
 
 }  // namespace dsv4

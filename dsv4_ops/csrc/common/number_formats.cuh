@@ -15,10 +15,10 @@ namespace dsv4 {
 
 constexpr float kE2m1Max = 6.0f;
 constexpr float kE4m3Max = 448.0f;
-constexpr float kFp8AmaxFloor = 1e-4f;                      // smallest amax that an FP8 group is scaled for
-constexpr float kMxfp4AmaxFloor = 6.0f * 0x1p-126f;         // smallest amax of an MXFP4 group
-constexpr float kNvfp4ScaleFloor = 0x1p-126f;               // smallest global scale of NVFP4
-constexpr float kNvfp4Largest = kE2m1Max * kE4m3Max;        // 2688: largest code times largest block scale
+constexpr float kFp8AmaxFloor = 1e-4f;                // smallest amax that an FP8 group is scaled for
+constexpr float kMxfp4AmaxFloor = 6.0f * 0x1p-126f;   // smallest amax of an MXFP4 group
+constexpr float kNvfp4ScaleFloor = 0x1p-126f;         // smallest global scale of NVFP4
+constexpr float kNvfp4Largest = kE2m1Max * kE4m3Max;  // 2688: largest code times largest block scale
 
 // max(value, floor) where NaN stays NaN, as torch's clamp_min.
 __device__ __forceinline__ float clamp_min(float value, float floor) { return value < floor ? floor : value; }
@@ -36,8 +36,8 @@ __device__ __forceinline__ float decode_ue8m0(uint32_t byte) {
   return __uint_as_float((byte << 23) + (byte == 0 || byte == 255 ? 1u << 22 : 0u));
 }
 
-// 1 / decode_ue8m0(byte) for the bytes 1 .. 253 and 255 that a group's scale can have: exact, so that a product with it is
-// the quotient that the reference computes.
+// 1 / decode_ue8m0(byte) for the bytes 1 .. 253 and 255 that a group's scale can have: exact, so that a product with it
+// is the quotient that the reference computes.
 __device__ __forceinline__ float invert_ue8m0(uint32_t byte) {
   return __uint_as_float(byte == 255 ? 0x7FC00000u : (254u - byte) << 23);
 }
@@ -76,9 +76,9 @@ __device__ __forceinline__ float decode_e4m3(uint32_t code) { return decode_e4m3
 
 // Magnitude -> bits of the fp32 number 2^23 + code: nearest, ties to even code, saturating at 6; NaN gives code 0.
 //
-// The code is the magnitude on a scale that is bent twice, 2m up to m = 2, m + 2 up to 4 and m / 2 + 4 up to 6, rounded to
-// an integer. Each piece is saturated to [0, 1] and worth 4, 2 or 1 codes; its sum with 2^23 rounds, ties to even. All
-// products and differences that are not saturated are exact, and of the pieces at most one is no integer.
+// The code is the magnitude on a scale that is bent twice, 2m up to m = 2, m + 2 up to 4 and m / 2 + 4 up to 6, rounded
+// to an integer. Each piece is saturated to [0, 1] and worth 4, 2 or 1 codes; its sum with 2^23 rounds, ties to even.
+// All products and differences that are not saturated are exact, and of the pieces at most one is no integer.
 __device__ __forceinline__ uint32_t round_e2m1(float magnitude) {
   const float upper = __saturatef(__fmaf_rn(magnitude, 0.5f, -2.0f));
   const float middle = __saturatef(__fmaf_rn(magnitude, 0.5f, -1.0f));

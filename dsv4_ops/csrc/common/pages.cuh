@@ -60,7 +60,10 @@ __device__ __forceinline__ void write_kv_packed(const Entry& entry, int nope, in
     auto* const rope = reinterpret_cast<__nv_bfloat16*>(data + nope) + (column - nope);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      store_floats(rope + i, {values[i], values[i + 1], values[i + 2], values[i + 3]});
+      Vector<__nv_bfloat162, 2> four;
+      four.values[0] = __floats2bfloat162_rn(values[i], values[i + 1]);
+      four.values[1] = __floats2bfloat162_rn(values[i + 2], values[i + 3]);
+      *reinterpret_cast<uint2*>(rope + i) = reinterpret_cast<const uint2&>(four);
     }
     return;
   }

@@ -1,8 +1,8 @@
 // Quantising groups of values that lie in registers: the same for every kernel that ends in a quantiser.
 //
-// A group of kGroup neighbouring elements is spread over kGroup / kCount neighbouring lanes, kCount elements a lane. All
-// lanes of the warp must call these functions together. What they compute is bit for bit what dsv4_ops/ops/quant.py and
-// nvfp4.py define, NaN and infinity included.
+// A group of kGroup neighbouring elements is spread over kGroup / kCount neighbouring lanes, kCount elements a lane.
+// All lanes of the warp must call these functions together. What they compute is bit for bit what dsv4_ops/ops/quant.py
+// and nvfp4.py define, NaN and infinity included.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ __device__ __forceinline__ float group_amax(const float (&values)[kCount]) {
 // Quotients of many numbers by one, as good as IEEE division where the quotient is rounded to E4M3 or E2M1 next.
 //
 // high + low is 1 / divisor within 2^-46, so quotient() returns one of the two fp32 numbers next to x / divisor, and
-// mostly the nearer one. It has to be that one, or on the same side, where x / divisor is nearly a tie between two codes,
-// that is near an odd integer below 32 times a power of two. It is for every significand of the divisor but the largest,
-// 2 - 2^-23 (then 2^k / divisor is taken for a tie), whichever approximation within 2 ulp rcp_approx_ftz returns: checked
-// for all of them.
+// mostly the nearer one. It has to be that one, or on the same side, where x / divisor is nearly a tie between two
+// codes, that is near an odd integer below 32 times a power of two. It is for every significand of the divisor but the
+// largest, 2 - 2^-23 (then 2^k / divisor is taken for a tie), whichever approximation within 2 ulp rcp_approx_ftz
+// returns: that was checked for all of them, and the GPU tests do it with the one that the hardware returns.
 class Reciprocal {
  public:
   __device__ __forceinline__ explicit Reciprocal(float divisor) {
@@ -51,9 +51,9 @@ class Reciprocal {
   float high_, low_;
 };
 
-// x / divisor for all x and all divisors, also where a Reciprocal cannot be used. `inverse` is 1.0 / divisor. A quotient
-// of fp32 numbers is never within 2^-49 of the middle of two, so that rounding the product, which is within 2^-52 of it,
-// gives the quotient. (It may miss a tie of subnormal quotients, which are all rounded to zero next.)
+// x / divisor for all x and all divisors, also where a Reciprocal cannot be used. `inverse` is 1.0 / divisor. A
+// quotient of fp32 numbers is never within 2^-49 of the middle of two, so that rounding the product, which is within
+// 2^-52 of it, gives the quotient. (It may miss a tie of subnormal quotients, which are all rounded to zero next.)
 __device__ __forceinline__ float exact_quotient(float x, double inverse) { return static_cast<float>(x * inverse); }
 
 // values * factor as E4M3 codes.
@@ -120,8 +120,8 @@ __device__ __forceinline__ float quantise_fp8_fp32_scale(const float (&values)[k
   return scale;
 }
 
-// quant_mxfp4: packed codes, even element in the low nibble, and the group's UE8M0 byte. NaN in a group gives it the scale
-// NaN and codes 6.
+// quant_mxfp4: packed codes, even element in the low nibble, and the group's UE8M0 byte. NaN in a group gives it the
+// scale NaN and codes 6.
 template <int kCount>
 __device__ __forceinline__ uint32_t quantise_mxfp4(const float (&values)[kCount], uint8_t (&packed)[kCount / 2]) {
   const uint32_t scale = mxfp4_group_scale(group_amax<32>(values));
@@ -159,7 +159,8 @@ __device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount]
   uint32_t scale = encode_e4m3(ratio);
   float step = decode_e4m3(scale) * global.scale;
   float magnitudes[kCount];
-  if (ratio <= 0x1p20f && Reciprocal::good_significand(step)) {
+  // A ratio that overflows is NaN or an infinity of either sign.
+  if (fabsf(ratio) <= 0x1p20f && Reciprocal::good_significand(step)) {
     const Reciprocal by_step(step);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) magnitudes[i] = by_step.quotient(values[i]);

@@ -1,9 +1,9 @@
 // Where a fused kernel leaves a row that it has quantised from registers: one policy for each format.
 //
-// A policy names the outputs of all rows. `begin` moves it to one row. `store` quantises kCount neighbouring values, which
-// are rounded to the activation dtype, and writes the codes and the scales; all lanes of the warp call it together, those
-// past the end of the row with `inside` false and zeros. A format with kNeedsAmax scales by the largest magnitude of the
-// row: `scale_by` tells it to every thread before the first `store`.
+// A policy names the outputs of all rows. `begin` moves it to one row. `store` quantises kCount neighbouring values,
+// which are rounded to the activation dtype, and writes the codes and the scales; all lanes of the warp call it
+// together, those past the end of the row with `inside` false. A format with kNeedsAmax scales by the largest magnitude
+// of the row: `scale_by` tells it to every thread before the first `store`.
 #pragma once
 
 #include "common/quantise.cuh"
@@ -11,17 +11,9 @@
 
 namespace dsv4 {
 
-// The row is not quantised.
-struct NotQuantised {
-  static constexpr bool kQuantises = false;
-  static constexpr bool kNeedsAmax = false;
-  __device__ void begin(int64_t, unsigned) {}
-};
-
 // q [rows, width] E4M3, scale [rows, width / kGroup] UE8M0.
 template <int kGroup>
 struct Fp8Row {
-  static constexpr bool kQuantises = true;
   static constexpr bool kNeedsAmax = false;
   uint8_t* q;
   uint8_t* scale;
@@ -43,7 +35,6 @@ struct Fp8Row {
 
 // q [rows, width / 2] pairs of E2M1, scale [rows, width / 32] UE8M0.
 struct Mxfp4Row {
-  static constexpr bool kQuantises = true;
   static constexpr bool kNeedsAmax = false;
   uint8_t* q;
   uint8_t* scale;
@@ -65,7 +56,6 @@ struct Mxfp4Row {
 
 // q [rows, width / 2] pairs of E2M1, scale [rows, width / 16] E4M3, global_scale [rows] fp32.
 struct Nvfp4Row {
-  static constexpr bool kQuantises = true;
   static constexpr bool kNeedsAmax = true;
   uint8_t* q;
   uint8_t* scale;

@@ -77,10 +77,10 @@ __device__ __forceinline__ uint32_t max_cta(uint32_t bits, uint32_t* scratch) {
   return largest;
 }
 
-// Sum over a CTA of blockDim.x / 32 whole warps, for kernels that choose their threads by the width of a row; every thread
-// gets the result. A thread has kParts values and adds them like as many threads, blockDim.x apart, with one each, so that
-// fewer threads may do the work of many: the same values give the same bits. Threads times parts are at most 32 kMaxWarps.
-// `scratch` holds kMaxWarps floats at a multiple of 16 bytes and may be used again after the next barrier.
+// Sum over a CTA of blockDim.x / 32 whole warps, for kernels that choose their threads by the width of a row; every
+// thread gets the result. A thread has kParts values and adds them like as many threads, blockDim.x apart, with one
+// each, so that fewer threads may do the work of many: the same values give the same bits. Threads times parts are at
+// most 32 kMaxWarps. `scratch` holds kMaxWarps floats at a multiple of 16 bytes; it is free after the next barrier.
 template <int kMaxWarps, int kParts>
 __device__ __forceinline__ float sum_warps(const float (&values)[kParts], float* scratch) {
   static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= kWarp, "a lane adds four");

@@ -1,9 +1,9 @@
-// RMS norm of rows that lie in registers: the arithmetic of rms_norm in dsv4_ops/ops/norm.py, as torch does it on a CPU.
+// RMS norm of rows in registers: the arithmetic of rms_norm in dsv4_ops/ops/norm.py, as torch does it on a CPU.
 //
 //   y = weight * (x * (1 / sqrt(sum(x^2) / width + eps))), every step rounded to fp32, y rounded to the dtype of x
 //
-// Only the order of the sum is ours. Whoever calls these functions adds the sums of its vectors in an order that depends
-// on the width alone.
+// Only the order of the sum is ours. Whoever calls these functions adds the sums of its vectors in an order that
+// depends on the width alone.
 #pragma once
 
 #include "common/vector.cuh"
@@ -36,7 +36,8 @@ __device__ __forceinline__ float rms_norm(float value, float weight, float inver
 
 // Neighbouring values -> what y is before it is rounded to T, in place.
 template <int kCount>
-__device__ __forceinline__ void scale_by_rms(float (&values)[kCount], const float (&weights)[kCount], float inverse_rms) {
+__device__ __forceinline__ void scale_by_rms(float (&values)[kCount], const float (&weights)[kCount],
+                                             float inverse_rms) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = __fmul_rn(weights[i], __fmul_rn(values[i], inverse_rms));
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
 #include "common/rope.h"
 
 namespace dsv4 {
@@ -15,6 +16,14 @@ namespace dsv4 {
 // Where the position of token `token` of all B * tokens lies.
 __device__ __forceinline__ const int32_t* position_of(const Rope& rope, uint32_t token) {
   return rope.positions + token / rope.tokens * rope.stride + token % rope.tokens;
+}
+
+// The position that a token probably has, in front of ptx::wait_for_predecessors(): what depends on a position can then
+// be loaded together with the position, instead of after it. Only a kernel that runs right before this one can still
+// write positions, and then what is read here may be anything. So it lies in the table whatever it is, serves only to
+// choose what to load, and has to be compared with the position that is read after the wait.
+__device__ __forceinline__ int guess_position(const Rope& rope, const int32_t* position) {
+  return max(min(ptx::load_relaxed(position), rope.rows - 1), 0);
 }
 
 // Row of the table for a position; a row without a token (-1) is rotated as position 0.

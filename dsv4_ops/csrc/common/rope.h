@@ -11,6 +11,7 @@ struct Rope {
   const int32_t* positions;  // [B, tokens], -1: no token
   int64_t stride;            // elements from one sequence to the next
   int tokens;                // rows of a sequence
+  int rows;                  // max_pos
 };
 
 }  // namespace dsv4

@@ -1,5 +1,5 @@
-// Rows cut into vectors of neighbouring elements that are numbered through all rows, for kernels in which a thread takes
-// the next vector wherever it lies.
+// Rows cut into vectors of neighbouring elements that are numbered through all rows, for kernels in which a thread
+// takes the next vector wherever it lies.
 #pragma once
 
 #include <cstdint>

@@ -2,10 +2,10 @@
 //
 //   h = silu(min(gate, limit)) * clamp(up, -limit, limit) * route_weight, in fp32, rounded once to the activation dtype
 //
-// exp is the only step that no two devices agree on, so h is within a rounding of the reference, not equal to it. In fp32
-// exp and the quotient have full precision. For bf16 the function spends two instructions on them (ex2.approx and
-// rcp.approx; the exact forms would cost a memory-bound kernel more than its memory time): the relative error before
-// the rounding to bf16 is below (|gate| + 5) * 2^-24, and silu(gate) for a gate below -87.3, at most 2^-119, comes out as 0.
+// exp is the only step that no two devices agree on, so h is within a rounding of the reference, not equal to it. In
+// fp32 exp and the quotient have full precision. For bf16 they are two approximate instructions (the exact forms would
+// cost a memory-bound kernel more than its memory time): the relative error before the rounding to bf16 is below
+// (|gate| + 5) * 2^-24, and silu(gate) for a gate below -87.3, at most 2^-119, comes out as 0.
 #pragma once
 
 #include "common/ptx.cuh"

@@ -41,6 +41,12 @@ __device__ __forceinline__ float2 unpack_bf16x2(uint32_t word) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
 }
 
+// Two values rounded to bf16 in a word.
+__device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // Elements as they lie in memory -> fp32, of which the first goes to values[first].
 template <int kWidth, int kCount, typename T>
 __device__ __forceinline__ void unpack(const Vector<T, kWidth>& vector, int first, float (&values)[kCount]) {
@@ -63,8 +69,7 @@ __device__ __forceinline__ void round_all_to(float (&values)[kCount]) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[i], values[i + 1]);
-      const float2 pair = unpack_bf16x2(reinterpret_cast<const uint32_t&>(rounded));
+      const float2 pair = unpack_bf16x2(pack_bf16x2(values[i], values[i + 1]));
       values[i] = pair.x;
       values[i + 1] = pair.y;
     }
@@ -100,6 +105,23 @@ struct Packed {
     for (int i = 0; i < kCount / kWidth; ++i) parts[i] = ptx::load_once(address + i * kWidth);
   }
 
+  // Elements i and i + 1, for an even i.
+  __device__ __forceinline__ float2 pair(int i) const {
+    const uint32_t* const words = &parts[i / kWidth].x + i % kWidth * sizeof(T) / sizeof(uint32_t);
+    if constexpr (sizeof(T) == 2) return unpack_bf16x2(words[0]);
+    return {__uint_as_float(words[0]), __uint_as_float(words[1])};
+  }
+
+  __device__ __forceinline__ void round_pair(int i, float2 values) {
+    uint32_t* const words = &parts[i / kWidth].x + i % kWidth * sizeof(T) / sizeof(uint32_t);
+    if constexpr (sizeof(T) == 2) {
+      words[0] = pack_bf16x2(values.x, values.y);
+    } else {
+      words[0] = __float_as_uint(values.x);
+      words[1] = __float_as_uint(values.y);
+    }
+  }
+
   __device__ __forceinline__ void to_floats(float (&values)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount / kWidth; ++i) {
@@ -109,16 +131,27 @@ struct Packed {
 
   __device__ __forceinline__ void round(const float (&values)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount / kWidth; ++i) {
-      auto& part = reinterpret_cast<Vector<T, kWidth>&>(parts[i]);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) part.values[j] = from_float<T>(values[i * kWidth + j]);
-    }
+    for (int i = 0; i < kCount; i += 2) round_pair(i, {values[i], values[i + 1]});
   }
 
+  // Bits of the largest magnitude as fp32, ordered as unsigned integers: NaN above infinity above every number.
+  __device__ __forceinline__ uint32_t max_magnitude_bits() const {
+    uint32_t largest = 0;  // of bf16: two, of the even and of the odd elements
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) {
+#pragma unroll
+      for (const uint32_t word : {parts[i].x, parts[i].y, parts[i].z, parts[i].w}) {
+        largest = sizeof(T) == 2 ? __vmaxu2(largest, word & 0x7FFF7FFFu) : max(largest, word & 0x7FFFFFFFu);
+      }
+    }
+    return sizeof(T) == 2 ? max(largest << 16, largest & 0xFFFF0000u) : largest;
+  }
+
+  // To global memory, 16 bytes in one store. Assignments may become more: the compiler takes vectors apart, and does not
+  // always find them again where a thread writes to several rows.
   __device__ __forceinline__ void store(T* address) const {
 #pragma unroll
-    for (int i = 0; i < kCount / kWidth; ++i) *reinterpret_cast<uint4*>(address + i * kWidth) = parts[i];
+    for (int i = 0; i < kCount / kWidth; ++i) __stwb(reinterpret_cast<uint4*>(address + i * kWidth), parts[i]);
   }
 };
 
@@ -150,8 +183,8 @@ __device__ __forceinline__ void store_some(T* address, int left, const float (&v
   }
 }
 
-// kBytes bytes (1, 2, 4, 8 or 16) in one store. They are joined pair by pair: what was taken apart from a pair or a word
-// then costs nothing.
+// kBytes bytes (1, 2, 4, 8 or 16) in one store. They are joined pair by pair: what was taken apart from a pair or a
+// word then costs nothing.
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(uint8_t* address, const uint8_t (&bytes)[kBytes]) {
   const auto pair = [&](int i) { return static_cast<uint32_t>(bytes[i]) | static_cast<uint32_t>(bytes[i + 1]) << 8; };

@@ -2,6 +2,8 @@
 //
 //   entry = quantise([hadamard(]rope(rms_norm(sum over a group's rows of softmax_rows(score + ape) * kv))[)])
 //
+// One token a sequence of a released CSA or index compressor is compress_token.cu's; all other calls are handled here.
+//
 // compress_append_kernel. One CTA owns a sequence (up to 8 tokens) or some groups of one. Its threads stand four
 // channels apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows),
 // threadIdx.y counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a
@@ -24,13 +26,9 @@
 // Floor: two dependent reads for a decode step without an entry. An entry of D = 512 reads 28 KB (CSA) or 508 KB (HCA)
 // at the 64 bytes a clock of one SM. A chunk reads 16 * D (CSA) or 8 * D bytes (HCA) a token at the speed of memory.
 #include <algorithm>
-#include <type_traits>
 
-#include "common/hadamard.cuh"
 #include "common/launch.cuh"
-#include "common/pages.cuh"
-#include "common/rms_norm.cuh"
-#include "common/rope.cuh"
+#include "compressor/entry.cuh"
 #include "compressor/pooling.cuh"
 
 namespace dsv4 {
@@ -89,15 +87,6 @@ __device__ __forceinline__ Channels find_channels(const Compressor& c, int dim, 
           width};
 }
 
-// Four norm weights from `column` on.
-__device__ __forceinline__ void load_weights(const Compressor& c, int column, float (&weights)[kQuad]) {
-  if (c.norm_dtype == Dtype::kBf16) {
-    load_floats(static_cast<const __nv_bfloat16*>(c.norm_weight) + column, weights);
-  } else {
-    load_floats(static_cast<const float*>(c.norm_weight) + column, weights);
-  }
-}
-
 // This thread's channels of ape [ratio, 2 * dim] -> the same places of shared memory. No other thread reads them.
 __device__ __forceinline__ void stage_ape(const Compressor& c, int dim, int column, float* staged) {
 #pragma unroll 8
@@ -118,49 +107,21 @@ __device__ __forceinline__ void prefetch_ape(const Compressor& c, int width) {
 }
 
 // The sums of all row lanes -> lane 0. Every thread has read its rows when one leaves.
-__device__ __forceinline__ void combine_lanes(Softmax& softmax, float4* shared) {
+__device__ __forceinline__ void combine_lanes(Softmax<kQuad>& softmax, float4* shared) {
   softmax.store(shared + threadIdx.y * blockDim.x + threadIdx.x, kLaneThreads);
   __syncthreads();
   if (threadIdx.y != 0) return;
   for (int lane = 1; lane < blockDim.y; ++lane) softmax.add(shared + lane * blockDim.x + threadIdx.x, kLaneThreads);
 }
 
-template <EntryForm kForm, int kDim>
-__device__ __forceinline__ void write_index(const Entry& entry, int column, float (&values)[kQuad], bool inside) {
-  hadamard<kDim>(values);
-  round_all_to<__nv_bfloat16>(values);
-  if constexpr (kForm == EntryForm::kIndexFp8) {
-    write_index_fp8<kDim>(entry, column, values, inside);
-  } else {
-    write_index_fp4<kDim>(entry, column, values, inside);
-  }
-}
-
-template <EntryForm kForm>
-__device__ __forceinline__ void write_entry(const Entry& entry, int dim, int rope_dim, int column,
-                                            float (&values)[kQuad], bool inside) {
-  if constexpr (kForm == EntryForm::kPlain) {
-    write_plain(entry, dim, column, values, inside);
-  } else if constexpr (kForm == EntryForm::kKv) {
-    write_kv_packed(entry, dim - rope_dim, rope_dim, column, values, inside);
-  } else {
-    switch (dim) {
-      case 32: return write_index<kForm, 32>(entry, column, values, inside);
-      case 64: return write_index<kForm, 64>(entry, column, values, inside);
-      default: return write_index<kForm, 128>(entry, column, values, inside);
-    }
-  }
-}
-
 template <EntryForm kForm, int kHalves, int kDim>
 __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
     compress_append_kernel(const Compressor c, const Divisor by_ratio, const Divisor by_page, const bool stage,
                            const bool keep) {
-  using T = std::conditional_t<kForm == EntryForm::kPlain, float, __nv_bfloat16>;
+  using T = EntryElement<kForm>;
   extern __shared__ float4 staged[];
   __shared__ float4 sums[2][kHalves == 1 ? kMaxLanes : 1][kMaxWarps / 4];  // of two groups in turn
   __shared__ float4 lane_sums[kHalves == 1 ? 3 * kLaneThreads : 1];
-  ptx::launch_dependents();
   const int sequence = blockIdx.y, column = threadIdx.x * kQuad;
   const int lane = kHalves == 1 ? threadIdx.y : 0, lanes = kHalves == 1 ? blockDim.y : 1;
   const int dim = kDim ? kDim : c.dim;
@@ -178,6 +139,7 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
   }
   const Channels channels = find_channels<kHalves>(c, dim, ape, sequence, column);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
   // 2. Where the sequence stands; meanwhile a token for the state.
   Token<kHalves> token;
@@ -197,20 +159,16 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
     const int32_t page = c.pool.table[sequence * c.pool.table_stride + page_index];
 
     float values[kQuad] = {};
-    Softmax softmax;
+    Softmax<kQuad> softmax;
     if (inside) softmax = pool_rows<kHalves>(c, channels, chunk.start, group, lane, lanes);
     if constexpr (kHalves == 1) combine_lanes(softmax, lane_sums);
     if (inside && lane == 0) softmax.mean(values);
     round_all_to<T>(values);
     const float sum = sum_warps<kMaxWarps>(sum_of_squares(values), &sums[turn][lane][0].x);
     if (lane != 0) continue;
-    const float scale = inverse_rms(sum, dim, c.eps);
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) values[k] = rms_norm<T>(values[k], weights[k], scale);
-    rotate(values, first_rotated, turns);
-    round_all_to<T>(values);
     const Entry entry{c.pool.data + page * c.pool.page_stride, c.pool.page_size, group - page_index * c.pool.page_size};
-    write_entry<kForm>(entry, dim, c.rope.dim, column, values, inside);
+    const float scale = inverse_rms_of<kDim>(sum, dim, c.eps);
+    finish_entry<kForm>(entry, dim, c.rope.dim, column, scale, weights, turns, values, inside);
   }
 
   // 4. The tokens that the state keeps; the first one again, from L1, if its registers were needed.
@@ -226,8 +184,8 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
 // CTA (slot, sequence): the last token of the chunk that belongs there.
 template <int kHalves>
 __global__ void __launch_bounds__(kKeepThreads) keep_rows_kernel(const Compressor c, const Divisor by_ratio) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int slot = blockIdx.x, slots = gridDim.x, sequence = blockIdx.y;
   const Chunk chunk = find_chunk(c.rope, sequence);
   const int last = chunk.start + chunk.rows - 1;
@@ -276,6 +234,7 @@ cudaError_t launch_dim(const Compressor& c, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_compress_append(const Compressor& c, int halves, EntryForm form, cudaStream_t stream) {
+  if (is_a_model_token(c, halves, form)) return launch_compress_token(c, form, stream);
   switch (form) {
     case EntryForm::kPlain:
       return halves == 1 ? launch<EntryForm::kPlain, 1, 0>(c, stream) : launch<EntryForm::kPlain, 2, 0>(c, stream);

@@ -42,4 +42,12 @@ struct Compressor {
 // Up to 8 tokens a sequence: one launch. More: a second one that writes the state.
 cudaError_t launch_compress_append(const Compressor& compressor, int halves, EntryForm form, cudaStream_t stream);
 
+// One token a sequence, in groups of 4 that overlap: what `launch_compress_append` launches for the released models.
+inline bool is_a_model_token(const Compressor& compressor, int halves, EntryForm form) {
+  const bool shape = halves == 2 && compressor.ratio == 4 && compressor.rope.tokens == 1;
+  return shape && form != EntryForm::kPlain && compressor.dim == (form == EntryForm::kKv ? 512 : 128);
+}
+
+cudaError_t launch_compress_token(const Compressor& compressor, EntryForm form, cudaStream_t stream);
+
 }  // namespace dsv4

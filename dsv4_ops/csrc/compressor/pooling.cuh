@@ -11,6 +11,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "common/divisor.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
@@ -20,20 +21,6 @@ namespace dsv4 {
 
 constexpr int kQuad = 4;        // channels of a thread
 constexpr int kRowsAtOnce = 8;  // rows of a thread whose loads are in flight together
-
-// Division of numbers >= 0 by one that is known at the launch, in three instructions instead of thirty: n / d is
-// (n + n * m / 2^32) / 2^s for s = ceil(log2 d), m = floor(2^32 (2^s - d) / d) + 1 and n below 2^31.
-struct Divisor {
-  int shift;
-  uint32_t multiplier;
-
-  explicit Divisor(int divisor) : shift(0) {
-    while (int64_t{1} << shift < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(((int64_t{1} << shift) - divisor) * (int64_t{1} << 32) / divisor + 1);
-  }
-
-  __device__ __forceinline__ int divide(int n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-};
 
 // The tokens of a sequence in a call: positions start ... start + rows - 1.
 struct Chunk {
@@ -64,38 +51,42 @@ __device__ __forceinline__ float weigh(float score, float largest) {
   return ptx::ex2_approx_ftz((score - largest) * kLog2E);
 }
 
+template <int kCount>
 class Softmax {
  public:
   __device__ __forceinline__ Softmax() {
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) largest[k] = -FLT_MAX, total[k] = weighted[k] = 0.0f;
+    for (int k = 0; k < kCount; ++k) largest[k] = -FLT_MAX, total[k] = weighted[k] = 0.0f;
+  }
+
+  // What add() makes of the first rows.
+  template <int kRows>
+  __device__ __forceinline__ Softmax(const float (&kv)[kRows][kCount], const float (&score)[kRows][kCount])
+      : Softmax() {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      largest[k] = largest_of(k, score);
+      weigh_rows(k, kv, score);
+    }
   }
 
   template <int kRows>
-  __device__ __forceinline__ void add(const float (&kv)[kRows][kQuad], const float (&score)[kRows][kQuad]) {
+  __device__ __forceinline__ void add(const float (&kv)[kRows][kCount], const float (&score)[kRows][kCount]) {
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      float maximum = largest[k];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) maximum = fmaxf(maximum, score[row][k]);
-      scale_to(k, maximum);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const float weight = weigh(score[row][k], maximum);
-        total[k] += weight;
-        weighted[k] = fmaf(weight, kv[row][k], weighted[k]);
-      }
+    for (int k = 0; k < kCount; ++k) {
+      scale_to(k, largest_of(k, score));
+      weigh_rows(k, kv, score);
     }
   }
 
   // Add what another thread has weighed, three quads that lie `distance` apart.
   __device__ __forceinline__ void add(const float4* other, int distance) {
-    float other_largest[kQuad], other_total[kQuad], other_weighted[kQuad];
+    float other_largest[kCount], other_total[kCount], other_weighted[kCount];
     load_floats(&other[0].x, other_largest);
     load_floats(&other[distance].x, other_total);
     load_floats(&other[2 * distance].x, other_weighted);
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
+    for (int k = 0; k < kCount; ++k) {
       const float maximum = fmaxf(largest[k], other_largest[k]);
       scale_to(k, maximum);
       const float scale = weigh(other_largest[k], maximum);
@@ -105,21 +96,40 @@ class Softmax {
   }
 
   __device__ __forceinline__ void store(float4* shared, int distance) const {
-    shared[0] = {largest[0], largest[1], largest[2], largest[3]};
-    shared[distance] = {total[0], total[1], total[2], total[3]};
-    shared[2 * distance] = {weighted[0], weighted[1], weighted[2], weighted[3]};
+    store_floats(&shared[0].x, largest);
+    store_floats(&shared[distance].x, total);
+    store_floats(&shared[2 * distance].x, weighted);
   }
 
   // weighted / total. A total is at least 1, the weight of the largest score, or 0 or NaN, which both give NaN.
-  __device__ __forceinline__ void mean(float (&values)[kQuad]) const {
+  __device__ __forceinline__ void mean(float (&values)[kCount]) const {
 #pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
+    for (int k = 0; k < kCount; ++k) {
       const float guess = ptx::rcp_approx_ftz(total[k]);
       values[k] = weighted[k] * fmaf(guess, fmaf(-total[k], guess, 1.0f), guess);
     }
   }
 
  private:
+  template <int kRows>
+  __device__ __forceinline__ float largest_of(int k, const float (&score)[kRows][kCount]) const {
+    float maximum = largest[k];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) maximum = fmaxf(maximum, score[row][k]);
+    return maximum;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void weigh_rows(int k, const float (&kv)[kRows][kCount],
+                                             const float (&score)[kRows][kCount]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float weight = weigh(score[row][k], largest[k]);
+      total[k] += weight;
+      weighted[k] = fmaf(weight, kv[row][k], weighted[k]);
+    }
+  }
+
   __device__ __forceinline__ void scale_to(int k, float maximum) {
     const float scale = weigh(largest[k], maximum);
     largest[k] = maximum;
@@ -127,7 +137,7 @@ class Softmax {
     weighted[k] *= scale;
   }
 
-  float largest[kQuad], total[kQuad], weighted[kQuad];
+  float largest[kCount], total[kCount], weighted[kCount];
 };
 
 // What a sequence's rows are read from and written to, for the channels of a thread: `column` on in both halves.
@@ -203,13 +213,13 @@ __device__ __forceinline__ void load_rows(const Compressor& c, const Channels& f
 
 // Softmax over rows lane, lane + lanes, ... of the halves of `group`.
 template <int kHalves>
-__device__ __forceinline__ Softmax pool_rows(const Compressor& c, const Channels& from, int start, int group, int lane,
-                                             int lanes) {
+__device__ __forceinline__ Softmax<kQuad> pool_rows(const Compressor& c, const Channels& from, int start, int group,
+                                                    int lane, int lanes) {
   constexpr int kRows = kRowsAtOnce / kHalves;
   Half halves[kHalves];
 #pragma unroll
   for (int h = 0; h < kHalves; ++h) halves[h] = find_half(group + 1 - kHalves + h, kHalves, c.ratio, start);
-  Softmax softmax;
+  Softmax<kQuad> softmax;
 #pragma unroll 1
   for (int first = lane; first < c.ratio; first += lanes * kRows) {
     float kv[kRowsAtOnce][kQuad], score[kRowsAtOnce][kQuad];

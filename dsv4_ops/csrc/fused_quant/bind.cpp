@@ -13,8 +13,9 @@ void expect_fp8_group(const Call& call, const Tensor& x, int64_t group) {
   call.expect(group == 32 || group == 64 || group == 128, "group", "32, 64 or 128, is " + std::to_string(group), x);
 }
 
-// Raise unless rows of `width` elements, of tensor `name`, are whole groups.
-void expect_groups(const Call& call, const char* name, const Tensor& x, const char* what, int64_t width, int64_t group) {
+// Raise unless rows of `width` elements are whole groups; `x` and `name` are the tensor, `what` says what the width is.
+void expect_groups(const Call& call, const char* name, const Tensor& x, const char* what, int64_t width,
+                   int64_t group) {
   call.expect(width > 0 && width % group == 0, name, std::string(what) + " a multiple of " + std::to_string(group), x);
 }
 
@@ -27,7 +28,6 @@ NormInput norm_input(const Call& call, const Tensor& x, const Tensor& weight, do
           y.mutable_data_ptr()};
 }
 
-// gate_up as an op takes it: whether it is interleaved is part of the op's name.
 GateUpInput gate_up_input(const Call& call, const Tensor& gate_up, bool interleaved, const Tensor& route_weight,
                           double limit, int64_t group) {
   const Rows rows = gated_rows(call, gate_up, route_weight, 16);
@@ -37,8 +37,8 @@ GateUpInput gate_up_input(const Call& call, const Tensor& gate_up, bool interlea
 }
 
 // Codes and scales of rows of `width` elements: q [..., width / packing], scale [..., width / group].
-void expect_codes(const Call& call, const Tensor& x, int64_t width, const Tensor& q, ScalarType q_dtype, int64_t packing,
-                  const Tensor& scale, ScalarType scale_dtype, int64_t group) {
+void expect_codes(const Call& call, const Tensor& x, int64_t width, const Tensor& q, ScalarType q_dtype,
+                  int64_t packing, const Tensor& scale, ScalarType scale_dtype, int64_t group) {
   call.expect_output("q", q, q_dtype, x, width / packing);
   call.rows("q", q, 8);
   call.expect_output("scale", scale, scale_dtype, x, width / group);

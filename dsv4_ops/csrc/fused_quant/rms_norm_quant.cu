@@ -1,16 +1,16 @@
 // rms_norm_quant_fp8, _mxfp4 and _nvfp4: y = rounded(weight * x / rms(x)), and codes and scales of the rounded y by the
 // policy `Output` (common/quantised_row.cuh).
 //
-// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the sum
-// of squares, for NVFP4 a second one for the largest magnitude of y, then y and its codes out of registers. Shared memory:
-// 64 bytes for each of the two.
+// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the
+// sum of squares, for NVFP4 a second one for the largest magnitude of y, then y and its codes out of registers. Shared
+// memory: 64 bytes for each of the two.
 //
-// With few rows the GPU is empty and the time is that of one CTA, of which quantising is a third. So gridDim.y CTAs work on
-// the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has no
+// With few rows the GPU is empty and the time is that of one CTA, of which quantising is a third. So gridDim.y CTAs work
+// on the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has no
 // influence on the bits.
 //
-// Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4 takes about as long
-// for its 38 instructions an element.
+// Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4 spends 37
+// instructions an element, which take about as long.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/norm_row.cuh"
@@ -20,15 +20,19 @@ namespace {
 
 constexpr int kFewRows = 32;  // rows that several CTAs share
 
+// NVFP4 computes as long as it loads. The others leave registers for four CTAs on Hopper, and for three on Blackwell.
+template <typename Output>
+constexpr int kManyCtas = Output::kNeedsAmax ? 4 : 3;
+
 template <int kVectors, int kParts, typename T, typename W, typename Output>
-__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinCtas<kParts, T, W>)
+__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_ctas<kParts, T, W>(kManyCtas<Output>))
     rms_norm_quant_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   NormRow<kVectors, kParts, T, W> row;
   row.width = static_cast<unsigned>(rows.width);
   row.load_weights(weight);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   row.load(x + blockIdx.x * rows.stride);
   row.normalise(eps, sums);
 
@@ -37,11 +41,7 @@ __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinC
     __shared__ uint32_t largest[kNormMaxWarps];
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < row.kAll; ++i) {
-      float values[kNormCount];
-      row.values[i].to_floats(values);
-      bits = max(bits, max_magnitude_bits(values));
-    }
+    for (int i = 0; i < row.kAll; ++i) bits = max(bits, row.values[i].max_magnitude_bits());
     output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0 && blockIdx.y == 0);
   }
 
@@ -50,9 +50,9 @@ __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinC
   y += blockIdx.x * rows.width;
 #pragma unroll
   for (int i = 0; i < row.kAll; ++i) {
+    if (row.inside(i)) row.values[i].store(y + row.column_of(i));
     float values[kNormCount];
     row.values[i].to_floats(values);
-    if (row.inside(i)) row.values[i].store(y + row.column_of(i));
     output.store(row.column_of(i), values, row.inside(i));
   }
 }
@@ -61,8 +61,8 @@ template <typename T, typename W, typename Output>
 __global__ void __launch_bounds__(kNormMaxWarps * kWarp)
     rms_norm_quant_any_kernel(const T* x, Rows rows, const W* weight, float eps, T* y, Output output) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   y += blockIdx.x * rows.width;
   const uint32_t bits = norm_any_row(x + blockIdx.x * rows.stride, weight, width, eps, y, sums);

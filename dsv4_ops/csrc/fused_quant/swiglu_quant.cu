@@ -1,9 +1,9 @@
 // swiglu_quant_* and swiglu_interleaved_quant_*: h = rounded(silu(min(gate, limit)) * clamp(up, -limit, limit) *
 // route_weight), and codes and scales of the rounded h by the policy `Output` (common/quantised_row.cuh).
 //
-// One CTA owns a tile of a row, as norm/gated_row.cuh says, and h stays in registers. NVFP4 scales by the largest magnitude
-// of the row, so there one CTA owns a row: in one tile up to a width of 8192 (4096 where a thread has one vector), in
-// several beyond, each then computed twice. Shared memory: 64 bytes for that maximum.
+// One CTA owns a tile of a row, as norm/gated_row.cuh says, and h stays in registers. NVFP4 scales by the largest
+// magnitude of the row, so there one CTA owns a row: in one tile up to a width of 8192 (4096 where a thread has one
+// vector), in several beyond, each then computed twice. Shared memory: 64 bytes for that maximum.
 //
 // Floor: with bf16 4 bytes an element of h and its codes (1 or 1/2 byte) at the speed of a copy.
 #include "common/quantised_row.cuh"
@@ -19,8 +19,8 @@ constexpr int kMaxThreads = Output::kNeedsAmax ? 512 : 256;
 template <int kVectors, typename GateUp, typename T, typename Output>
 __global__ void __launch_bounds__(kMaxThreads<Output>)
     swiglu_quant_kernel(const T* gate_up, Rows rows, const float* route_weight, float limit, Output output) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   const unsigned step = blockDim.x * kVectors * kGatedCount;  // columns of a tile
   GatedTile<kVectors, GateUp> tile;

@@ -228,7 +228,6 @@ __device__ __forceinline__ void quantise(const Arguments& at, int64_t token, int
 // kKept: n is 4 and the threads of the CTA have all columns of the row in registers, 8 each.
 template <typename T, bool kKept, Tail kTail>
 __global__ void __launch_bounds__(kKept ? kKeptThreads<T> : kAnyThreads) hc_collapse_kernel(const Arguments at) {
-  ptx::launch_dependents();
   extern __shared__ float sums[];
   __shared__ alignas(16) float scratch[kMaxWarps];
   __shared__ uint32_t largest[kMaxWarps];
@@ -240,6 +239,7 @@ __global__ void __launch_bounds__(kKept ? kKeptThreads<T> : kAnyThreads) hc_coll
   float weights[kCount] = {};
   if (kept && kTail != Tail::kNone && is_row) load_norm_weights(at, own, weights);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   if (!is_row) {
     mix_tokens(at, affine, sums);
     return;

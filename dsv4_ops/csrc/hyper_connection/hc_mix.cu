@@ -275,7 +275,6 @@ __device__ __forceinline__ void add_warps(const Arguments& at, Shared& shared, i
 // kStreams is 4, or 0 for any number; kAligned: rows can be read 8 columns at a time.
 template <typename T, int kStreams, bool kAligned, bool kPost>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) hc_mix_kernel(const Arguments at) {
-  ptx::launch_dependents();
   __shared__ Shared shared;
   const int unit = threadIdx.x / 32;
   const int units = kHalves * at.streams;
@@ -286,6 +285,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) hc_mix_kerne
   WeightFragments weights;
   if constexpr (kStreams == 4) weights = load_weights<kAligned>(at, place);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
   int buffer = 0;
   for (int split = first_split; split < last_split; ++split) {

@@ -1,17 +1,19 @@
 // hc_post: x'_k = post_k f + sum_j comb_jk x_j, the streams after a sub-layer, with the roundings of torch.
 //
 // For n = 4 a thread owns 8 neighbouring columns of a token: it reads f and the four streams, 5 accesses of 16 bytes in
-// bf16 that are all in flight at once, and the 20 weights of the token (from L1), and writes the four new streams. Nothing
-// is shared. Other n, and rows that are not whole vectors, take one thread a column.
+// bf16 that are all in flight at once, and the 20 weights of the token (from L1), and writes the four new streams, 16
+// bytes each. Nothing is shared. Other n, and rows that are not whole vectors, take one thread a column.
 //
-// Floor: (2 n + 1) d elements a token at the speed of a copy; 35 instructions a column leave that the bound.
+// Floor: (2 n + 1) d elements a token at the speed of a copy; 53 instructions a column leave that the bound.
 #include "common/launch.cuh"
+#include "common/row_vectors.cuh"
 #include "hyper_connection/streams.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kCtas = 7;  // of an SM, so that 128 tokens of 7168 are there at once
 
 struct Arguments {
   const void* x;
@@ -22,51 +24,51 @@ struct Arguments {
   Post post;
 };
 
-// Vectors of all tokens fit in 32 bits: the streams of one are 64 bytes.
+// Vectors of all tokens number less than 2^31: the streams of one, read and written, are 128 bytes.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) hc_post_kernel(const Arguments at) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? kCtas : 1)
+    hc_post_kernel(const Arguments at, const Divisor vectors) {
   constexpr int n = 4;
-  ptx::launch_dependents();
-  ptx::wait_for_predecessors();
-  const unsigned vectors = at.width / kCount;
   const unsigned vector = blockIdx.x * kThreads + threadIdx.x;
-  if (vector >= at.tokens * vectors) return;
-  const int64_t token = vector / vectors;
-  const int column = vector % vectors * kCount;
+  const int64_t token = vectors.quotient(vector);
+  const unsigned column = (vector - static_cast<unsigned>(token) * vectors.value()) * kCount;
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  if (token >= at.tokens) return;
 
-  Columns<T> input, old[n];
+  Columns<T> input, streams[n];  // old streams, then new ones
   float4 comb[n];
   input.load_once(static_cast<const T*>(at.post.f) + token * at.post.f_stride + column);
-  const T* const x = static_cast<const T*>(at.x) + token * n * at.stride + column;
+  const T* const source = static_cast<const T*>(at.x) + token * n * at.stride + column;
 #pragma unroll
-  for (int j = 0; j < n; ++j) old[j].load_once(x + j * at.stride);
+  for (int j = 0; j < n; ++j) streams[j].load_once(source + j * at.stride);
   const float4 post = reinterpret_cast<const float4*>(at.post.post)[token];
 #pragma unroll
   for (int j = 0; j < n; ++j) comb[j] = reinterpret_cast<const float4*>(at.post.comb)[token * n + j];
 
-  float f[kCount], values[n][kCount];
-  input.to_floats(f);
+  // A pair of columns at a time, each new pair in the place of the old one.
 #pragma unroll
-  for (int j = 0; j < n; ++j) old[j].to_floats(values[j]);
-  T* const streams = static_cast<T*>(at.post.streams) + token * n * at.width + column;
-  const auto store = [&](int k, float of_f, const float(&of_x)[n]) {
-    float result[kCount];
+  for (int i = 0; i < kCount; i += 2) {
+    const float2 f = input.pair(i);
+    const float2 x[n] = {streams[0].pair(i), streams[1].pair(i), streams[2].pair(i), streams[3].pair(i)};
+    const auto mix = [&](int k, float of_f, const float(&of_x)[n]) {
+      streams[k].round_pair(i, {post_column(of_f, f.x, of_x, {x[0].x, x[1].x, x[2].x, x[3].x}),
+                                post_column(of_f, f.y, of_x, {x[0].y, x[1].y, x[2].y, x[3].y})});
+    };
+    mix(0, post.x, {comb[0].x, comb[1].x, comb[2].x, comb[3].x});
+    mix(1, post.y, {comb[0].y, comb[1].y, comb[2].y, comb[3].y});
+    mix(2, post.z, {comb[0].z, comb[1].z, comb[2].z, comb[3].z});
+    mix(3, post.w, {comb[0].w, comb[1].w, comb[2].w, comb[3].w});
+  }
+  T* const target = static_cast<T*>(at.post.streams) + token * n * at.width + column;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      result[i] = post_column(of_f, f[i], of_x, {values[0][i], values[1][i], values[2][i], values[3][i]});
-    }
-    store_floats(streams + k * at.width, result);
-  };
-  store(0, post.x, {comb[0].x, comb[1].x, comb[2].x, comb[3].x});
-  store(1, post.y, {comb[0].y, comb[1].y, comb[2].y, comb[3].y});
-  store(2, post.z, {comb[0].z, comb[1].z, comb[2].z, comb[3].z});
-  store(3, post.w, {comb[0].w, comb[1].w, comb[2].w, comb[3].w});
+  for (int k = 0; k < n; ++k) streams[k].store(target + k * at.width);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) hc_post_any_kernel(const Arguments at) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int n = at.streams;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= at.tokens * at.width) return;
@@ -99,7 +101,8 @@ cudaError_t launch_hc_post(const Streams& x, const Post& post, cudaStream_t stre
   const Arguments arguments{x.data, x.tokens, x.streams, x.width, x.stride, post};
   return with_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
-    return launch_kernel(vectors ? hc_post_kernel<T> : hc_post_any_kernel<T>, at, arguments);
+    if (!vectors) return launch_kernel(hc_post_any_kernel<T>, at, arguments);
+    return launch_kernel(hc_post_kernel<T>, at, arguments, Divisor(x.width / kCount));
   });
 }
 

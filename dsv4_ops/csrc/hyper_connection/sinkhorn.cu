@@ -14,8 +14,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 __global__ void __launch_bounds__(kThreads)
     sinkhorn_4_kernel(const float* logits, Rows rows, float eps, int iterations, float* comb) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= rows.count / 4) return;
   float matrix[4][4];
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     sinkhorn_any_kernel(const float* logits, Rows rows, int n, float eps, int iterations, float* comb) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   __shared__ float scratch[kWarps][kMaxStreams * kMaxStreams];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t index = blockIdx.x * static_cast<int64_t>(kWarps) + warp;

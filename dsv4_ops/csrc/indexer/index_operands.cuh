@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "common/divisor.cuh"
 #include "common/ptx.cuh"
 #include "indexer/scoring.h"
 
@@ -19,22 +20,6 @@ constexpr int kHeads = 64;
 constexpr int kDim = 128;
 constexpr int kWarpgroup = 128;
 constexpr int kMostRows = 8;
-
-// n / divisor for 0 <= n < 2^31 by a multiplication: the high word of n * multiplier, plus n, shifted.
-struct Divisor {
-  uint32_t value;
-  uint32_t multiplier;
-  int shift;
-
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-};
-
-inline Divisor make_divisor(uint32_t value) {
-  int shift = 0;
-  while ((uint64_t{1} << shift) < value) ++shift;
-  const uint64_t multiplier = ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - value)) / value + 1;
-  return {value, static_cast<uint32_t>(multiplier), shift};
-}
 
 template <IndexForm kForm>
 struct Format;
@@ -171,9 +156,8 @@ struct KeyReader {
     KeyPlaces places;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const auto entry = static_cast<uint32_t>(min(tile * kTile + row + 8 * i, capacity - 1));
-      const uint32_t page = page_size.quotient(entry);
-      places.slot[i] = static_cast<int>(entry - page * page_size.value);
+      const int entry = min(tile * kTile + row + 8 * i, capacity - 1), page = page_size.divide(entry);
+      places.slot[i] = entry - page * in.keys.page_size;
       places.page[i] = in.keys.table[table + page];
     }
     return places;

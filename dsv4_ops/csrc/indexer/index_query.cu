@@ -4,12 +4,16 @@
 //   fp8    E4M3 of bf16(hadamard(bf16(rope(bf16(q))))), one scale a head     w as above, times that scale
 //   fp4    E2M1 of the same, one UE8M0 scale for each 32                     w as above
 //
-// A thread owns 8 neighbouring columns, a head lies in dim / 8 neighbouring lanes: the transform and the amax are
-// exchanges between them. A grid of CTAs of 128 threads covers the heads; no shared memory. Floor: 2 bytes read and 1
-// (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of a position, its row of the table, and
-// the store.
+// A thread owns 8 neighbouring columns, or 16 where there are many heads of 128: fewer exchanges and addresses. A head
+// lies in neighbouring lanes: the transform and the amax are exchanges between them. A grid of CTAs of 128 threads covers
+// the heads; no shared memory. The row of the rope table is loaded before the wait, by a guess of the position, and again
+// if the guess was wrong.
+//
+// Floor: 2 bytes read and 1 (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of one read,
+// eleven exchanges between lanes, and the store. Many heads are bound by the instructions: about 35 an element.
 #include <cmath>
 
+#include "common/divisor.cuh"
 #include "common/hadamard.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
@@ -22,8 +26,10 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kCount = 8;        // columns of a thread
-constexpr int kScaleGroup = 32;  // columns that share a scale in FP4
+constexpr int kVector = 8;            // columns of a thread, or half of them
+constexpr int kScaleGroup = 32;       // columns that share a scale in FP4
+constexpr int kSms = 132;             // of an H200
+constexpr int kThreadsOfAnSm = 1024;  // from which an SM is busy
 
 struct Outputs {
   void* codes;
@@ -36,13 +42,8 @@ __device__ __forceinline__ float load_weight(const IndexQuery& query, int64_t in
   return to_float(static_cast<const __nv_bfloat16*>(query.weights)[index]);
 }
 
-__device__ __forceinline__ void round_all(float (&values)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = round_to<__nv_bfloat16>(values[i]);
-}
-
-// Store eight rotated columns of the head that starts at element `start`, in its form; returns the head's FP8 scale.
-template <IndexForm kForm, int kDim>
+// Store rotated columns of the head that starts at element `start`, in its form; returns the head's FP8 scale.
+template <IndexForm kForm, int kDim, int kCount>
 __device__ __forceinline__ float store_query(float (&values)[kCount], int64_t start, int column, bool inside,
                                              const Outputs& out) {
   auto* const codes = static_cast<uint8_t*>(out.codes);
@@ -50,9 +51,9 @@ __device__ __forceinline__ float store_query(float (&values)[kCount], int64_t st
     if (inside) store_floats(static_cast<float*>(out.codes) + start + column, values);
     return 1.0f;
   } else {
-    round_all(values);
+    round_all_to<__nv_bfloat16>(values);
     hadamard<kDim>(values);
-    round_all(values);
+    round_all_to<__nv_bfloat16>(values);
   }
   if constexpr (kForm == IndexForm::kFp8) {
     uint8_t bytes[kCount];
@@ -70,46 +71,71 @@ __device__ __forceinline__ float store_query(float (&values)[kCount], int64_t st
 }
 
 // kDim is 0 where the width does not matter to the lanes (plain).
-template <IndexForm kForm, int kDim, typename T>
-__global__ void __launch_bounds__(kThreads) index_query_kernel(IndexQuery query, Rope rope, Outputs out, float factor) {
-  ptx::launch_dependents();
+template <IndexForm kForm, int kDim, int kCount, typename T>
+__global__ void __launch_bounds__(kThreads)
+    index_query_kernel(const IndexQuery query, const Rope rope, const Outputs out, const Divisor by_heads,
+                       const Divisor by_tokens, const float factor) {
   const int dim = kDim == 0 ? query.dim : kDim;
-  const uint32_t vectors = dim / kCount;  // of a head
-  const int64_t vector = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t last = query.rows * vectors - 1;
-  const bool inside = vector <= last;
-  const int64_t index = inside ? vector : last;  // lanes past the end repeat the last vector: shuffles need whole warps
-  const uint32_t row = index / vectors, token = row / query.heads, head = row % query.heads;
-  const int column = index % vectors * kCount;
-  const int first_rotated = column - (dim - rope.dim);
-  const int32_t* const position = position_of(rope, token);
-  ptx::wait_for_predecessors();
+  const unsigned vectors = dim / kCount;  // of a head
+  unsigned row, vector;                   // a head of a token, and kCount columns of it
+  if constexpr (kDim > 0) {
+    row = blockIdx.x * (kThreads / vectors) + threadIdx.x / vectors;
+    vector = threadIdx.x % vectors;
+  } else {
+    const uint64_t place = blockIdx.x * uint64_t{kThreads} + threadIdx.x;
+    row = place / vectors;
+    vector = place % vectors;
+  }
+  const bool inside = row < query.rows;
+  row = inside ? row : query.rows - 1;  // lanes past the end repeat the last head: shuffles need whole warps
+  const int token = by_heads.divide(row), sequence = by_tokens.divide(token);
+  const int head = row - token * query.heads, column = vector * kCount, first_rotated = column - (dim - rope.dim);
+  const int32_t* const position = rope.positions + sequence * rope.stride + (token - sequence * rope.tokens);
+  const auto* const q = static_cast<const T*>(query.q) + row * query.stride + column;
+  const int64_t weight_index = token * query.weights_stride + head;
 
   float2 turns[kCount / 2];
-  const float* const angles = rope_row(rope.table, rope.dim, *position);
-  float values[kCount];
-  load_floats(static_cast<const T*>(query.q) + row * query.stride + column, values);
-  const float weight = load_weight(query, token * query.weights_stride + head);
-  load_turns<kCount>(angles, first_rotated, turns);
+  const int guess = guess_position(rope, position);
+  load_turns<kCount>(rope_row(rope.table, rope.dim, guess), first_rotated, turns);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
-  if constexpr (kForm != IndexForm::kPlain) round_all(values);
+  float values[kCount];
+  load_floats(q, values);
+  const int actual = max(*position, 0);
+  const float weight = load_weight(query, weight_index);
+  if (actual != guess) load_turns<kCount>(rope_row(rope.table, rope.dim, actual), first_rotated, turns);
+
+  if constexpr (kForm != IndexForm::kPlain && sizeof(T) == 4) round_all_to<__nv_bfloat16>(values);
   rotate(values, first_rotated, turns);
-  const float scale = store_query<kForm, kDim>(values, static_cast<int64_t>(row) * dim, column, inside, out);
+  const float scale = store_query<kForm, kDim, kCount>(values, static_cast<int64_t>(row) * dim, column, inside, out);
   if (!inside || column != 0) return;
   const float scaled = __fmul_rn(weight, factor);
   out.w[row] = kForm == IndexForm::kFp8 ? __fmul_rn(scaled, scale) : scaled;
 }
 
+template <IndexForm kForm, int kDim, int kCount>
+cudaError_t launch_columns(const IndexQuery& query, const Rope& rope, const Outputs& out, cudaStream_t stream) {
+  // As in the reference: in double, then rounded once.
+  const auto factor = static_cast<float>(std::pow(query.dim, -0.5) * std::pow(query.heads, -0.5));
+  const int64_t threads = query.rows * (query.dim / kCount);
+  const Launch at{dim3((threads + kThreads - 1) / kThreads), dim3(kThreads), stream};
+  return with_dtype(query.dtype, [&](auto element) {
+    return launch_kernel(index_query_kernel<kForm, kDim, kCount, decltype(element)>, at, query, rope, out,
+                         Divisor(query.heads), Divisor(rope.tokens), factor);
+  });
+}
+
+// Two vectors a thread take fewer instructions, once they fill the GPU. What is computed is the same.
 template <IndexForm kForm, int kDim>
 cudaError_t launch(const IndexQuery& query, const Rope& rope, const Outputs& out, cudaStream_t stream) {
   if (query.rows > INT32_MAX) return cudaErrorInvalidValue;  // the kernel counts heads in 32 bits
-  // As in the reference: in double, then rounded once.
-  const auto factor = static_cast<float>(std::pow(query.dim, -0.5) * std::pow(query.heads, -0.5));
-  const int64_t vectors = query.rows * (query.dim / kCount);
-  const Launch at{dim3((vectors + kThreads - 1) / kThreads), dim3(kThreads), stream};
-  return with_dtype(query.dtype, [&](auto element) {
-    return launch_kernel(index_query_kernel<kForm, kDim, decltype(element)>, at, query, rope, out, factor);
-  });
+  if (query.rows == 0) return cudaSuccess;
+  const bool many = query.rows * query.dim >= int64_t{2 * kVector} * kSms * kThreadsOfAnSm;
+  if constexpr (kDim == 128) {
+    if (many) return launch_columns<kForm, kDim, 2 * kVector>(query, rope, out, stream);
+  }
+  return launch_columns<kForm, kDim, kVector>(query, rope, out, stream);
 }
 
 template <IndexForm kForm>

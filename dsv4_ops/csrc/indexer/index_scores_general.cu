@@ -72,7 +72,6 @@ __device__ __forceinline__ void load_keys(const IndexScoring& in, int64_t table,
 template <IndexForm kForm>
 __global__ void __launch_bounds__(kThreads)
     index_scores_general_kernel(IndexScoring in, ScoreTask task, ScoreSink sink) {
-  ptx::launch_dependents();
   extern __shared__ __align__(16) float general_shared[];
   float* const heads = general_shared;                  // [dim][8]
   float* const weights = heads + kHeadsAtOnce * in.dim;  // [8]
@@ -86,6 +85,7 @@ __global__ void __launch_bounds__(kThreads)
   const int own_key = threadIdx.x % kTile, half = threadIdx.x / kTile;
   const int64_t row = token - task.first_token;
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int32_t position = in.positions[sequence * in.positions_stride + own_row];
   const int seen = visible_entries(position, in.ratio, task.capacity);
   if (seen <= task.enough) return;

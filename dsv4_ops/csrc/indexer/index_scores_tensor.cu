@@ -163,7 +163,6 @@ __device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads :
 template <IndexForm kForm, bool kPaired>
 __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, kPaired ? 1 : 2)
     index_scores_tensor_kernel(IndexScoring in, ScoreTask task, ScoreSink sink, Divisor page_size) {
-  ptx::launch_dependents();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using F = Format<kForm>;
   constexpr int kN = kPaired ? 2 * kHeads : kHeads, kReady = kStages<kPaired>;
@@ -187,6 +186,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   auto* const seen_by = reinterpret_cast<int*>(weights + all_rows * kHeads);
   uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes;
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 
   // 2. everything that is waited for together: positions, the first pages, the first queries
   const int32_t* const positions = in.positions + block.sequence * in.positions_stride + block.first_row;
@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   }
 #else
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
 #endif
 }
 
@@ -320,7 +321,7 @@ cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink&
   const Launch at{dim3(static_cast<unsigned>(static_cast<int64_t>(task.blocks) * task.slices)),
                   dim3(warpgroups * kWarpgroup), stream, shared};
   return launch_kernel(index_scores_tensor_kernel<kForm, kPaired>, at, scoring, task, sink,
-                       make_divisor(scoring.keys.page_size));
+                       Divisor(scoring.keys.page_size));
 }
 
 bool is_multiple(const void* pointer, int64_t stride, int64_t bytes) {

@@ -1,7 +1,7 @@
 // The k best entries of each row of scores, exactly: ties go to the lowest entry, entries come out in ascending order,
 // then -1.
 //
-// A CTA owns a row. Scores arrive as integers in descending order of a sort (index_scores.cuh). A row that fits lies in
+// A CTA owns a row. Scores arrive as integers in their order (common/ordered.cuh). A row that fits lies in
 // shared memory. Of a longer one only groups of 16 entries are looked at whose largest key is at least the k-th largest
 // of all groups' largest keys: k entries are at least that large, so the k best are among them, and on data without a
 // pattern few others. Their keys are gathered into shared memory in the order of entries. If they do not fit (many
@@ -163,10 +163,10 @@ __device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count,
   }
 
   // 1. bins of equal width between the smallest and the largest score, where these are finite
-  const float bottom = score_of(low), width = score_of(high) - bottom, bins_per_unit = (kBins - 1) / width;
+  const float bottom = from_ordered(low), width = from_ordered(high) - bottom, bins_per_unit = (kBins - 1) / width;
   if (width < __builtin_huge_valf() && bins_per_unit < __builtin_huge_valf()) {  // both false for NaN
     const auto bin_of = [=](uint32_t key) {
-      return min(__float2int_rz((score_of(key) - bottom) * bins_per_unit), kBins - 1);
+      return min(__float2int_rz((from_ordered(key) - bottom) * bins_per_unit), kBins - 1);
     };
     find_bin(keys, count, count, k, bin_of, exchange);
     if (exchange.inside <= kFew) {
@@ -301,7 +301,6 @@ struct Selection {
 
 __global__ void __launch_bounds__(kManyThreads)
     index_select_kernel(Selection in, ScoreSink sink, int32_t* indices) {
-  ptx::launch_dependents();
   __shared__ Exchange exchange;
   extern __shared__ __align__(16) uint32_t select_shared[];
   uint32_t* const shared_keys = select_shared;
@@ -313,6 +312,7 @@ __global__ void __launch_bounds__(kManyThreads)
   const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
   int32_t* const picks = indices + token * in.k;
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   Ahead ahead;
   ahead.load(row_keys, in.room);
   const int seen = visible_entries(*position, in.ratio, in.capacity), k = in.k;

@@ -34,7 +34,8 @@ inline Rows gated_rows(const Call& call, const Tensor& gate_up, const Tensor& ro
               route_weight.scalar_type() == kFloat32 && route_weight.dim() == gate_up.dim() - 1 &&
               route_weight.is_contiguous();
   for (int64_t i = 0; fits && i < route_weight.dim(); ++i) fits = route_weight.size(i) == gate_up.size(i);
-  call.expect(fits, "route_weight", "contiguous float32, one for each row of gate_up " + describe(gate_up), route_weight);
+  const std::string wanted = "contiguous float32, one for each row of gate_up " + describe(gate_up);
+  call.expect(fits, "route_weight", wanted, route_weight);
   return rows;
 }
 

@@ -9,9 +9,9 @@ namespace {
 
 template <typename T, int kChunks>
 __global__ void __launch_bounds__(kNormRopeThreads) kv_norm_rope_append_kernel(WindowRows kv, Rope rope, float eps) {
-  ptx::launch_dependents();
   const auto own = window_row_of_warp<kChunks>(kv, rope, blockIdx.x * kNormRopeWarps + threadIdx.x / kWarp);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   norm_rope_append_row<T>(kv, rope, eps, own);
 }
 

@@ -2,11 +2,11 @@
 //
 // A thread owns 2 vectors of 8 elements (4 above a width of 7168), blockDim.x vectors apart, and keeps them packed in
 // registers from the only read of x to the only write of y; the number of threads follows from the width, 448 for 7168.
-// With many rows half the threads do the work of all, each two parts of it: fewer instructions a row, which then cost as
-// much as the memory, and more rows in flight. The order of the sum of squares is that of all threads.
+// With many rows half the threads do the work of all, each two parts of it: fewer instructions a row, which then cost
+// as much as the memory, and more rows in flight. The order of the sum of squares is that of all threads.
 //
-// Rows that are not whole vectors, that start anywhere or that are wider than 16384 are read element by element, and again
-// in every phase, by norm_any_row: the same owners, hence the same sums.
+// Rows that are not whole vectors, that start anywhere or that are wider than 16384 are read element by element, and
+// again in every phase, by norm_any_row: the same owners, hence the same sums.
 #pragma once
 
 #include <algorithm>
@@ -27,9 +27,11 @@ constexpr int kNormManyRows = 264;   // two CTAs for each SM: from here on half 
 // Most threads of a CTA: 448 with 2 vectors hold a row of 7168, 512 with 4 one of 16384.
 constexpr int norm_max_threads(int vectors) { return vectors == 2 ? 448 : kNormMaxWarps * kWarp; }
 
-// CTAs that must fit on an SM: with bf16 four of 224 threads, so that some load while others compute.
+// CTAs that must fit on an SM where many rows of bf16 are normed, so that some load while others compute.
 template <int kParts, typename T, typename W>
-constexpr int kNormMinCtas = kParts == 2 && sizeof(T) + sizeof(W) == 4 ? 4 : 1;
+constexpr int norm_min_ctas(int wanted) {
+  return kParts == 2 && sizeof(T) + sizeof(W) == 4 ? wanted : 1;
+}
 
 template <int kVectors, int kParts, typename T, typename W>
 struct NormRow {
@@ -62,7 +64,8 @@ struct NormRow {
     for (int i = 0; i < kAll; ++i) {
       float x[kNormCount];
       values[i].to_floats(x);
-      squares[i % kParts] += inside(i) ? sum_of_squares(x) : 0.0f;
+      const float sum = sum_of_squares(x);
+      squares[i % kParts] += inside(i) ? sum : 0.0f;
     }
     const float scale = inverse_rms(sum_warps<kNormMaxWarps>(squares, scratch), width, eps);
 #pragma unroll

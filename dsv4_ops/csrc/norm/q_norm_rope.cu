@@ -11,9 +11,9 @@ namespace {
 template <typename T, int kChunks, int kRows>
 __global__ void __launch_bounds__(kNormRopeThreads, kCtasOfAnSm<T, kChunks>)
     q_norm_rope_kernel(Heads q, Rope rope, float eps) {
-  ptx::launch_dependents();
   const HeadsOfWarp own = heads_of_warp<kRows>(q, rope, blockIdx.x * kNormRopeWarps + threadIdx.x / kWarp);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   norm_rope_heads<T, kChunks, kRows>(q, rope, eps, own);
 }
 

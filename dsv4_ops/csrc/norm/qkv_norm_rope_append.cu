@@ -12,15 +12,16 @@ namespace {
 template <typename T, int kChunks, int kRows>
 __global__ void __launch_bounds__(kNormRopeThreads, kCtasOfAnSm<T, kChunks>)
     qkv_norm_rope_append_kernel(Heads q, WindowRows kv, Rope rope, float eps, uint32_t window_ctas) {
-  ptx::launch_dependents();
   const uint32_t warp = threadIdx.x / kWarp;
   if (blockIdx.x < window_ctas) {
     const auto own = window_row_of_warp<kChunks>(kv, rope, blockIdx.x * kNormRopeWarps + warp);
     ptx::wait_for_predecessors();
+    ptx::launch_dependents();
     norm_rope_append_row<T>(kv, rope, eps, own);
   } else {
     const auto own = heads_of_warp<kRows>(q, rope, (blockIdx.x - window_ctas) * kNormRopeWarps + warp);
     ptx::wait_for_predecessors();
+    ptx::launch_dependents();
     norm_rope_heads<T, kChunks, kRows>(q, rope, eps, own);
   }
 }

@@ -1,7 +1,7 @@
 // rms_norm: y = rounded(weight * x / rms(x)).
 //
-// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the sum
-// of squares, y out. Shared memory: 64 bytes for that sum.
+// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the
+// sum of squares, y out. Shared memory: 64 bytes for that sum.
 // Floor: with bf16 2 + 2 bytes an element at the speed of a copy; for few rows the latency of a load and a barrier.
 #include "norm/norm.h"
 #include "norm/norm_row.cuh"
@@ -10,14 +10,14 @@ namespace dsv4 {
 namespace {
 
 template <int kVectors, int kParts, typename T, typename W>
-__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, kNormMinCtas<kParts, T, W>)
+__global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_ctas<kParts, T, W>(4))
     rms_norm_kernel(const T* x, Rows rows, const W* weight, float eps, T* y) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   NormRow<kVectors, kParts, T, W> row;
   row.width = static_cast<unsigned>(rows.width);
   row.load_weights(weight);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   row.load(x + blockIdx.x * rows.stride);
   row.normalise(eps, sums);
   y += blockIdx.x * rows.width;
@@ -31,8 +31,8 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(kNormMaxWarps * kWarp)
     rms_norm_any_kernel(const T* x, Rows rows, const W* weight, float eps, T* y) {
   __shared__ alignas(16) float sums[kNormMaxWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   norm_any_row(x + blockIdx.x * rows.stride, weight, static_cast<unsigned>(rows.width), eps,
                y + blockIdx.x * rows.width, sums);
 }

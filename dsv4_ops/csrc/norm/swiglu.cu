@@ -35,8 +35,8 @@ template <int kVectors, bool kWhole, typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     swiglu_kernel(const T* gate_up, Rows rows, const float* route_weight, float limit, T* h) {
   using GateUp = std::conditional_t<kWhole, Halves<T, kGatedCount>, AnyHalves<T, kGatedCount>>;
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   const unsigned first = blockIdx.y * blockDim.x * kVectors * kGatedCount;
   GatedTile<kVectors, GateUp> tile;

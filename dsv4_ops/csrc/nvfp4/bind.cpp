@@ -1,6 +1,7 @@
+#include "common/bind.h"
+
 #include <optional>
 
-#include "common/bind.h"
 #include "nvfp4/nvfp4.h"
 
 namespace dsv4 {
@@ -123,12 +124,13 @@ Tensor nvfp4_scale_from_128x4(const Tensor& scale, int64_t rows, int64_t columns
   const Call call("nvfp4_scale_from_128x4", scale);
   call.expect(rows >= 0 && columns >= 0 && columns <= kMostColumns, "scale",
               "of [rows, columns] with at most 2^20 columns, not [" + std::to_string(rows) + ", " +
-                  std::to_string(columns) + "]", scale);
+                  std::to_string(columns) + "]",
+              scale);
   expect_layout(call, "scale", scale, rows, columns);
   call.expect_tensor("linear", linear, {kE4m3}, {rows, columns});
   call.expect_contiguous("linear", linear);
-  call.check(launch_nvfp4_scale_from_128x4(data<uint8_t>(scale), rows, columns, mutable_data<uint8_t>(linear),
-                                           call.stream()));
+  call.check(
+      launch_nvfp4_scale_from_128x4(data<uint8_t>(scale), rows, columns, mutable_data<uint8_t>(linear), call.stream()));
   return linear;
 }
 

@@ -1,8 +1,9 @@
-// dequant_nvfp4 and dequant_nvfp4_128x4: x = (q * scale) * global, pairs of E2M1 codes, an E4M3 scale for each block of 16
-// and a global scale to fp32. The first product is exact.
+// dequant_nvfp4 and dequant_nvfp4_128x4: x = (q * scale) * global, pairs of E2M1 codes, an E4M3 scale for each block of
+// 16 and a global scale to fp32. The first product is exact.
 //
-// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 2 bytes in, 16 out, so that every
-// warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 2 bytes in, 16 out, so that
+// every warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+//
 // Floor: 1/2 + 1/16 + 4 bytes an element at the speed of a copy, most of it writes.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
@@ -40,8 +41,8 @@ struct Tiled {
 template <typename Layout>
 __global__ void __launch_bounds__(kThreads)
     dequant_nvfp4_kernel(Codes q, Layout scales, GlobalScale global_scale, float* x) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t first = blockIdx.x * (kThreads * kVectors) + threadIdx.x;
   uint32_t codes[kVectors], scale[kVectors];
   float global[kVectors];

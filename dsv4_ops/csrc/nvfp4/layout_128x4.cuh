@@ -1,7 +1,7 @@
 // The 128x4 layout of NVFP4 block scales, the order in which a tensor core of sm_100 reads them.
 //
-// Tiles of 128 rows x 4 scales, 512 bytes each, lie one after the other along the rows. Scale (r, c) of a tile is its byte
-// (r % 32) * 16 + (r / 32) * 4 + c: a unit of 16 bytes holds four scales of the rows r, r + 32, r + 64 and r + 96.
+// Tiles of 128 rows x 4 scales, 512 bytes each, lie one after the other along the rows. Scale (r, c) of a tile is its
+// byte (r % 32) * 16 + (r / 32) * 4 + c: a unit of 16 bytes holds four scales of the rows r, r + 32, r + 64 and r + 96.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Launchers of the family `nvfp4`; shapes and dtypes are those of dsv4_ops/ops/nvfp4.py. Outputs are contiguous. A tensor
-// has at most kMostElements elements; where it is quantised, rows of x start at multiples of 16 bytes and rows of pairs of
-// codes at multiples of 2. `global_rows` describes a global scale [1] or [rows, 1].
+// Launchers of the family `nvfp4`; shapes and dtypes are those of dsv4_ops/ops/nvfp4.py. Outputs are contiguous. A
+// tensor has at most kMostElements elements; where it is quantised, rows of x start at multiples of 16 bytes and rows
+// of pairs of codes at multiples of 2. `global_rows` describes a global scale [1] or [rows, 1].
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 namespace dsv4 {
 
 constexpr int64_t kMostElements = int64_t{1} << 32;
-constexpr int kMostPartials = 1024;  // of nvfp4_global_scale
+constexpr int kMostPartials = 1024;                 // of nvfp4_global_scale
 constexpr int64_t kMostColumns = int64_t{1} << 20;  // of block scales whose layout is changed
 
 // scale [1]; partials [kMostPartials].

@@ -1,8 +1,9 @@
 // nvfp4_global_scale: max(amax / 2688, 2^-126) of a whole tensor, left on the device.
 //
-// The rows are cut into pieces that a CTA of 256 threads loads at once, 16 KiB from bf16. Up to 1024 CTAs take the pieces
-// in turn and leave their maxima in the workspace; a second launch of one CTA finds the largest. A tensor of one piece needs
-// no second launch. Maxima are exact in any order, so the bits depend on neither.
+// The rows are cut into pieces that a CTA of 256 threads loads at once, 16 KiB from bf16. Up to 1024 CTAs take the
+// pieces in turn and leave their maxima in the workspace; a second launch of one CTA finds the largest. A tensor of one
+// piece needs no second launch. Maxima are exact in any order, so the bits depend on neither.
+//
 // Floor: 2 bytes an element from bf16 at the speed of reading, and one launch.
 #include <algorithm>
 
@@ -20,8 +21,8 @@ template <bool kAligned, typename T>
 __global__ void __launch_bounds__(kThreads)
     nvfp4_partial_amax_kernel(const T* x, Rows rows, int64_t pieces_of_row, uint32_t* partials, float* scale) {
   __shared__ uint32_t scratch[kWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   constexpr int64_t kPiece = kAmaxSpan<kThreads, T>;
   float amax = 0.0f;
   for (int64_t piece = blockIdx.x; piece < rows.count * pieces_of_row; piece += gridDim.x) {
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     nvfp4_global_scale_kernel(const uint32_t* partials, int count, float* scale) {
   __shared__ uint32_t scratch[kWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   uint32_t bits = 0;
   for (int i = threadIdx.x; i < count; i += kThreads) bits = max(bits, partials[i]);
   bits = max_cta<kWarps>(bits, scratch);

@@ -1,7 +1,8 @@
 // nvfp4_row_scale: max(amax / 2688, 2^-126) of each row.
 //
-// A row belongs to a CTA of 8 warps, or to one warp where it has at most 1024 elements. A thread has four loads of 16 bytes
-// in flight; the row's maximum is exact in any order.
+// A row belongs to a CTA of 8 warps, or to one warp where it has at most 1024 elements. A thread has four loads of 16
+// bytes in flight; the row's maximum is exact in any order.
+//
 // Floor: 2 bytes an element from bf16 at the speed of reading.
 #include "common/launch.cuh"
 #include "nvfp4/amax.cuh"
@@ -10,14 +11,14 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kWarps = 8;  // of a CTA
+constexpr int kWarps = 8;             // of a CTA
 constexpr int64_t kWarpWidth = 1024;  // widest row of one warp
 
 template <int kWarpsOfRow, bool kAligned, typename T>
-__global__ void __launch_bounds__(kWarps * kWarp) nvfp4_row_scale_kernel(const T* x, Rows rows, float* scale) {
+__global__ void __launch_bounds__(kWarps* kWarp) nvfp4_row_scale_kernel(const T* x, Rows rows, float* scale) {
   __shared__ uint32_t scratch[kWarps];
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   constexpr int kThreads = kWarpsOfRow * kWarp, kRows = kWarps / kWarpsOfRow;
   const int64_t row = blockIdx.x * static_cast<int64_t>(kRows) + threadIdx.x / kThreads;
   if (row >= rows.count) return;  // whole warps, and no CTA with a row of its own

@@ -1,8 +1,10 @@
 // nvfp4_scale_to_128x4 and nvfp4_scale_from_128x4: block scales [rows, columns] into the 128x4 layout and out of it.
 //
-// A thread owns one unit of 16 bytes of the layout: four scales in each of four rows that lie 32 apart. Eight neighbouring
-// lanes own the units of the same rows in neighbouring tiles, and so read or write 32 neighbouring scales of a row
-// together; a CTA covers 8 tiles of one tile row. Scales outside the tensor are written as zeros and never read.
+// A thread owns one unit of 16 bytes of the layout: four scales in each of four rows that lie 32 apart. Eight
+// neighbouring lanes own the units of the same rows in neighbouring tiles, and so read or write 32 neighbouring scales
+// of a row together; a CTA covers 8 tiles of one tile row. Scales outside the tensor are written as zeros, and ignored
+// where they are read.
+//
 // Floor: 2 bytes a scale, which is little: the kernel takes the time of a launch.
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
@@ -33,9 +35,10 @@ struct Unit {
 
 // kAligned: the rows of the linear scales are multiples of 4 bytes and start at them.
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads) nvfp4_scale_to_128x4_kernel(const uint8_t* scale, Rows rows, uint8_t* layout) {
-  ptx::launch_dependents();
+__global__ void __launch_bounds__(kThreads)
+    nvfp4_scale_to_128x4_kernel(const uint8_t* scale, Rows rows, uint8_t* layout) {
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t tiles = (rows.width + kTileColumns - 1) / kTileColumns;
   const Unit unit(tiles);
   if (unit.column >= rows.width) return;
@@ -60,8 +63,8 @@ __global__ void __launch_bounds__(kThreads) nvfp4_scale_to_128x4_kernel(const ui
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     nvfp4_scale_from_128x4_kernel(const uint8_t* layout, int64_t rows, int64_t columns, uint8_t* linear) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
   const Unit unit(tiles);
   if (unit.column >= columns) return;

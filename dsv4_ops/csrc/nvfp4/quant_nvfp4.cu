@@ -3,10 +3,11 @@
 //   scale = e4m3(amax / (6 * global)),  q = e2m1(x / (scale * global)), two codes a byte; a scale of 0 gives codes 0
 //
 // A thread owns whole blocks, so that lanes exchange nothing. The blocks are numbered through all rows; the grid is as
-// large as the GPU holds at once and strides over them, and a thread loads its next block before it quantises the one it
-// has: 32 bytes of bf16 in flight for each of 1024 threads of an SM. Neighbouring threads write neighbouring 8 bytes of q.
-// In the 128x4 layout the padding is zero: the thread with the last block of a row also writes the row's padding, and
-// further CTAs fill the rows that the last tiles lack.
+// large as the GPU holds at once and strides over them, and a thread loads its next block before it quantises the one
+// it has: 32 bytes of bf16 in flight for each of 1024 threads of an SM. Neighbouring threads write neighbouring 8 bytes
+// of q. In the 128x4 layout the padding is zero: the thread with the last block of a row also writes the row's padding,
+// and further CTAs fill the rows that the last tiles lack.
+//
 // Floor: 2 + 1/2 + 1/16 bytes an element from bf16 at the speed of a copy. That leaves an element less than 20
 // instructions, which is why quantise_nvfp4 does not divide.
 #include <algorithm>
@@ -27,7 +28,8 @@ constexpr int kCtasOfSm = 8;
 constexpr int kBlock = 16;
 
 // Zeros for the rows that the last tiles lack: one unit a thread and step.
-__device__ __forceinline__ void fill_rows(uint8_t* scale, uint32_t rows, uint32_t tiles, uint32_t first, uint32_t step) {
+__device__ __forceinline__ void fill_rows(uint8_t* scale, uint32_t rows, uint32_t tiles, uint32_t first,
+                                          uint32_t step) {
   uint8_t* const last = scale + static_cast<int64_t>(rows / kTileRows) * tiles * kTileBytes;
   for (uint32_t unit = first; unit < tiles * kUnitRows; unit += step) {
     auto* const words = reinterpret_cast<uint32_t*>(last + static_cast<int64_t>(unit) * kUnitBytes);
@@ -43,8 +45,8 @@ template <bool kTiled, typename T>
 __global__ void __launch_bounds__(kThreads, kCtasOfSm)
     quant_nvfp4_kernel(RowVectors<T, kBlock> x, uint32_t rows, GlobalScale global_scale, uint32_t ctas, uint8_t* q,
                        uint8_t* scale) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t columns = x.of_row(), tiles = ceil_div(columns, kTileColumns);
   if (kTiled && blockIdx.x >= ctas) {
     fill_rows(scale, rows, tiles, (blockIdx.x - ctas) * kThreads + threadIdx.x, (gridDim.x - ctas) * kThreads);

@@ -1,4 +1,5 @@
 #include "common/bind.h"
+
 #include "quant/quant.h"
 
 namespace dsv4 {
@@ -12,8 +13,8 @@ Rows activation_rows(const Call& call, const Tensor& x, int64_t group) {
   return call.rows("x", x, 16);
 }
 
-std::tuple<Tensor, Tensor> quant_fp8_as(const char* op, ScalarType scale_dtype, const Tensor& x, int64_t group, Tensor q,
-                                        Tensor scale) {
+std::tuple<Tensor, Tensor> quant_fp8_as(const char* op, ScalarType scale_dtype, const Tensor& x, int64_t group,
+                                        Tensor q, Tensor scale) {
   const Call call(op, x);
   call.expect(group == 32 || group == 64 || group == 128, "x",
               "quantised in groups of 32, 64 or 128 (not " + std::to_string(group) + ")", x);

@@ -1,7 +1,8 @@
 // dequant_fp8: x = q * scale, E4M3 codes and the UE8M0 or fp32 scale of their group to fp32.
 //
-// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 4 bytes in, 16 out, so that every
-// warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 4 bytes in, 16 out, so that
+// every warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+//
 // Floor: 1 + 4 bytes an element at the speed of a copy, most of it writes.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
@@ -23,8 +24,8 @@ __device__ __forceinline__ float decode_scale(float scale) { return scale; }
 template <typename Scale>
 __global__ void __launch_bounds__(kThreads)
     dequant_fp8_kernel(RowVectors<uint8_t, kCount> q, RowVectors<Scale, 1> scales, Divisor group, float* x) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t first = blockIdx.x * (kThreads * kVectors) + threadIdx.x;
   uint32_t codes[kVectors];
   Scale scale[kVectors];

@@ -1,7 +1,8 @@
 // dequant_mxfp4: x = q * scale, pairs of E2M1 codes and the UE8M0 scale of their group of 32 to fp32.
 //
-// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 2 bytes in, 16 out, so that every
-// warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+// The rows are cut into vectors of 4 neighbouring elements, numbered through all rows: 2 bytes in, 16 out, so that
+// every warp reads and writes whole lines. A thread takes four that lie 256 apart and loads all of them first.
+//
 // Floor: 1/2 + 4 bytes an element and one byte a group at the speed of a copy, most of it writes.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
@@ -19,8 +20,8 @@ constexpr int kGroup = 32 / kCount;  // vectors of a group
 
 __global__ void __launch_bounds__(kThreads)
     dequant_mxfp4_kernel(RowVectors<uint8_t, kCount / 2> q, RowVectors<uint8_t, 1> scales, float* x) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t first = blockIdx.x * (kThreads * kVectors) + threadIdx.x;
   uint32_t codes[kVectors], scale[kVectors];
 #pragma unroll

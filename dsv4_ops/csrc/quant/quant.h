@@ -1,6 +1,6 @@
-// Launchers of the family `quant`; shapes and dtypes are those of dsv4_ops/ops/quant.py. Outputs are contiguous. A tensor
-// has at most kMostElements elements; rows of x start at multiples of 16 bytes, rows of FP8 codes at multiples of 4, rows of
-// pairs of FP4 codes at multiples of 2.
+// Launchers of the family `quant`; shapes and dtypes are those of dsv4_ops/ops/quant.py. Outputs are contiguous. A
+// tensor has at most kMostElements elements; rows of x start at multiples of 16 bytes, rows of FP8 codes at multiples
+// of 4, rows of pairs of FP4 codes at multiples of 2.
 #pragma once
 
 #include <cuda_runtime_api.h>

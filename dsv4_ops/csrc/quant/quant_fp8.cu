@@ -2,9 +2,10 @@
 //
 //   q = e4m3(x / scale),  scale = 2^ceil(log2(max(amax, 1e-4) / 448)) as a UE8M0 byte, or max(amax, 1e-4) / 448 in fp32
 //
-// The rows are cut into vectors of 8 neighbouring elements, numbered through all rows. A CTA takes 512 of them, a thread
-// two that lie 256 apart: both are loaded before the first is used, every warp reads and writes whole lines, and no element
-// is read twice. A group lies in 4, 8 or 16 neighbouring lanes, which find its amax by shuffles.
+// The rows are cut into vectors of 8 neighbouring elements, numbered through all rows. A CTA takes 512 of them, a
+// thread two that lie 256 apart: both are loaded before the first is used, every warp reads and writes whole lines, and
+// no element is read twice. A group lies in 4, 8 or 16 neighbouring lanes, which find its amax by shuffles.
+//
 // Floor: 2 + 1 bytes an element from bf16 (and one or four bytes a group) at the speed of a copy.
 #include "common/launch.cuh"
 #include "common/quantise.cuh"
@@ -21,8 +22,8 @@ constexpr int kCount = 8;    // elements of a vector
 
 template <int kGroup, bool kFp32Scale, typename T>
 __global__ void __launch_bounds__(kThreads) quant_fp8_kernel(RowVectors<T, kCount> x, uint8_t* q, void* scale) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t first = blockIdx.x * (kThreads * kVectors) + threadIdx.x;
   Packed<T, kCount> packed[kVectors];
 #pragma unroll
@@ -52,10 +53,14 @@ template <bool kFp32Scale, typename T>
 cudaError_t launch(RowVectors<T, kCount> x, int group, uint8_t* q, void* scale, cudaStream_t stream) {
   const Launch at{dim3(ceil_div(x.count(), kThreads * kVectors)), dim3(kThreads), stream};
   switch (group) {
-    case 32: return launch_kernel(quant_fp8_kernel<32, kFp32Scale, T>, at, x, q, scale);
-    case 64: return launch_kernel(quant_fp8_kernel<64, kFp32Scale, T>, at, x, q, scale);
-    case 128: return launch_kernel(quant_fp8_kernel<128, kFp32Scale, T>, at, x, q, scale);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return launch_kernel(quant_fp8_kernel<32, kFp32Scale, T>, at, x, q, scale);
+    case 64:
+      return launch_kernel(quant_fp8_kernel<64, kFp32Scale, T>, at, x, q, scale);
+    case 128:
+      return launch_kernel(quant_fp8_kernel<128, kFp32Scale, T>, at, x, q, scale);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -2,8 +2,9 @@
 //
 //   q = e2m1(x / scale),  scale = 2^ceil(log2(max(amax, 6 * 2^-126) / 6))
 //
-// Cut as in quant_fp8: a thread takes two vectors of 8 neighbouring elements that lie 256 apart and loads both before it
-// uses the first; a group lies in 4 neighbouring lanes.
+// Cut as in quant_fp8: a thread takes two vectors of 8 neighbouring elements that lie 256 apart and loads both before
+// it uses the first; a group lies in 4 neighbouring lanes.
+//
 // Floor: 2 + 1/2 bytes an element from bf16 and one byte a group at the speed of a copy.
 #include "common/launch.cuh"
 #include "common/quantise.cuh"
@@ -15,14 +16,14 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // of a thread
-constexpr int kCount = 8;    // elements of a vector
+constexpr int kVectors = 2;          // of a thread
+constexpr int kCount = 8;            // elements of a vector
 constexpr int kLanes = 32 / kCount;  // of a group
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quant_mxfp4_kernel(RowVectors<T, kCount> x, uint8_t* q, uint8_t* scale) {
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const uint32_t first = blockIdx.x * (kThreads * kVectors) + threadIdx.x;
   Packed<T, kCount> loaded[kVectors];
 #pragma unroll

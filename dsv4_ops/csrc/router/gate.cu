@@ -82,7 +82,6 @@ template <int kTiles>
 __global__ void __launch_bounds__(kThreads) gate_product_few_kernel(Operands in, float* parts) {
   constexpr int kExperts = 16, kRows = 8 * kTiles, kPadded = kExperts + 4;
   __shared__ float chunks[kWarps][kRows][kPadded];  // padded: the four lanes of a row of the product meet other banks
-  ptx::launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int64_t slice = blockIdx.y, column = slice * kSliceBf16 + warp * kChunk;
   const int first_expert = blockIdx.x * kExperts;
@@ -93,6 +92,7 @@ __global__ void __launch_bounds__(kThreads) gate_product_few_kernel(Operands in,
     weights[i] = load_chunk<true>(in.weight + expert * in.weight_stride, expert < in.experts, column, in.rows.width);
   }
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t first_row = static_cast<int64_t>(blockIdx.z) * kRows;
   LaneChunk x[kTiles];
 #pragma unroll
@@ -153,8 +153,8 @@ __device__ __forceinline__ LaneChunk lane_chunk(const uint4 (&tile)[kTile][kUnit
 __global__ void __launch_bounds__(kThreads, 1) gate_product_many_kernel(Operands in, int slices, float* parts) {
   extern __shared__ __align__(128) uint8_t shared[];
   Stage* const stages = reinterpret_cast<Stage*>(shared);
-  ptx::launch_dependents();
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int first_expert = blockIdx.y * kTile, half = blockIdx.z;

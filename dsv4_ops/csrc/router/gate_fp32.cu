@@ -44,7 +44,6 @@ template <typename X, typename W>
 __global__ void __launch_bounds__(kThreads) gate_product_fp32_kernel(Operands<X, W> in, int slices, float* parts) {
   __shared__ alignas(16) float weight_tile[kStep][kPadded];
   __shared__ alignas(16) float x_tile[kStep][kPadded];
-  ptx::launch_dependents();
   const int part = blockIdx.z, count = gridDim.z;  // of parts
   const int middle = (slices + 1) / 2;
   const int first_slice = count != 2 ? part : part == 0 ? 0 : middle;  // two parts are halves, also of two slices
@@ -66,6 +65,7 @@ __global__ void __launch_bounds__(kThreads) gate_product_fp32_kernel(Operands<X,
   float next_weight[kColumns], next_x[kColumns];
   load_weight(begin, next_weight);
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   load_x(begin, next_x);
 
   const int expert = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 4;  // this thread's, within the tile

@@ -9,14 +9,14 @@
 // 1)) in registers, so that the lowest lane with the largest key holds the lowest id; in the end lane j holds slot j.
 // Where every slot of a row is fixed (a layer with a hash table) there are no rounds.
 //
-// Order as in torch: NaN above everything, a tie (also of NaNs) to the lowest id. A score is never -0, nor is its sum
-// with a bias, so equal values have equal keys. A fixed id >= E, which the reference refuses, is passed on and gets
-// the score NaN; nothing is read for it.
+// Order as in torch: NaN above everything, a tie (also of NaNs) to the lowest id. A fixed id >= E, which the reference
+// refuses, is passed on and gets the score NaN; nothing is read for it.
 //
 // Shared memory of a row: 32 * kPerLane keys and as many scores, 8 bytes an expert.
 // Floor: 4 bytes an expert and part are read. What bounds it is, for one row, the latency of k dependent rounds, and
 // for thousands the instructions of exp, log1p, square root and rounds: about 80 for each expert of a lane.
 #include "common/launch.cuh"
+#include "common/ordered.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "router/router.h"
@@ -25,13 +25,6 @@ namespace dsv4 {
 namespace {
 
 constexpr int kPartBatch = 8;  // parts of one half that are loaded before they are added
-
-// Unsigned integer in the order of the values; NaN is the largest. 0 is below every value.
-__device__ __forceinline__ uint32_t ordered(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  if (value != value) return 0xFFFFFFFFu;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 __device__ __forceinline__ float score_of(float logit) {
   return __fsqrt_rn(logit > 20.0f ? logit : log1pf(expf(logit)));  // threshold of torch's softplus
@@ -106,7 +99,6 @@ __global__ void __launch_bounds__(kCtaWarps* kWarp)
   constexpr int kSlots = kPerLane * kWarp, kPerThread = (kSlots + kRowThreads - 1) / kRowThreads;
   __shared__ alignas(16) uint32_t all_keys[kCtaRows][kSlots];
   __shared__ float all_scores[kCtaRows][kSlots];
-  ptx::launch_dependents();
   const int row_in_cta = threadIdx.x / kRowThreads, thread = threadIdx.x % kRowThreads;
   uint32_t* const keys = all_keys[row_in_cta];
   float* const scores = all_scores[row_in_cta];
@@ -117,6 +109,7 @@ __global__ void __launch_bounds__(kCtaWarps* kWarp)
     bias[i] = expert < experts ? choice.bias[expert] : 0.0f;
   }
   ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCtaRows + row_in_cta;
   if (row >= rows) return;
   const int fixed = thread < choice.k ? choice.fixed_ids[row * choice.fixed_stride + thread] : 0;
