@@ -10,7 +10,7 @@
 //   1. the k-th largest key: a histogram of 2048 bins between the smallest and the largest score; the keys of the bin
 //      with the k-th (usually a handful) are ranked against each other. Where they are more than 256, histograms of key
 //      bits, from the highest that differ to the lowest, narrow the interval 2048-fold each time.
-//   2. every warp counts the winners and the ties of its part of the row, and writes them behind those of the parts
+//   2. every thread counts the winners and the ties of its part of the row, and writes them behind those of the parts
 //      before.
 //
 // All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, in integers: the order
@@ -22,7 +22,7 @@
 // Shared memory, bytes: 4 a key that fits; a sixteenth of that for the list of groups (longer rows); 9504 histogram and
 // exchange. Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked
 // at). A row has one CTA: in decode it is latency, seven barriers a row that fits, twice as many a longer one; in
-// prefill it is about 40 instructions a key.
+// prefill it is about 30 instructions a key.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -42,7 +42,7 @@ constexpr int kManyThreads = 1024;
 constexpr int kFewThreads = 512;   // where there are more rows than multiprocessors
 
 struct Exchange {
-  uint32_t histogram[kBins];
+  uint32_t histogram[kBins + 1];  // the last one is not looked at
   uint32_t few[kFew];
   uint32_t of_warp[2][kWarp];
   uint32_t few_count;
@@ -60,17 +60,25 @@ __device__ __forceinline__ uint32_t sum_if(const uint32_t* of_warp, bool counts)
   return __reduce_add_sync(kAllLanes, counts ? of_warp[threadIdx.x % kWarp] : 0u);
 }
 
-// Histogram of bin_of(key), -1 for keys that do not count, and the bin that holds the `rank`-th largest of all `total`
-// keys that count. Bin 0 is what the others leave: masses of equal keys at the low end cost no atomics. The histogram
-// is zero before and after.
-template <typename Keys, typename Bin>
-__device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t total, uint32_t rank, Bin bin_of,
-                                         Exchange& exchange) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int bin = bin_of(keys(i));
-    if (bin > 0) atomicAdd(&exchange.histogram[bin], 1u);
+// visit(key) for each of `count` keys, and for the zeros behind them up to a multiple of four. keys(i) are four keys.
+template <typename Keys, typename Visit>
+__device__ __forceinline__ void for_each_key(const Keys& keys, int count, Visit visit) {
+#pragma unroll 2
+  for (int i = threadIdx.x; i < (count + 3) / 4; i += blockDim.x) {
+    const uint4 four = keys(i);
+    visit(four.x);
+    visit(four.y);
+    visit(four.z);
+    visit(four.w);
   }
+}
+
+// Histogram of bin_of(key), kBins for keys that do not count, and the bin that holds the `rank`-th largest of all that
+// count. The histogram is zero before and after.
+template <typename Keys, typename Bin>
+__device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t rank, Bin bin_of, Exchange& exchange) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for_each_key(keys, count, [&](uint32_t key) { atomicAdd(&exchange.histogram[bin_of(key)], 1u); });
   if (threadIdx.x == 0) exchange.few_count = 0;
   __syncthreads();
 
@@ -87,7 +95,7 @@ __device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t t
   __syncthreads();
   uint32_t above = sum_if(exchange.of_warp[0], lane > warp && lane < warps) + from_here - sum;
   for (int i = own - 1; i >= 0; --i) {
-    const uint32_t inside = first + i == 0 ? total - above : exchange.histogram[first + i];
+    const uint32_t inside = exchange.histogram[first + i];
     if (above < rank && rank <= above + inside) {
       exchange.bin = first + i;
       exchange.above = above;
@@ -103,10 +111,9 @@ __device__ __forceinline__ void find_bin(const Keys& keys, int count, uint32_t t
 template <typename Keys, typename Counts>
 __device__ __forceinline__ Threshold rank_few(const Keys& keys, int count, uint32_t rank, Counts counts,
                                               Exchange& exchange) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const uint32_t key = keys(i);
+  for_each_key(keys, count, [&](uint32_t key) {
     if (counts(key)) exchange.few[atomicAdd(&exchange.few_count, 1u)] = key;
-  }
+  });
   __syncthreads();
   const uint32_t some = exchange.few_count;
   if (threadIdx.x < some) {
@@ -162,34 +169,36 @@ __device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count,
     return {low, k};
   }
 
-  // 1. bins of equal width between the smallest and the largest score, where these are finite
+  // 1. bins of equal width between the smallest and the largest score, where these are finite. The last bits of a sum
+  // with 2^23 are the integer next to the other summand.
+  constexpr float kInfinity = __builtin_huge_valf();
   const float bottom = from_ordered(low), width = from_ordered(high) - bottom, bins_per_unit = (kBins - 1) / width;
-  if (width < __builtin_huge_valf() && bins_per_unit < __builtin_huge_valf()) {  // both false for NaN
+  if (width < kInfinity && bins_per_unit < kInfinity) {  // both false for NaN
     const auto bin_of = [=](uint32_t key) {
-      return min(__float2int_rz((from_ordered(key) - bottom) * bins_per_unit), kBins - 1);
+      const float shifted = __fmaf_rn(__fsub_rn(from_ordered(key), bottom), bins_per_unit, 0x1p23f);
+      return min(__float_as_uint(shifted) - 0x4B000000u, static_cast<uint32_t>(kBins));  // no entry is NaN: kBins
     };
-    find_bin(keys, count, count, k, bin_of, exchange);
+    find_bin(keys, count, k, bin_of, exchange);
     if (exchange.inside <= kFew) {
-      const int bin = exchange.bin;
+      const uint32_t bin = exchange.bin;
       const auto counts = [=](uint32_t key) { return bin_of(key) == bin; };
       return rank_few(keys, count, k - exchange.above, counts, exchange);
     }
   }
 
   // 2. bins of key bits; every round leaves the keys of one bin, [low, high]
-  uint32_t rank = k, total = count;
+  uint32_t rank = k;
   while (true) {
     const int shift = max(21 - __clz(high - low), 0);  // leaves at most 11 bits
     const auto bin_of = [=](uint32_t key) {
-      return key >= low && key <= high ? static_cast<int>((key - low) >> shift) : -1;
+      return key >= low && key <= high ? (key - low) >> shift : static_cast<uint32_t>(kBins);
     };
-    find_bin(keys, count, total, rank, bin_of, exchange);
+    find_bin(keys, count, rank, bin_of, exchange);
     rank -= exchange.above;
-    total = exchange.inside;
     low += exchange.bin << shift;
     if (shift == 0) return {low, static_cast<int>(rank)};
     high = low + min(high - low, (1u << shift) - 1);
-    if (total <= kFew) {
+    if (exchange.inside <= kFew) {
       const uint32_t from = low, to = high;
       const auto counts = [=](uint32_t key) { return key >= from && key <= to; };
       return rank_few(keys, count, rank, counts, exchange);
@@ -197,42 +206,58 @@ __device__ __forceinline__ Threshold find_threshold(const Keys& keys, int count,
   }
 }
 
-// write(place, i) for each winner, in order, with places from 0; returns how many there are.
+// Sum over the lanes before this one.
+__device__ __forceinline__ uint32_t sum_of_lower_lanes(uint32_t value) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  return sum - value;
+}
+
+// write(place, i) for each winner, in order, with places from 0; returns how many there are. Every thread has a part of
+// the keys; parts are odd multiples of 16 bytes, so that the lanes of a warp read different banks.
 template <typename Keys, typename Write>
 __device__ __forceinline__ int write_winners(const Keys& keys, int count, Threshold threshold, Write write,
                                              Exchange& exchange) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int part = ((count + kWarp - 1) / kWarp + warps - 1) / warps * kWarp;
-  const int begin = min(warp * part, count), end = min(begin + part, count);
+  const int fours = (count + 3) / 4, part = ((fours + blockDim.x - 1) / blockDim.x) | 1;
+  const int begin = min(threadIdx.x * part, fours), end = min(begin + part, fours);
   uint32_t greater = 0, equal = 0;
-#pragma unroll 4
-  for (int i = begin + lane; i < end; i += kWarp) {
-    const uint32_t key = keys(i);
-    greater += key > threshold.key;
-    equal += key == threshold.key;
+  for (int i = begin; i < end; ++i) {
+    const uint4 four = keys(i);
+    const uint32_t each[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      greater += each[j] > threshold.key;
+      equal += each[j] == threshold.key;
+    }
   }
-  greater = __reduce_add_sync(kAllLanes, greater);
-  equal = __reduce_add_sync(kAllLanes, equal);
-  if (lane == 0) {
-    exchange.of_warp[0][warp] = greater;
-    exchange.of_warp[1][warp] = equal;
+  uint32_t greater_before = sum_of_lower_lanes(greater), equal_before = sum_of_lower_lanes(equal);
+  if (lane == kWarp - 1) {
+    exchange.of_warp[0][warp] = greater_before + greater;
+    exchange.of_warp[1][warp] = equal_before + equal;
   }
   __syncthreads();
   const int all = sum_if(exchange.of_warp[0], lane < warps), all_equal = sum_if(exchange.of_warp[1], lane < warps);
-  int greater_before = sum_if(exchange.of_warp[0], lane < warp);
-  int equal_before = sum_if(exchange.of_warp[1], lane < warp);
-  const uint32_t lower_lanes = (1u << lane) - 1;
-#pragma unroll 4
-  for (int first = begin; first < end; first += kWarp) {
-    const uint32_t key = first + lane < end ? keys(first + lane) : 0;
-    const uint32_t wins = __ballot_sync(kAllLanes, key > threshold.key);
-    const uint32_t ties = __ballot_sync(kAllLanes, key == threshold.key);
-    const int equals = equal_before + __popc(ties & lower_lanes);
-    if (key > threshold.key || (key == threshold.key && equals < threshold.ties)) {
-      write(greater_before + __popc(wins & lower_lanes) + min(equals, threshold.ties), first + lane);
+  greater_before += sum_if(exchange.of_warp[0], lane < warp);
+  equal_before += sum_if(exchange.of_warp[1], lane < warp);
+  const uint32_t ties = threshold.ties;
+  uint32_t place = greater_before + min(equal_before, ties);
+  if (greater + equal > 0) {
+    for (int i = begin; i < end; ++i) {
+      const uint4 four = keys(i);
+      const uint32_t each[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool ties_in = each[j] == threshold.key && equal_before < ties;
+        equal_before += each[j] == threshold.key;
+        if (each[j] > threshold.key || ties_in) write(place++, 4 * i + j);
+      }
     }
-    greater_before += __popc(wins);
-    equal_before += __popc(ties);
   }
   __syncthreads();
   return all + min(all_equal, threshold.ties);
@@ -251,7 +276,7 @@ struct Ahead {
   }
 };
 
-// `count` keys to shared memory. Both lie at multiples of 16 bytes, and whole tiles may be read.
+// `count` keys to shared memory. Both lie at multiples of 16 bytes, and behind the last key zeros fill its tile.
 __device__ __forceinline__ Range fetch(const Ahead& ahead, const uint32_t* from, int count, uint32_t* to) {
   Range range;
   const auto put = [&](int first, uint4 four) {
@@ -274,15 +299,15 @@ __device__ __forceinline__ Range fetch(const Ahead& ahead, const uint32_t* from,
   return range;
 }
 
-// The largest key of every `merged` neighbouring groups.
+// The largest key of every `merged` neighbouring groups, and zeros up to a multiple of four.
 __device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, uint32_t* to) {
   const int count = (groups + merged - 1) / merged;
   Range range;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+  for (int i = threadIdx.x; i < (count + 3) / 4 * 4; i += blockDim.x) {
     uint32_t largest = 0;
     for (int j = i * merged; j < min((i + 1) * merged, groups); ++j) largest = max(largest, maxima[j]);
-    range.add(largest);
+    if (i < count) range.add(largest);
     to[i] = largest;
   }
   return range;
@@ -305,7 +330,7 @@ __global__ void __launch_bounds__(kManyThreads)
   extern __shared__ __align__(16) uint32_t select_shared[];
   uint32_t* const shared_keys = select_shared;
   uint32_t* const list = select_shared + in.room;  // of groups; only where a row does not fit
-  for (int i = threadIdx.x; i < kBins; i += blockDim.x) exchange.histogram[i] = 0;
+  for (int i = threadIdx.x; i <= kBins; i += blockDim.x) exchange.histogram[i] = 0;
   const int64_t row = blockIdx.x, token = in.first_token + row;
   const int32_t* const position = in.positions + token / in.tokens * in.positions_stride + token % in.tokens;
   const uint32_t* const row_keys = sink.keys + row * sink.stride;
@@ -321,7 +346,7 @@ __global__ void __launch_bounds__(kManyThreads)
     for (int i = threadIdx.x; i < k; i += blockDim.x) picks[i] = i < seen ? i : -1;
     return;
   }
-  const auto in_shared = [=](int i) { return shared_keys[i]; };
+  const auto in_shared = [=](int i) { return reinterpret_cast<const uint4*>(shared_keys)[i]; };
   if (seen <= in.room) {
     const Range range = merge(fetch(ahead, row_keys, seen, shared_keys), exchange);
     const Threshold threshold = find_threshold(in_shared, seen, range, k, exchange);
@@ -354,7 +379,7 @@ __global__ void __launch_bounds__(kManyThreads)
       return;
     }
   }
-  const auto in_memory = [=](int i) { return row_keys[i]; };
+  const auto in_memory = [=](int i) { return reinterpret_cast<const uint4*>(row_keys)[i]; };
   Range own;
   for (int i = threadIdx.x; i < seen; i += blockDim.x) own.add(row_keys[i]);
   const Threshold threshold = find_threshold(in_memory, seen, merge(own, exchange), k, exchange);
