@@ -28,7 +28,6 @@ from dsv4_ops.ops.rope import apply_rope
 from dsv4_ops.registry import Inline, define, describe, expect
 
 WORKSPACE_BYTES = 64 << 20  # of a selection on CUDA, at any batch and context
-SCORE_TILE = 64  # entries that a CUDA kernel scores together: what a row of the workspace is rounded up to
 QUERY_BLOCK = 64  # query rows scored at a time: bounds the [B, rows, Hi, C] intermediate of the reference
 
 
@@ -270,8 +269,8 @@ def _alloc_topk(q, w, key_pool, block_table, positions, ratio, page_size, k):
 
 
 def _topk_workspace(q, w, key_pool, block_table, positions, ratio, page_size, k):
-    """Scores of as many rows at a time as WORKSPACE_BYTES hold, at least one; of long rows also maxima of 16 scores."""
-    row = -(-block_table.shape[1] * page_size // SCORE_TILE) * (SCORE_TILE + SCORE_TILE // 16)
+    """Room for as many rows at a time as WORKSPACE_BYTES hold, at least one."""
+    row = -(-block_table.shape[1] * page_size // 64) * (64 + 4)  # whole tiles of 64 scores, and maxima of 16
     words = max(min(w.shape[0] * w.shape[1] * row, WORKSPACE_BYTES // 4), row)
     return w.new_empty((words,), dtype=torch.int32)
 

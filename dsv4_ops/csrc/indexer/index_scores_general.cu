@@ -2,11 +2,11 @@
 //
 //   score[t, e] = sum_h w[t, h] * relu(q[t, h] . k[e])
 //
-// A CTA owns one token and a slice of its tiles of 64 keys. A tile is dequantised into shared memory, then heads come
-// eight at a time: two threads share a key, each multiplies four heads. Sums run along the width, then along a thread's
-// heads, then over the two threads: fixed by the widths. This form serves exact mode (plain), heads and widths other
-// than 64 x 128, and GPUs other than Hopper; floor: 2 fp32 flops a head, channel and score, of which shared memory lets
-// about half through.
+// A CTA owns one token and every n-th of its tiles of 64 keys. A tile is dequantised into shared memory, then heads
+// come eight at a time: two threads share a key, each multiplies four heads. Sums run along the width, then along a
+// thread's heads, then over the two threads: fixed by the widths. This form serves exact mode (plain), heads and widths
+// other than 64 x 128, and GPUs other than Hopper; floor: 2 fp32 flops a head, channel and score, of which shared
+// memory lets about half through.
 //
 // Shared memory, bytes: 64 * (dim + 1) * 4 keys, dim * 32 eight heads as [dim][8], 288 weights and sums.
 #include <algorithm>
@@ -80,8 +80,6 @@ __global__ void __launch_bounds__(kThreads)
 
   const int64_t token = task.first_block + blockIdx.x / task.slices;
   const int slice = blockIdx.x % task.slices, sequence = token / in.tokens, own_row = token % in.tokens;
-  const int tiles_of_slice = (task.tiles + task.slices - 1) / task.slices;
-  const int first_tile = slice * tiles_of_slice, last_tile = min(first_tile + tiles_of_slice, task.tiles);
   const int own_key = threadIdx.x % kTile, half = threadIdx.x / kTile;
   const int64_t row = token - task.first_token;
   ptx::wait_for_predecessors();
@@ -90,8 +88,8 @@ __global__ void __launch_bounds__(kThreads)
   const int seen = visible_entries(position, in.ratio, task.capacity);
   if (seen <= task.enough) return;
 
-  const int end_tile = sink.scores == nullptr ? min(last_tile, (seen + kTile - 1) / kTile) : last_tile;
-  for (int tile = first_tile; tile < end_tile; ++tile) {
+  const int end_tile = sink.scores == nullptr ? (seen + kTile - 1) / kTile : task.tiles;
+  for (int tile = slice; tile < end_tile; tile += task.slices) {
     float score = 0.0f;
     if (tile * kTile < seen) {
       __syncthreads();

@@ -1,11 +1,11 @@
 // Scores of index keys on the tensor cores of Hopper: sum over 64 heads of w * relu(q . k), heads of 128.
 //
 // Keys lie on M, 64 a tile, heads on N: 64 of one token, or 128 of two. A CTA owns up to 8 neighbouring tokens of a
-// sequence (one in decode) and a slice of its tiles. Its warpgroups take the tiles in turn and never meet after the
-// queries are in place: a thread copies by cp.async exactly the 16-byte parts of keys that it later feeds to wgmma from
-// its registers. That makes the order of k in a product free, as long as queries and keys agree: thread t of four takes
-// the parts t and t + 4 of a key in FP8, the group t of 32 in FP4, and the queries are stored in shared memory in the
-// order that follows from it.
+// sequence (one in decode) and every n-th of their tiles, so that it is busy at any length of context. Its warpgroups
+// take these in turn and never meet after the queries are in place: a thread copies by cp.async exactly the 16-byte
+// parts of keys that it later feeds to wgmma from its registers. That makes the order of k in a product free, as long
+// as queries and keys agree: thread t of four takes the parts t and t + 4 of a key in FP8, the group t of 32 in FP4,
+// and the queries are stored in shared memory in the order that follows from it.
 //
 //   fp8   wgmma E4M3, 4 steps of 32; the key's scale multiplies the sum over heads
 //   fp4   E2M1 times its UE8M0 scale is exact in bf16; wgmma bf16, 8 steps of 16
@@ -169,13 +169,12 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   constexpr int kStageBytes = SharedMap<kForm>::kStageBytes;
   extern __shared__ __align__(1024) uint8_t shared[];
 
-  // 1. this CTA's tokens, its slice of tiles, this thread's keys
+  // 1. this CTA's tokens, its tiles, this thread's keys
   const Block block(in, task);
   const int all_rows = kPaired ? (block.rows + 1) / 2 * 2 : 1;
   const int warpgroups = blockDim.x / kWarpgroup, warpgroup = threadIdx.x / kWarpgroup;
-  const int tiles_of_slice = (task.tiles + task.slices - 1) / task.slices;
-  const int slice_begin = blockIdx.x % task.slices * tiles_of_slice;
-  const int slice_end = min(slice_begin + tiles_of_slice, task.tiles), first_tile = slice_begin + warpgroup;
+  const int slice = blockIdx.x % task.slices, stride = task.slices * warpgroups;
+  const int first_tile = slice + task.slices * warpgroup;  // then every stride-th one
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   const int row = threadIdx.x % kWarpgroup / kWarp * kGroup + lane / 4;
   const int upper = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * upper
@@ -197,18 +196,18 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   }
   KeyPlaces places[kReady];
 #pragma unroll
-  for (int i = 0; i < kReady; ++i) places[i] = reader.find(first_tile + i * warpgroups);
+  for (int i = 0; i < kReady; ++i) places[i] = reader.find(first_tile + i * stride);
   const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
   QueryBatch<kForm> batch;
   batch.load(in, block, threadIdx.x, query_parts);
-  if (seen <= task.enough) return;
+  const int end_tile = (seen + kTile - 1) / kTile;
+  if (seen <= task.enough || (sink.scores == nullptr && slice >= end_tile)) return;
 
   // 3. the first keys on their way, queries in place
-  const int end_tile = min(slice_end, (seen + kTile - 1) / kTile);
-  const int tiles = max(end_tile - first_tile + warpgroups - 1, 0) / warpgroups;  // of this warpgroup
+  const int tiles = max(end_tile - first_tile + stride - 1, 0) / stride;  // of this warpgroup
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
-    const int tile = first_tile + i * warpgroups;
+    const int tile = first_tile + i * stride;
     if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, upper, stages + i * kStageBytes);
     ptx::cp_async_commit();
   }
@@ -231,15 +230,15 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
   const uint64_t panel = all_rows * kHeads * 128 / 16;
   const int64_t sink_row = block.token - task.first_token;
-  KeyPlaces next = reader.find(first_tile + kReady * warpgroups);
-  for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += warpgroups) {
+  KeyPlaces next = reader.find(first_tile + kReady * stride);
+  for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
     uint8_t* const own_stage = stages + stage * kStageBytes;
     KeyOperand<kForm> keys;
     ptx::cp_async_wait<kReady - 1>();
     keys.load(own_stage, part);
     if (i + kReady < tiles) {
-      copy_keys<kForm>(reader, next, tile + kReady * warpgroups, seen, upper, own_stage);
-      next = reader.find(tile + (kReady + 1) * warpgroups);
+      copy_keys<kForm>(reader, next, tile + kReady * stride, seen, upper, own_stage);
+      next = reader.find(tile + (kReady + 1) * stride);
     }
     ptx::cp_async_commit();
     stage = stage + 1 == kReady ? 0 : stage + 1;
@@ -256,10 +255,11 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
-  const int begin = max(end_tile, slice_begin) * kTile, end = min(slice_end * kTile, task.capacity);
-  for (int i = 0; i < block.rows; ++i) {
-    float* const scores = sink.scores + (sink_row + i) * sink.stride;
-    for (int entry = begin + threadIdx.x; entry < end; entry += blockDim.x) scores[entry] = kUnseen;
+  for (int tile = first_tile + tiles * stride; tile < task.tiles; tile += stride) {
+    for (int i = threadIdx.x % kWarpgroup; i < block.rows * kTile; i += kWarpgroup) {
+      const int entry = tile * kTile + i % kTile;
+      if (entry < task.capacity) sink.scores[(sink_row + i / kTile) * sink.stride + entry] = kUnseen;
+    }
   }
 #else
   ptx::wait_for_predecessors();
@@ -273,10 +273,10 @@ struct Costs {
   int resident;
   double tile;       // a tile, where enough of them are under way
   double lone_tile;  // a tile, where the multiprocessor has one CTA
-  int most_tiles;    // of a slice: more would leave multiprocessors idle at the end
+  int most_tiles;    // of a CTA: more would leave multiprocessors idle at the end
 };
 
-// Into how many slices the tiles of a block are cut: the number that is done first by that account.
+// CTAs that share the tiles of a block: the number that is done first by that account.
 int slices_of(int blocks, int tiles, const Costs& costs) {
   constexpr double kPrologue = 3000;
   constexpr int kMostSlices = 4096;
@@ -284,7 +284,6 @@ int slices_of(int blocks, int tiles, const Costs& costs) {
   int slices = 1;
   for (int candidate = 1; candidate <= std::min(tiles, kMostSlices); ++candidate) {
     const int tiles_of_slice = (tiles + candidate - 1) / candidate;
-    if ((candidate - 1) * tiles_of_slice >= tiles) continue;  // the last slice would be empty
     if (tiles_of_slice > costs.most_tiles && candidate < std::min(tiles, kMostSlices)) continue;
     const double ctas_of_each = static_cast<double>(blocks) * candidate / kMultiprocessors;
     const double rounds = std::ceil(ctas_of_each);

@@ -20,8 +20,8 @@ struct ScoreSink {
 };
 
 // The tokens of one launch, in blocks of up to `rows` neighbouring tokens of a sequence, and how the tiles of a block
-// are dealt out: to `slices` CTAs. Row 0 of the sink is token `first_token`. A block in which no token sees more than
-// `enough` entries is not scored.
+// are dealt out: in turn to `slices` CTAs. Row 0 of the sink is token `first_token`. A block in which no token sees
+// more than `enough` entries is not scored.
 struct ScoreTask {
   int first_block;
   int blocks;
