@@ -3,6 +3,7 @@
 `ops.<name>` is the packet `torch.ops.dsv4.<name>`.
 """
 
+from dsv4_ops.kernels import load_kernels
 from dsv4_ops.ops import (
     attention,
     compressor,
@@ -18,7 +19,6 @@ from dsv4_ops.ops import (
     router,
     sampling,
 )
-from dsv4_ops.kernels import load_kernels
 from dsv4_ops.registry import TABLE
 
 FAMILIES = (

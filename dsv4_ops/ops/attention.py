@@ -19,9 +19,14 @@ from torch import Tensor
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import Cuda, Inline, define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
+UNIT = 64  # keys that csrc/attention adds to a row's result in one step
+# Units of a row are computed apart for at most so many rows x heads, at least so many units, at most so many bytes.
+SPLIT_VECTORS = 512
+SPLIT_UNITS = 4
+SPLIT_BYTES = 2**26
 
 Keys = tuple[Tensor, Tensor]  # keys [B, N, D] seen by all rows or [B, S, N, D] of each row; visible [B, S, N] bool
 
@@ -211,6 +216,30 @@ def alloc_attention(q: Tensor, *others) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+def partials(q: Tensor, keys: int) -> Tensor:
+    """Room for the results of single units of keys, where few rows see many `keys`: different CTAs then compute them.
+
+    Otherwise nothing, and a CTA goes through all units of a row. The result has the same bits.
+    """
+    rows, heads = q.shape[0] * q.shape[1], -(-q.shape[2] // 16) * 16 if q.shape[2] > 8 else 8
+    units = -(-keys // UNIT)
+    floats = rows * heads * units * (q.shape[3] + 2)
+    few = rows * heads <= SPLIT_VECTORS and units >= SPLIT_UNITS and 4 * floats <= SPLIT_BYTES
+    return q.new_empty(floats if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
+
+
+def partials_window(q: Tensor, *others) -> Tensor:
+    return partials(q, others[-2])
+
+
+def partials_selected(q: Tensor, *others) -> Tensor:
+    return partials(q, others[-3] + others[6].shape[2])
+
+
+def partials_compressed(q: Tensor, *others) -> Tensor:
+    return partials(q, others[-4] + others[5].shape[1] * others[-1])
+
+
 # q [B, S, H, D] bf16 | f32, window_pool [pages, page stride] uint8 | f32, sink [H] f32, rope_table [max_pos, R] f32,
 # window_table [B, pages of a sequence] int32, positions [B, S] int32 -> o [B, S, H, D] of q's dtype, lse [B, S, H] f32
 sparse_attention_window = define(
@@ -220,7 +249,7 @@ sparse_attention_window = define(
     reference=window_reference,
     check=check_window,
     inline=Inline.STATIC_SHAPES,
-    cuda=Cuda.REFERENCE,
+    workspace=partials_window,
 )
 
 # as above, and compressed_pool [pages, page stride] uint8 | f32, compressed_table [B, pages of a sequence] int32,
@@ -233,7 +262,7 @@ sparse_attention_selected = define(
     reference=selected_reference,
     check=check_selected,
     inline=Inline.STATIC_SHAPES,
-    cuda=Cuda.REFERENCE,
+    workspace=partials_selected,
 )
 
 # as above without indices: a row sees compressed entries 0 .. (position + 1) // ratio - 1
@@ -245,5 +274,5 @@ sparse_attention_compressed = define(
     reference=compressed_reference,
     check=check_compressed,
     inline=Inline.STATIC_SHAPES,
-    cuda=Cuda.REFERENCE,
+    workspace=partials_compressed,
 )

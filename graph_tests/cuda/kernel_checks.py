@@ -62,7 +62,7 @@ def on_cuda(arguments: tuple) -> tuple:
     storages: dict[int, Tensor] = {}
 
     def move(leaf):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or leaf.is_cuda:  # what is too large for two copies is made on the GPU
             return leaf
         storage = leaf.untyped_storage()
         raw = torch.empty(0, dtype=torch.uint8).set_(storage)

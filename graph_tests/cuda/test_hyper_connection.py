@@ -1,8 +1,8 @@
 """Kernels of the family `hyper_connection` against their references.
 
 Streams are bit-equal: their sums have four terms and one order. What comes out of a product of n * dim terms is not:
-torch and the kernels add in other orders, and a tensor core cuts off where the CPU rounds. With 28672 terms that moves a
-logit by about 1e-6, and by as much, relatively, what comes out of its sigmoid. An element of comb is a quotient of
+torch and the kernels add in other orders, and a tensor core cuts off where the CPU rounds. With 28672 terms that moves
+a logit by about 1e-6, and by as much, relatively, what comes out of its sigmoid. An element of comb is a quotient of
 exponentials of logits of a size of up to 8, passed through 39 normalisations.
 """
 

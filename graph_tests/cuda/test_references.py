@@ -5,7 +5,6 @@ import torch
 
 from dsv4_ops.registry import TABLE, Cuda
 from graph_tests.cuda.kernel_checks import bits, check_kernel, close
-from graph_tests.ops.attention_cases import FULL, make
 from graph_tests.ops.test_gemm import operands
 
 pytestmark = pytest.mark.cuda
@@ -29,12 +28,6 @@ def test_grouped_linear(kind):
 def test_linear_fp32():
     arguments, _, _ = operands("dense", (7, 192), 200, exact=True)
     check_kernel("linear_fp32", arguments, bits)
-
-
-@pytest.mark.parametrize("kind", ["window", "selected", "compressed"])
-def test_attention(kind):
-    arguments, _ = make(kind, [[0, 1], [40, 41], [77, 78]], dims=FULL, dtype=torch.bfloat16)
-    check_kernel(f"sparse_attention_{kind}", arguments, (close(2.0**-7, 1e-3), close(1e-5, 1e-5)))
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

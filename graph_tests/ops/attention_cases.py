@@ -13,8 +13,8 @@ MAX_POSITION = 2048
 F32 = torch.float32
 
 
-def rope_table(rope_dim: int) -> torch.Tensor:
-    angle = torch.arange(MAX_POSITION)[:, None] * 10000.0 ** (-torch.arange(0, rope_dim, 2) / rope_dim)
+def rope_table(rope_dim: int, positions: int = MAX_POSITION) -> torch.Tensor:
+    angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(0, rope_dim, 2) / rope_dim)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(1).float()
 
 
@@ -75,4 +75,10 @@ def make(
     chosen = (indices,) if kind == "selected" else ()
     scalars = {"window": (window, pages[0]), "selected": (window, *pages), "compressed": (window, ratio, *pages)}[kind]
     at = torch.tensor(positions, dtype=torch.int32)
-    return (q, *pools, sink, rope_table(dims[1]), *tables, *chosen, at, *scalars), keys
+    table = rope_table(dims[1], max(longest, MAX_POSITION))
+    return (q, *pools, sink, table, *tables, *chosen, at, *scalars), keys
+
+
+def sequence_arguments(kind: str) -> tuple[int, ...]:
+    """Places of the arguments with a row for each sequence."""
+    return {"window": (0, 4, 5), "selected": (0, 5, 6, 7, 8), "compressed": (0, 5, 6, 7)}[kind]

@@ -16,7 +16,7 @@ class Pool:
         nope, rope = dims[0] - dims[1], dims[1]
         self.data, self.scales = nope + 2 * rope, 8 * math.ceil(nope / 512)
         stride = page_size * (self.data + self.scales) if packed else page_size * dims[0]
-        shape = (batch * pages + 1, stride + 32)
+        shape = (batch * pages + 1, -(-stride // 32) * 32 + 32)  # kernels want pages at multiples of 16 bytes
         self.bytes = torch.full(shape, 0xFF, dtype=torch.uint8) if packed else torch.full(shape, math.nan)
         self.keys = [{} for _ in range(batch)]
 

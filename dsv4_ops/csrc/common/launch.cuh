@@ -4,6 +4,8 @@
 //   1. may first load parameters of the model (weights, scales, rope table: nothing that a kernel of the step writes),
 //   2. calls ptx::wait_for_predecessors() in every thread that goes on, and in at least one thread of every CTA, before
 //      it reads activations, state, positions or block tables, and before it writes anything at all,
+//      The one exception: a position may be guessed before the wait (guess_position in rope.cuh), to choose what to
+//      load; it is read again after the wait, and a wrong guess loads again.
 //   3. calls ptx::launch_dependents() right after that,
 // also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
 //
@@ -35,7 +37,8 @@ struct Launch {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& at, Arguments... arguments) {
   if (at.grid.x == 0 || at.grid.y == 0 || at.grid.z == 0) return cudaSuccess;
-  if (at.shared_bytes > 48 * 1024) {
+  // Without this a kernel gets 48 KiB, its static shared memory included.
+  if (at.shared_bytes > 0) {
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t status = cudaFuncSetAttribute(kernel, limit, static_cast<int>(at.shared_bytes));
     if (status != cudaSuccess) return status;

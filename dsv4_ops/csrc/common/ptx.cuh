@@ -99,11 +99,13 @@ __device__ __forceinline__ __half2 cvt_half2(uint16_t e4m3x2) {
   return *reinterpret_cast<__half2*>(&halves);
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b for a warp's 16x16 and 16x8 tiles. With row = lane / 4 and
-// pair = 2 * (lane % 4), a lane holds a (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8), b (pair, row),
-// (pair + 8, row), each with its right (b: lower) neighbour in the high half, and d (row, pair), (row, pair + 1), (row + 8, ...).
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b for a warp's 16x16 and 16x8 tiles. With row = lane / 4
+// and pair = 2 * (lane % 4), a lane holds a (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8) and b
+// (pair, row), (pair + 8, row), each with its right (b: lower) neighbour in the high half, and d (row, pair),
+// (row, pair + 1), (row + 8, pair), (row + 8, pair + 1).
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

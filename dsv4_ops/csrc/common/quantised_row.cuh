@@ -3,7 +3,8 @@
 // A policy names the outputs of all rows. `begin` moves it to one row. `store` quantises kCount neighbouring values,
 // which are rounded to the activation dtype, and writes the codes and the scales; all lanes of the warp call it
 // together, those past the end of the row with `inside` false. A format with kNeedsAmax scales by the largest magnitude
-// of the row: `scale_by` tells it to every thread before the first `store`.
+// of the row: `scale_by` tells it to every thread before the first `store`. Where kSpan is not 0, vectors of a thread
+// are stored together, if they lie in the same kSpan columns.
 #pragma once
 
 #include "common/quantise.cuh"
@@ -15,6 +16,7 @@ namespace dsv4 {
 template <int kGroup>
 struct Fp8Row {
   static constexpr bool kNeedsAmax = false;
+  static constexpr int kSpan = kGroup;
   uint8_t* q;
   uint8_t* scale;
 
@@ -31,11 +33,35 @@ struct Fp8Row {
     store_bytes(q + column, codes);
     if (column % kGroup == 0) scale[column / kGroup] = byte;
   }
+
+  // The same from a thread's vectors as they lie in memory, kGroup / kVectors columns apart: all of one group. Of bf16
+  // two magnitudes are compared at a time, and two values scaled, by a power of two.
+  template <typename T, int kCount, int kVectors>
+  __device__ __forceinline__ void store(unsigned column, const Packed<T, kCount> (&vectors)[kVectors],
+                                        bool inside) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (const auto& vector : vectors) bits = max(bits, vector.max_magnitude_bits());
+    const uint32_t byte = fp8_group_scale(__uint_as_float(max_lanes<kGroup / kCount / kVectors>(bits)));
+    const float factor = invert_ue8m0(byte);
+    if (!inside) return;
+    uint8_t* const codes_at = q + column;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float values[kCount];
+      vectors[i].times_power_of_two(factor).to_floats(values);
+      uint8_t codes[kCount];
+      encode_fp8(values, 1.0f, codes);
+      store_bytes(codes_at + i * (kGroup / kVectors), codes);
+    }
+    if (column % kGroup == 0) scale[column / kGroup] = byte;
+  }
 };
 
 // q [rows, width / 2] pairs of E2M1, scale [rows, width / 32] UE8M0.
 struct Mxfp4Row {
   static constexpr bool kNeedsAmax = false;
+  static constexpr int kSpan = 0;
   uint8_t* q;
   uint8_t* scale;
 
@@ -57,6 +83,7 @@ struct Mxfp4Row {
 // q [rows, width / 2] pairs of E2M1, scale [rows, width / 16] E4M3, global_scale [rows] fp32.
 struct Nvfp4Row {
   static constexpr bool kNeedsAmax = true;
+  static constexpr int kSpan = 0;
   uint8_t* q;
   uint8_t* scale;
   float* global_scale;
@@ -82,5 +109,19 @@ struct Nvfp4Row {
     if (column % 16 == 0) scale[column / 16] = code;
   }
 };
+
+// output.store of a vector as it lies in memory.
+template <typename Output, typename T, int kCount>
+__device__ __forceinline__ void store_row(const Output& output, unsigned column, const Packed<T, kCount>& packed,
+                                          bool inside) {
+  const Packed<T, kCount> vectors[1] = {packed};
+  if constexpr (requires { output.store(column, vectors, inside); }) {
+    output.store(column, vectors, inside);
+  } else {
+    float values[kCount];
+    packed.to_floats(values);
+    output.store(column, values, inside);
+  }
+}
 
 }  // namespace dsv4

@@ -41,10 +41,28 @@ __device__ __forceinline__ float2 unpack_bf16x2(uint32_t word) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
 }
 
+__device__ __forceinline__ __nv_bfloat162 as_bf16x2(uint32_t word) {
+  return reinterpret_cast<const __nv_bfloat162&>(word);
+}
+
+__device__ __forceinline__ uint32_t as_word(__nv_bfloat162 pair) { return reinterpret_cast<const uint32_t&>(pair); }
+
 // Two values rounded to bf16 in a word.
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
+  return as_word(__floats2bfloat162_rn(low, high));
+}
+
+// min and max of the bf16 in two words, half by half; NaN if one of the two is. And their product, rounded.
+__device__ __forceinline__ uint32_t min_bf16x2(uint32_t a, uint32_t b) {
+  return as_word(__hmin2_nan(as_bf16x2(a), as_bf16x2(b)));
+}
+
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  return as_word(__hmax2_nan(as_bf16x2(a), as_bf16x2(b)));
+}
+
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return as_word(__hmul2(as_bf16x2(a), as_bf16x2(b)));
 }
 
 // Elements as they lie in memory -> fp32, of which the first goes to values[first].
@@ -105,6 +123,27 @@ struct Packed {
     for (int i = 0; i < kCount / kWidth; ++i) parts[i] = ptx::load_once(address + i * kWidth);
   }
 
+  // function(word) for every word: for bf16, two elements.
+  template <typename Function>
+  __device__ __forceinline__ Packed map_words(Function function) const {
+    Packed result;
+#pragma unroll
+    for (int i = 0; i < kCount / kWidth; ++i) {
+      result.parts[i] = {function(parts[i].x), function(parts[i].y), function(parts[i].z), function(parts[i].w)};
+    }
+    return result;
+  }
+
+  // Products with a normal power of two, or with NaN; of bf16 two at a time.
+  __device__ __forceinline__ Packed times_power_of_two(float factor) const {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t pair = __byte_perm(__float_as_uint(factor), 0, 0x3232);
+      return map_words([&](uint32_t word) { return mul_bf16x2(word, pair); });
+    } else {
+      return map_words([&](uint32_t word) { return __float_as_uint(__uint_as_float(word) * factor); });
+    }
+  }
+
   // Elements i and i + 1, for an even i.
   __device__ __forceinline__ float2 pair(int i) const {
     const uint32_t* const words = &parts[i / kWidth].x + i % kWidth * sizeof(T) / sizeof(uint32_t);
@@ -147,8 +186,8 @@ struct Packed {
     return sizeof(T) == 2 ? max(largest << 16, largest & 0xFFFF0000u) : largest;
   }
 
-  // To global memory, 16 bytes in one store. Assignments may become more: the compiler takes vectors apart, and does not
-  // always find them again where a thread writes to several rows.
+  // To global memory, 16 bytes in one store. An assignment may become several: the compiler takes vectors apart, and
+  // does not always find them again where a thread writes to several rows.
   __device__ __forceinline__ void store(T* address) const {
 #pragma unroll
     for (int i = 0; i < kCount / kWidth; ++i) __stwb(reinterpret_cast<uint4*>(address + i * kWidth), parts[i]);

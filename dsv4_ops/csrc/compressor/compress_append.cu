@@ -8,7 +8,8 @@
 // channels apart: D = 512 are four warps, index keys one. Where groups do not overlap (kHalves = 1: HCA, 128 rows),
 // threadIdx.y counts row lanes, whose sums meet in shared memory. Every row is read once, 16 loads of 16 bytes of a
 // thread in flight; norm, rope, Hadamard and quantiser work on registers. A step that completes no group only copies
-// its token, which arrives while the position does.
+// its token, which arrives while the position does; the token's row of ape comes before the wait, by a guess of the
+// position.
 //
 // Old rows of the state are read before new ones overwrite them. In a CTA, every channel has one thread that reads all
 // its rows and then writes (kHalves = 2), or the barrier of the row lanes lies in between (kHalves = 1). A chunk of
@@ -43,10 +44,10 @@ constexpr int kKeepThreads = 128;
 constexpr int kApeBytes = 32 * 1024;  // largest ape that is held in shared memory
 constexpr int kSms = 132;             // of an H200: the grid of a chunk fills them about once
 
-// kv and score of one token: the thread's channels of both halves.
+// A token at a place of its group: the thread's channels of both halves.
 template <int kHalves>
 struct Token {
-  float kv[kHalves][kQuad], score[kHalves][kQuad];
+  float kv[kHalves][kQuad], score[kHalves][kQuad], bias[kHalves][kQuad];
 
   __device__ __forceinline__ void load(const Compressor& c, const Channels& from, int row) {
     const float* const kv_row = from.kv + static_cast<int64_t>(row) * c.kv_stride;
@@ -58,21 +59,29 @@ struct Token {
     }
   }
 
-  // -> the state: kv and score + ape.
-  __device__ __forceinline__ void store(const Channels& to, Divisor by_ratio, int ratio, int position) const {
-    const int group = by_ratio.divide(position), place = position - group * ratio;
-    float* const kept = to.state + (group % kHalves * ratio + place) * (2 * to.width);
+  __device__ __forceinline__ void load_bias(const Channels& from, int place) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) load_floats(from.ape + place * from.width + half * from.dim, bias[half]);
+  }
+
+  // -> a slot of the state: kv and score + ape.
+  __device__ __forceinline__ void store(const Channels& to, int slot) const {
+    float* const kept = to.state + slot * (2 * to.width);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float biased[kQuad];
-      load_floats(to.ape + place * to.width + half * to.dim, biased);
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) biased[k] += score[half][k];
+      for (int k = 0; k < kQuad; ++k) biased[k] = score[half][k] + bias[half][k];
       store_floats(kept + half * to.dim, kv[half]);
       store_floats(kept + to.width + half * to.dim, biased);
     }
   }
 };
+
+// Place of a position in its group.
+__device__ __forceinline__ int place_of(int position, Divisor by_ratio, int ratio) {
+  return position - by_ratio.divide(position) * ratio;
+}
 
 template <int kHalves>
 __device__ __forceinline__ Channels find_channels(const Compressor& c, int dim, const float* ape, int sequence,
@@ -138,12 +147,14 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
     prefetch_ape(c, kHalves * dim);
   }
   const Channels channels = find_channels<kHalves>(c, dim, ape, sequence, column);
+  Token<kHalves> token;
+  const bool keeps = keep && inside && lane < c.rope.tokens;
+  const int guess = guess_position(c.rope, c.rope.positions + sequence * c.rope.stride);
+  if (keeps) token.load_bias(channels, place_of(guess + lane, by_ratio, c.ratio));
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
   // 2. Where the sequence stands; meanwhile a token for the state.
-  Token<kHalves> token;
-  const bool keeps = keep && inside && lane < c.rope.tokens;
   if (keeps) token.load(c, channels, lane);
   const Chunk chunk = find_chunk(c.rope, sequence);
   const int first_group = by_ratio.divide(chunk.start);
@@ -173,17 +184,18 @@ __global__ void __launch_bounds__(kHalves == 1 ? kLaneThreads : kThreads)
 
   // 4. The tokens that the state keeps; the first one again, from L1, if its registers were needed.
   if (!keeps) return;
-  if (groups > 0) token.load(c, channels, lane);
   for (int row = lane; row < chunk.rows; row += lanes) {
     if (row + kHalves * c.ratio < chunk.rows) continue;
-    if (row != lane) token.load(c, channels, row);
-    token.store(channels, by_ratio, c.ratio, chunk.start + row);
+    const int position = chunk.start + row, group = by_ratio.divide(position), place = position - group * c.ratio;
+    if (row != lane || groups > 0) token.load(c, channels, row);
+    if (row != lane || groups > 0 || chunk.start != guess) token.load_bias(channels, place);
+    token.store(channels, group % kHalves * c.ratio + place);
   }
 }
 
 // CTA (slot, sequence): the last token of the chunk that belongs there.
 template <int kHalves>
-__global__ void __launch_bounds__(kKeepThreads) keep_rows_kernel(const Compressor c, const Divisor by_ratio) {
+__global__ void __launch_bounds__(kKeepThreads) keep_rows_kernel(const Compressor c) {
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int slot = blockIdx.x, slots = gridDim.x, sequence = blockIdx.y;
@@ -195,7 +207,8 @@ __global__ void __launch_bounds__(kKeepThreads) keep_rows_kernel(const Compresso
     const Channels channels = find_channels<kHalves>(c, c.dim, c.ape, sequence, column);
     Token<kHalves> token;
     token.load(c, channels, position - chunk.start);
-    token.store(channels, by_ratio, c.ratio, position);
+    token.load_bias(channels, position % c.ratio);
+    token.store(channels, slot);
   }
 }
 
@@ -222,7 +235,7 @@ cudaError_t launch(const Compressor& c, cudaStream_t stream) {
       launch_kernel(compress_append_kernel<kForm, kHalves, kDim>, pool, c, by_ratio, by_page, stage, keep);
   if (keep || status != cudaSuccess) return status;
   const Launch rows{dim3(kHalves * c.ratio, c.sequences), dim3(kKeepThreads), stream};
-  return launch_kernel(keep_rows_kernel<kHalves>, rows, c, by_ratio);
+  return launch_kernel(keep_rows_kernel<kHalves>, rows, c);
 }
 
 // The dimension of the released models is a constant, any other a parameter.

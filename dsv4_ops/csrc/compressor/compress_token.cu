@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) compress_token_kernel(const Compress
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
-  // 2. All reads. The position comes last, since whoever looks at it waits for it.
+  // 2. All reads.
   float kvs[kSlots][kCount], scores[kSlots][kCount];  // rows of the group before, then of this one
   float first_kv[kCount], first_score[kCount];        // of the token, for the group after its own
   load_floats(kv, first_kv);
@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads) compress_token_kernel(const Compress
       });
       if (step.has_page) page = *step.page;
     }
+    __syncwarp();  // the position is not looked at, and waited for, before all else is on its way
     actual = ptx::load_relaxed(position_address);
     if (max(actual, 0) == step.position) break;
     step = Step<kDim>(c, by_page, state, column, max(actual, 0));

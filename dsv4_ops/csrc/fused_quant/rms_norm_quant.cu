@@ -1,13 +1,13 @@
 // rms_norm_quant_fp8, _mxfp4 and _nvfp4: y = rounded(weight * x / rms(x)), and codes and scales of the rounded y by the
 // policy `Output` (common/quantised_row.cuh).
 //
-// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the
-// sum of squares, for NVFP4 a second one for the largest magnitude of y, then y and its codes out of registers. Shared
-// memory: 64 bytes for each of the two.
+// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for
+// the sum of squares, for NVFP4 a second one for the largest magnitude of y, then y and its codes out of registers.
+// Shared memory: 64 bytes for each of the two.
 //
-// With few rows the GPU is empty and the time is that of one CTA, of which quantising is a third. So gridDim.y CTAs work
-// on the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has no
-// influence on the bits.
+// With few rows the GPU is empty and the time is that of one CTA, of which quantising is a third. So gridDim.y CTAs
+// work on the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has
+// no influence on the bits.
 //
 // Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4 spends 37
 // instructions an element, which take about as long.
@@ -51,9 +51,7 @@ __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_
 #pragma unroll
   for (int i = 0; i < row.kAll; ++i) {
     if (row.inside(i)) row.values[i].store(y + row.column_of(i));
-    float values[kNormCount];
-    row.values[i].to_floats(values);
-    output.store(row.column_of(i), values, row.inside(i));
+    store_row(output, row.column_of(i), row.values[i], row.inside(i));
   }
 }
 

@@ -23,15 +23,20 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
   ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   const unsigned step = blockDim.x * kVectors * kGatedCount;  // columns of a tile
-  GatedTile<kVectors, GateUp> tile;
+  GatedTile<kVectors, Output::kSpan, GateUp, T> tile;
   const auto compute = [&](unsigned first) {
     tile.compute(gate_up + blockIdx.x * rows.stride, width, first, route_weight + blockIdx.x, limit);
   };
   const auto store = [&](unsigned first) {
+    if constexpr (Output::kSpan != 0) {
+      const unsigned column = tile.column_of(first, 0);
+      output.store(column, tile.h, column < width);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const unsigned column = tile.column_of(first, i);
-      output.store(column, tile.h[i], column < width);
+      for (int i = 0; i < kVectors; ++i) {
+        const unsigned column = tile.column_of(first, i);
+        store_row(output, column, tile.h[i], column < width);
+      }
     }
   };
 
@@ -45,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
     for (unsigned first = 0; first < width; first += step) {
       compute(first);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) bits = max(bits, max_magnitude_bits(tile.h[i]));
+      for (int i = 0; i < kVectors; ++i) bits = max(bits, tile.h[i].max_magnitude_bits());
     }
     output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
     for (unsigned first = 0; first < width; first += step) {

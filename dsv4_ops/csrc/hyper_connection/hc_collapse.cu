@@ -1,27 +1,29 @@
-// hc_collapse, second launch of every op that computes `pre`: partial sums -> pre, post, comb, and the weighted sum of the
-// streams, normed and quantised where the op does that.
+// hc_collapse, second launch of every op that computes `pre`: partial sums -> pre, post, comb, and the weighted sum of
+// the streams, normed and quantised where the op does that.
 //
-//   y = sum_j pre_j x_j,  rounded;  then rms_norm of what was rounded, rounded;  then the quantiser of what that rounded
+//   y = sum_j pre_j x_j, rounded; then rms_norm of what was rounded, rounded; then the quantiser of what that rounded
 //
 // A CTA has one of two roles, so that the two long chains of a token run on different SMs:
 //
-//   rows     one token each. It adds the partial sums of pre and of the squares (n + 4 values), and each warp for itself
-//            turns them into the weights pre. A thread owns 8 neighbouring columns of all 4 streams, loaded while the
-//            partial sums arrive, and keeps them in registers up to the quantiser. Barriers: one after the partial sums,
-//            one for the sum of squares of the norm, one for the largest magnitude where the format is NVFP4.
-//   mixing   the first CTAs of the grid: post, and comb by Sinkhorn's iteration, of one token (few tokens) or of a token a
-//            warp. hc_head has none.
+//   rows     One token each. The CTA adds the partial sums of pre and of the squares (n + 4 values), and each warp for
+//            itself turns them into the weights pre. A thread owns 8 neighbouring columns of all 4 streams, loaded
+//            while the partial sums arrive, and keeps them in registers up to the quantiser. Barriers: one after the
+//            partial sums, one for the norm's sum of squares, one for the largest magnitude where the format is NVFP4.
+//   mixing   The first CTAs of the grid: post, and comb by Sinkhorn's iteration, of one token (few tokens) or of a
+//            token a warp. hc_head has none.
 //
-// Other n, rows that are not whole vectors, and rows wider than 8192 (fp32: 4096) are read again in every phase instead of kept.
+// Other n, rows that are not whole vectors, and rows wider than 8192 (fp32: 4096) are read again in every phase
+// instead of kept.
 //
-// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][values] fp32, 512 bytes for a row of 4096; static: two
-// words a warp.
+// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][outputs + 4] fp32, then the logits of comb
+// [tokens][n][n]: 960 bytes for one token of 4096 columns and n = 4, 15 KiB for 16. Static: 256 bytes, two words a
+// warp.
 //
-// Budget of one token at decode sizes, in cycles: partial sums from L2 (one access, 8 in flight a thread) and their adds,
-// barrier, adds of the groups, mean, root and sigmoid: a load and about 300. Then the row: 240 instructions a warp, of 16
-// warps on 4 schedulers for 4096 columns, and two barriers. Beside it comb: (2 * iterations - 1) steps of 4 multiply-adds
-// and a reciprocal, each of which waits for the last, about 50 cycles; with 20 iterations that is the longest chain and
-// bounds the launch. For many tokens the floor is n * d elements read and the results written.
+// Budget of one token at decode sizes, in cycles: partial sums from L2 (one access, 8 in flight a thread) and their
+// adds, barrier, adds of the groups, mean, root and sigmoid: a load and about 300. Then the row: 240 instructions a
+// warp, of 16 warps on 4 schedulers for 4096 columns, and two barriers. Beside it comb: 2 * iterations - 1 steps of 4
+// multiply-adds and a reciprocal, each of which waits for the last, about 50 cycles; with 20 iterations that is the
+// longest chain and bounds the launch. For many tokens the floor is n * d elements read and the results written.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -199,7 +201,8 @@ __device__ __forceinline__ float find_pre(const Arguments& at, const float* sums
 }
 
 // Add weight * values of one stream; the first stream starts the sum.
-__device__ __forceinline__ void add_stream(int stream, float weight, const float (&values)[kCount], float (&sums)[kCount]) {
+__device__ __forceinline__ void add_stream(int stream, float weight, const float (&values)[kCount],
+                                           float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     sums[i] = stream == 0 ? first_weighted(weight, values[i]) : add_weighted(sums[i], weight, values[i]);

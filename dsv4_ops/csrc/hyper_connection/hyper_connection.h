@@ -1,8 +1,8 @@
 // Launchers of the family `hyper_connection`; shapes and dtypes are those of dsv4_ops/ops/hyper_connection.py and
 // hyper_connection_quant.py.
 //
-// An op that computes `pre` is two launches. hc_mix adds up products of columns; hc_collapse adds those sums, and ends in
-// what the op returns. Between them, for every token, `workspace` holds
+// An op that computes `pre` is two launches. hc_mix adds up products of columns; hc_collapse adds those sums, and ends
+// in what the op returns. Between them, for every token, `workspace` holds
 //
 //   partial [tokens, chunks, outputs + 4] fp32: n products of `pre`, 4 sums of squares, the other products
 //
@@ -43,8 +43,8 @@ struct MixWeights {
   int iterations;
 };
 
-// What hc_post adds to the streams x: f [tokens, width], post [tokens, n], comb [tokens, n, n]; the sum goes to `streams`
-// [tokens, n, width].
+// What hc_post adds to the streams x: f [tokens, width], post [tokens, n], comb [tokens, n, n]; the sum goes to
+// `streams` [tokens, n, width].
 struct Post {
   const void* f;
   int64_t f_stride;

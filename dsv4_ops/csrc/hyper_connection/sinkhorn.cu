@@ -1,8 +1,8 @@
 // sinkhorn: matrices of logits -> doubly stochastic matrices (sinkhorn.cuh).
 //
-// One thread owns a 4 x 4 matrix, one warp an n x n matrix of another size up to 16. Nothing is shared between matrices;
-// for other sizes a warp transposes its matrix once in 1 KiB of shared memory. Time is the chain of 2 * iterations - 1
-// dependent steps; memory, 8 n^2 bytes a matrix, does not matter.
+// One thread owns a 4 x 4 matrix, one warp an n x n matrix of another size up to 16. Nothing is shared between
+// matrices; for other sizes a warp transposes its matrix once in 1 KiB of shared memory. Time is the chain of 2 *
+// iterations - 1 dependent steps; memory, 8 n^2 bytes a matrix, does not matter.
 #include "common/launch.cuh"
 #include "hyper_connection/sinkhorn.cuh"
 

@@ -1,14 +1,14 @@
 // Sinkhorn-Knopp in registers: softmax of the rows plus eps, a column normalisation, then iterations - 1 times rows and
 // columns, where a normalisation divides by the sum plus eps.
 //
-// The matrix itself is never divided. With A = softmax + eps, every iterate is A_jk / (p_j q_k), and dividing its rows by
-// their sums plus eps is
+// The matrix itself is never divided. With A = softmax + eps, every iterate is A_jk / (p_j q_k), and dividing its rows
+// by their sums plus eps is
 //
 //   p_j <- sum_k A_jk / q_k + eps p_j,    and for the columns    q_k <- sum_j A_jk / p_j + eps q_k
 //
-// which is the definition, eps included: 20 multiply-adds and 4 reciprocals instead of 16 quotients for n = 4, and a
-// reciprocal error of one ulp (rcp.approx) enters an element of the result twice and not 39 times: it is not divided again.
-// Each of the 2 * iterations - 1 steps waits for the one before, so time is steps * (reciprocal + multiply-adds).
+// which is the definition, eps included: 20 multiply-adds and 4 reciprocals a step instead of 16 quotients for n = 4. A
+// reciprocal is within one ulp (rcp.approx), like the quotients of the definition. Each of the 2 * iterations - 1 steps
+// waits for the one before, so the time is that of a reciprocal and a few multiply-adds as many times.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -59,8 +59,8 @@ __device__ __forceinline__ void sinkhorn_4(float (&matrix)[4][4], float eps, int
   }
 }
 
-// An n x n matrix by a warp, n <= 16: lane j < n holds row j of the logits, which becomes row j of the result. `scratch`
-// holds n * n floats.
+// An n x n matrix by a warp, n <= 16: lane j < n holds row j of the logits, which becomes row j of the result.
+// `scratch` holds n * n floats.
 __device__ __forceinline__ void sinkhorn_warp(float (&row)[kMaxStreams], int n, float eps, int iterations,
                                               float* scratch) {
   const int lane = threadIdx.x % kWarp;

@@ -5,12 +5,13 @@
 //   fp4    E2M1 of the same, one UE8M0 scale for each 32                     w as above
 //
 // A thread owns 8 neighbouring columns, or 16 where there are many heads of 128: fewer exchanges and addresses. A head
-// lies in neighbouring lanes: the transform and the amax are exchanges between them. A grid of CTAs of 128 threads covers
-// the heads; no shared memory. The row of the rope table is loaded before the wait, by a guess of the position, and again
-// if the guess was wrong.
+// lies in neighbouring lanes: the transform and the amax are exchanges between them. A CTA of 128 threads owns heads of
+// one token; no shared memory. The row of the rope table is loaded before the wait, by a guess of the position, and
+// again if the guess was wrong.
 //
 // Floor: 2 bytes read and 1 (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of one read,
-// eleven exchanges between lanes, and the store. Many heads are bound by the instructions: about 35 an element.
+// eleven exchanges between lanes, and the store. Many heads are bound by the instructions: about 30 an element.
+#include <algorithm>
 #include <cmath>
 
 #include "common/divisor.cuh"
@@ -29,7 +30,8 @@ constexpr int kThreads = 128;
 constexpr int kVector = 8;            // columns of a thread, or half of them
 constexpr int kScaleGroup = 32;       // columns that share a scale in FP4
 constexpr int kSms = 132;             // of an H200
-constexpr int kThreadsOfAnSm = 1024;  // from which an SM is busy
+constexpr int kThreadsOfAnSm = 896;   // that are resident at least
+constexpr int kMaxParts = 65535;      // of a grid
 
 struct Outputs {
   void* codes;
@@ -70,29 +72,20 @@ __device__ __forceinline__ float store_query(float (&values)[kCount], int64_t st
   return 1.0f;
 }
 
-// kDim is 0 where the width does not matter to the lanes (plain).
+// CTA (token, part): part, part + parts, ... of a token's heads, where a part is what 128 threads hold. kDim is 0 where
+// the width does not matter to the lanes (plain); such a CTA has one part, since the next would have other columns.
 template <IndexForm kForm, int kDim, int kCount, typename T>
 __global__ void __launch_bounds__(kThreads)
-    index_query_kernel(const IndexQuery query, const Rope rope, const Outputs out, const Divisor by_heads,
-                       const Divisor by_tokens, const float factor) {
+    index_query_kernel(const IndexQuery query, const Rope rope, const Outputs out, const Divisor by_tokens,
+                       const float factor) {
   const int dim = kDim == 0 ? query.dim : kDim;
   const unsigned vectors = dim / kCount;  // of a head
-  unsigned row, vector;                   // a head of a token, and kCount columns of it
-  if constexpr (kDim > 0) {
-    row = blockIdx.x * (kThreads / vectors) + threadIdx.x / vectors;
-    vector = threadIdx.x % vectors;
-  } else {
-    const uint64_t place = blockIdx.x * uint64_t{kThreads} + threadIdx.x;
-    row = place / vectors;
-    vector = place % vectors;
-  }
-  const bool inside = row < query.rows;
-  row = inside ? row : query.rows - 1;  // lanes past the end repeat the last head: shuffles need whole warps
-  const int token = by_heads.divide(row), sequence = by_tokens.divide(token);
-  const int head = row - token * query.heads, column = vector * kCount, first_rotated = column - (dim - rope.dim);
+  const unsigned end = query.heads * vectors, first = blockIdx.y * kThreads + threadIdx.x;
+  const int token = blockIdx.x, sequence = by_tokens.divide(token);
+  const int column = first % vectors * kCount, first_rotated = column - (dim - rope.dim);
   const int32_t* const position = rope.positions + sequence * rope.stride + (token - sequence * rope.tokens);
-  const auto* const q = static_cast<const T*>(query.q) + row * query.stride + column;
-  const int64_t weight_index = token * query.weights_stride + head;
+  const int64_t first_row = static_cast<int64_t>(token) * query.heads, first_weight = token * query.weights_stride;
+  const auto* const q = static_cast<const T*>(query.q) + first_row * query.stride + column;
 
   float2 turns[kCount / 2];
   const int guess = guess_position(rope, position);
@@ -100,42 +93,59 @@ __global__ void __launch_bounds__(kThreads)
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
-  float values[kCount];
-  load_floats(q, values);
+  const auto head_of = [&](unsigned part) {  // shuffles need whole warps: past the end the last head again
+    return static_cast<int>(min(part * kThreads + threadIdx.x, end - 1) / vectors);
+  };
+  Packed<T, kCount> next;
+  next.load(q + head_of(blockIdx.y) * query.stride);
+  __syncwarp();  // the position is not looked at, and waited for, before q is on its way
   const int actual = max(*position, 0);
-  const float weight = load_weight(query, weight_index);
   if (actual != guess) load_turns<kCount>(rope_row(rope.table, rope.dim, actual), first_rotated, turns);
 
-  if constexpr (kForm != IndexForm::kPlain && sizeof(T) == 4) round_all_to<__nv_bfloat16>(values);
-  rotate(values, first_rotated, turns);
-  const float scale = store_query<kForm, kDim, kCount>(values, static_cast<int64_t>(row) * dim, column, inside, out);
-  if (!inside || column != 0) return;
-  const float scaled = __fmul_rn(weight, factor);
-  out.w[row] = kForm == IndexForm::kFp8 ? __fmul_rn(scaled, scale) : scaled;
+#pragma unroll 1
+  for (unsigned part = blockIdx.y; part * kThreads < end; part += gridDim.y) {
+    const int head = head_of(part);
+    const bool inside = part * kThreads + threadIdx.x < end;
+    const float weight = load_weight(query, first_weight + head);
+    float values[kCount];
+    next.to_floats(values);
+    if ((part + gridDim.y) * kThreads < end) next.load(q + head_of(part + gridDim.y) * query.stride);
+    if constexpr (kForm != IndexForm::kPlain && sizeof(T) == 4) round_all_to<__nv_bfloat16>(values);
+    rotate(values, first_rotated, turns);
+    const float scale = store_query<kForm, kDim>(values, (first_row + head) * dim, column, inside, out);
+    if (inside && column == 0) {
+      const float scaled = __fmul_rn(weight, factor);
+      out.w[first_row + head] = kForm == IndexForm::kFp8 ? __fmul_rn(scaled, scale) : scaled;
+    }
+  }
 }
 
 template <IndexForm kForm, int kDim, int kCount>
-cudaError_t launch_columns(const IndexQuery& query, const Rope& rope, const Outputs& out, cudaStream_t stream) {
+cudaError_t launch_columns(const IndexQuery& query, const Rope& rope, const Outputs& out, int64_t parts_of_a_wave,
+                           cudaStream_t stream) {
   // As in the reference: in double, then rounded once.
   const auto factor = static_cast<float>(std::pow(query.dim, -0.5) * std::pow(query.heads, -0.5));
-  const int64_t threads = query.rows * (query.dim / kCount);
-  const Launch at{dim3((threads + kThreads - 1) / kThreads), dim3(kThreads), stream};
+  const int64_t tokens = query.rows / query.heads;
+  const int64_t most = (static_cast<int64_t>(query.heads) * (query.dim / kCount) + kThreads - 1) / kThreads;
+  const int64_t parts = std::min(most, (parts_of_a_wave + tokens - 1) / tokens);
+  if (tokens > INT32_MAX || most > kMaxParts) return cudaErrorInvalidValue;
+  const Launch at{dim3(tokens, parts), dim3(kThreads), stream};
   return with_dtype(query.dtype, [&](auto element) {
     return launch_kernel(index_query_kernel<kForm, kDim, kCount, decltype(element)>, at, query, rope, out,
-                         Divisor(query.heads), Divisor(rope.tokens), factor);
+                         Divisor(rope.tokens), factor);
   });
 }
 
-// Two vectors a thread take fewer instructions, once they fill the GPU. What is computed is the same.
+// Where heads fill the GPU, a thread takes two vectors of several. What is computed is the same.
 template <IndexForm kForm, int kDim>
 cudaError_t launch(const IndexQuery& query, const Rope& rope, const Outputs& out, cudaStream_t stream) {
-  if (query.rows > INT32_MAX) return cudaErrorInvalidValue;  // the kernel counts heads in 32 bits
   if (query.rows == 0) return cudaSuccess;
-  const bool many = query.rows * query.dim >= int64_t{2 * kVector} * kSms * kThreadsOfAnSm;
+  constexpr int64_t kWave = int64_t{kSms} * kThreadsOfAnSm / kThreads;
   if constexpr (kDim == 128) {
-    if (many) return launch_columns<kForm, kDim, 2 * kVector>(query, rope, out, stream);
+    const bool many = query.rows * (kDim / (2 * kVector)) >= kWave * kThreads;
+    if (many) return launch_columns<kForm, kDim, 2 * kVector>(query, rope, out, kWave, stream);
   }
-  return launch_columns<kForm, kDim, kVector>(query, rope, out, stream);
+  return launch_columns<kForm, kDim, kVector>(query, rope, out, INT32_MAX, stream);
 }
 
 template <IndexForm kForm>

@@ -35,15 +35,14 @@ constexpr int kMultiprocessors = 132;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the distance of panels in
-// it.
+// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the bytes of a panel.
 template <IndexForm kForm, int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
-                                         uint64_t panel) {
+                                         uint32_t panel) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Format<kForm>::kSteps; ++step) {
-    const uint64_t operand = queries + step / 4 * panel + step % 4 * 2;  // 32 bytes
+    const uint64_t operand = ptx::advance_descriptor(queries, step / 4 * panel + step % 4 * 32);
     if constexpr (kForm == IndexForm::kFp8) {
       ptx::wgmma_k32_e4m3<kN>(acc, keys.values[step], operand, step > 0);
     } else {
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
 
   // 4. tiles
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
-  const uint64_t panel = all_rows * kHeads * 128 / 16;
+  const uint32_t panel = all_rows * kHeads * 128;
   const int64_t sink_row = block.token - task.first_token;
   KeyPlaces next = reader.find(first_tile + kReady * stride);
   for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
@@ -246,7 +245,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
     own.offset = (sink_row + own.row) * sink.stride + own.entry;
     for (int first = 0; first < all_rows; first += kN / kHeads) {
       float acc[kN / 2];
-      multiply<kForm, kN>(acc, keys, first_queries + first * (kHeads * 128 / 16), panel);
+      multiply<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
       put_scores<kPaired>(acc, weights, seen_by, first, block.rows, task.capacity, own, sink);
       own.row += kN / kHeads;
       own.offset += kN / kHeads * sink.stride;

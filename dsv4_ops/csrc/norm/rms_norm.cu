@@ -1,7 +1,7 @@
 // rms_norm: y = rounded(weight * x / rms(x)).
 //
-// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for the
-// sum of squares, y out. Shared memory: 64 bytes for that sum.
+// One CTA owns a row, as norm/norm_row.cuh says: weights into registers before the wait, x after it, one barrier for
+// the sum of squares, y out. Shared memory: 64 bytes for that sum.
 // Floor: with bf16 2 + 2 bytes an element at the speed of a copy; for few rows the latency of a load and a barrier.
 #include "norm/norm.h"
 #include "norm/norm_row.cuh"

@@ -14,9 +14,10 @@ constexpr int kMaxThreads = 256;
 // Halves (common/swiglu.cuh) element by element.
 template <typename T, int kCount>
 struct AnyHalves {
+  static constexpr bool kPacked = false;
   float gates[kCount], ups[kCount];
 
-  __device__ __forceinline__ void load(const T* row, unsigned width, unsigned column) {
+  __device__ __forceinline__ void load(const T* row, unsigned width, unsigned column, int) {
     const int left = static_cast<int>(width - column);
     load_some(row + column, left, gates);
     load_some(row + width + column, left, ups);
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   ptx::launch_dependents();
   const auto width = static_cast<unsigned>(rows.width);
   const unsigned first = blockIdx.y * blockDim.x * kVectors * kGatedCount;
-  GatedTile<kVectors, GateUp> tile;
+  GatedTile<kVectors, 0, GateUp, T> tile;
   tile.compute(gate_up + blockIdx.x * rows.stride, width, first, route_weight + blockIdx.x, limit);
   h += blockIdx.x * rows.width;
 #pragma unroll
@@ -47,9 +48,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     const unsigned column = tile.column_of(first, i);
     if (column >= width) continue;
     if constexpr (kWhole) {
-      store_floats(h + column, tile.h[i]);
+      tile.h[i].store(h + column);
     } else {
-      store_some(h + column, static_cast<int>(width - column), tile.h[i]);
+      float values[kGatedCount];
+      tile.h[i].to_floats(values);
+      store_some(h + column, static_cast<int>(width - column), values);
     }
   }
 }

@@ -1,0 +1,145 @@
+#include "common/bind.h"
+
+#include <optional>
+
+#include "attention/attention.h"
+#include "common/bind_pool.h"
+#include "common/bind_rope.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kLargestDim = 512;
+
+Divisor divisor(int64_t number) {
+  int bits = 0;
+  while (int64_t{1} << bits < number) ++bits;
+  const int shift = 31 + bits;
+  return {static_cast<uint32_t>(((int64_t{1} << shift) + number - 1) / number), shift};
+}
+
+// What the three ops have in common; the compressed entries are added by the caller.
+SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& window_pool, const Tensor& sink,
+                              const Tensor& rope_table, const Tensor& window_table, const Tensor& positions,
+                              int64_t window, int64_t page_size, const Tensor& o, const Tensor& lse) {
+  call.expect_tensor("q", q, {kBfloat16, kFloat32}, {kAny, kAny, kAny, kAny});
+  const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), dim = q.size(3);
+  call.expect(dim % 8 == 0 && dim >= 8 && dim <= kLargestDim, "q", "[B, S, H, D] with D a multiple of 8 up to 512", q);
+  call.expect(heads >= 1 && batch * tokens * heads <= INT32_MAX, "q",
+              "of at least one head and at most 2^31 - 1 vectors", q);
+  const Rows rows = call.rows("q", q, 16);
+  call.expect_tensor("sink", sink, {kFloat32}, {heads});
+  call.expect_contiguous("sink", sink);
+  const Rope rope = expect_rope(call, rope_table, positions, batch, tokens, dim);
+  const int64_t entry_bytes = dim + rope.dim + (dim - rope.dim + 511) / 512 * 8;
+  const Pool pool = expect_pool(call, window_pool, window_table, batch, page_size, entry_bytes, dim, 16);
+  call.expect(pool.plain || (dim - rope.dim) % 64 == 0, "window_pool", "float32 where D - R is no multiple of 64",
+              window_pool);
+  call.expect(window >= 0 && window <= INT32_MAX / 2, "q", "used with a window from 0 to 2^30", q);
+  const int64_t ring = static_cast<int64_t>(pool.max_pages) * pool.page_size;
+  call.expect(ring >= window + tokens - 1 || batch * tokens == 0, "window_table",
+              "a ring of at least window + S - 1 = " + std::to_string(window + tokens - 1) + " entries", window_table);
+  call.expect_output("o", o, q.scalar_type(), q, dim);
+  call.expect_tensor("lse", lse, {kFloat32}, {batch, tokens, heads});
+  call.expect_contiguous("lse", lse);
+
+  SparseAttention attention{};
+  attention.q = q.const_data_ptr();
+  attention.dtype = dtype_of(q);
+  attention.q_stride = rows.stride;
+  attention.rows = batch * tokens;
+  attention.heads = static_cast<int>(heads);
+  attention.dim = static_cast<int>(dim);
+  attention.sink = data<float>(sink);
+  attention.rope = rope;
+  attention.keys.window_pool = pool;
+  attention.keys.window_page = divisor(page_size);
+  attention.keys.compressed_pool.page_size = 1;
+  attention.keys.window = static_cast<int>(window);
+  attention.o = o.mutable_data_ptr();
+  attention.lse = mutable_data<float>(lse);
+  return attention;
+}
+
+void add_compressed_pool(const Call& call, SparseAttention& attention, const Tensor& q, const Tensor& pool,
+                         const Tensor& table, int64_t page_size) {
+  const int64_t dim = q.size(3), rope_dim = attention.rope.dim,
+                entry_bytes = dim + rope_dim + (dim - rope_dim + 511) / 512 * 8;
+  attention.keys.compressed_pool = expect_pool(call, pool, table, q.size(0), page_size, entry_bytes, dim, 16);
+  attention.keys.compressed_page = divisor(page_size);
+  call.expect(attention.keys.compressed_pool.plain || (dim - rope_dim) % 64 == 0, "compressed_pool",
+              "float32 where D - R is no multiple of 64", pool);
+}
+
+void launch(const Call& call, SparseAttention attention, const std::optional<Tensor>& workspace) {
+  if (attention.rows == 0) return;
+  if (workspace.has_value()) {
+    call.expect_rows("workspace", *workspace, {kFloat32});
+    call.expect_contiguous("workspace", *workspace);
+    call.rows("workspace", *workspace, 16);
+  }
+  if (!on_tensor_cores(attention)) return call.check(launch_sparse_attention_plain(attention, call.stream()));
+  // Without room for partial results every row is computed by one CTA: the same bits.
+  if (workspace.has_value() && workspace->numel() > 0 && workspace->numel() >= partial_floats(attention)) {
+    attention.partials = mutable_data<float>(*workspace);
+  }
+  call.check(launch_sparse_attention(attention, call.stream()));
+}
+
+std::tuple<Tensor, Tensor> sparse_attention_window(const Tensor& q, const Tensor& window_pool, const Tensor& sink,
+                                                   const Tensor& rope_table, const Tensor& window_table,
+                                                   const Tensor& positions, int64_t window, int64_t window_page_size,
+                                                   Tensor o, Tensor lse, std::optional<Tensor> workspace) {
+  const Call call("sparse_attention_window", q);
+  const SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
+  launch(call, attention, workspace);
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> sparse_attention_selected(const Tensor& q, const Tensor& window_pool,
+                                                     const Tensor& compressed_pool, const Tensor& sink,
+                                                     const Tensor& rope_table, const Tensor& window_table,
+                                                     const Tensor& compressed_table, const Tensor& indices,
+                                                     const Tensor& positions, int64_t window, int64_t window_page_size,
+                                                     int64_t compressed_page_size, Tensor o, Tensor lse,
+                                                     std::optional<Tensor> workspace) {
+  const Call call("sparse_attention_selected", q);
+  SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
+  add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
+  call.expect_tensor("indices", indices, {kInt32}, {q.size(0), q.size(1), kAny});
+  const Rows rows = call.rows("indices", indices, 4);
+  call.expect(rows.width <= INT32_MAX / 2, "indices", "[B, S, k] with k at most 2^30", indices);
+  attention.keys.indices = data<int32_t>(indices);
+  attention.keys.indices_stride = rows.stride;
+  attention.keys.k = static_cast<int>(rows.width);
+  launch(call, attention, workspace);
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> sparse_attention_compressed(const Tensor& q, const Tensor& window_pool,
+                                                       const Tensor& compressed_pool, const Tensor& sink,
+                                                       const Tensor& rope_table, const Tensor& window_table,
+                                                       const Tensor& compressed_table, const Tensor& positions,
+                                                       int64_t window, int64_t ratio, int64_t window_page_size,
+                                                       int64_t compressed_page_size, Tensor o, Tensor lse,
+                                                       std::optional<Tensor> workspace) {
+  const Call call("sparse_attention_compressed", q);
+  SparseAttention attention =
+      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
+  add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
+  call.expect(ratio >= 1 && ratio <= INT32_MAX, "q", "used with a ratio of at least 1", q);
+  attention.keys.ratio = static_cast<int>(ratio);
+  launch(call, attention, workspace);
+  return {o, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, m) {
+  m.impl("sparse_attention_window.out", TORCH_BOX(&sparse_attention_window));
+  m.impl("sparse_attention_selected.out", TORCH_BOX(&sparse_attention_selected));
+  m.impl("sparse_attention_compressed.out", TORCH_BOX(&sparse_attention_compressed));
+}
+
+}  // namespace
+}  // namespace dsv4

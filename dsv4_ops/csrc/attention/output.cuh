@@ -1,0 +1,103 @@
+// From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition.
+#pragma once
+
+#include "attention/attention.h"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "common/ptx_sm90.cuh"
+#include "common/rope.cuh"
+
+namespace dsv4 {
+
+// Rows [kHeads] of bf16 in shared memory, 16 bytes apart from a multiple of 128 so that a column of chunks fills all
+// banks.
+template <int kWidth>
+constexpr int kStagingStride = kWidth * 2 + 16;
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// The turn that a thread's two rows of the rope slab share: warp w and lane l have pair 8 * w + l / 4.
+__device__ __forceinline__ float2 inverse_turn(const Rope& rope, int position) {
+  const int pair = threadIdx.x % kWarpgroup / kWarp * 8 + threadIdx.x % kWarp / 4;
+  const float* const row = rope_row(rope.table, kRopeDim, position);
+  const float2 turn = __ldg(reinterpret_cast<const float2*>(row) + pair);
+  return {turn.x, -turn.y};
+}
+
+// Divide a slab of output by the denominators and turn it back if it is the rope slab.
+template <int kHeads>
+__device__ __forceinline__ void finish_slab(float (&output)[kHeads / 2], const float (&reciprocal)[kColumns<kHeads>],
+                                            bool rope, float2 turn) {
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; ++i) {
+    const float factor = reciprocal[i / 4 * 2 + i % 2];
+    output[i] = factor > 0 ? output[i] * factor : 0.0f;
+  }
+  if (!rope) return;
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; ++i) {
+    if (i % 4 >= 2) continue;
+    const float2 turned = rotate(float2{output[i], output[i + 2]}, turn);
+    output[i] = turned.x;
+    output[i + 2] = turned.y;
+  }
+}
+
+// Write a slab (64 rows) as columns `first` .. first + 63 of the staging rows.
+template <int kHeads, int kWidth>
+__device__ __forceinline__ void stage_slab(const float (&output)[kHeads / 2], uint8_t* staging, int first) {
+  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+  const auto packed = [&](int block, int half) {
+    return pack_bf16(output[4 * block + 2 * half], output[4 * block + 2 * half + 1]);
+  };
+  const int column = first + 16 * warp + lane / 8 % 2 * 8;
+  const uint32_t address = ptx::shared_address(staging) + column * 2;
+  if constexpr (kHeads == 8) {
+    ptx::stmatrix_transposed(address + lane % 8 * kStagingStride<kWidth>, packed(0, 0), packed(0, 1));
+  } else {
+#pragma unroll
+    for (int block = 0; block < kHeads / 8; block += 2) {
+      const int head = (block + lane / 16) * 8 + lane % 8;
+      ptx::stmatrix_transposed(address + head * kStagingStride<kWidth>, packed(block, 0), packed(block, 1),
+                               packed(block + 1, 0), packed(block + 1, 1));
+    }
+  }
+}
+
+// Staging rows, as the slabs have them, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
+template <int kHeads, int kWidth>
+__device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16* o, int heads, int first_dim) {
+  constexpr int kPieces = kWidth / 16;  // of 16 dimensions: two chunks
+  for (int i = threadIdx.x % kWarpgroup; i < kHeads * kPieces; i += kWarpgroup) {
+    const int head = i / kPieces, piece = i % kPieces, dim = first_dim + piece * 16;
+    if (head >= heads) break;
+    const auto* const from = reinterpret_cast<const uint4*>(staging + head * kStagingStride<kWidth>) + piece * 2;
+    uint4 first = from[0], second = from[1];
+    if (dim >= kNope) join_pairs(first, second);
+    auto* const to = reinterpret_cast<uint4*>(o + static_cast<int64_t>(head) * kDim + dim);
+    to[0] = first;
+    to[1] = second;
+  }
+}
+
+// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse
+// stored.
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head,
+                                             const Total& total, bool store_lse) {
+  if (head >= attention.heads) return 0.0f;
+  if (store_lse) attention.lse[row * attention.heads + head] = log_sum_exp(total);
+  return reciprocal_of_denominator(total, attention.sink[head]);
+}
+
+template <int kHeads>
+__device__ __forceinline__ void load_columns(const float* heads, float (&values)[kColumns<kHeads>]) {
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    values[column] = heads[head_of_column(column, threadIdx.x % kWarp)];
+  }
+}
+
+}  // namespace dsv4

@@ -1,0 +1,210 @@
+// The producing warps: keys of paged pools, gathered, unpacked and written to tiles in shared memory.
+//
+// A warp takes blocks of 8 keys: lane l has key l % 8, and of every group of 64 dimensions the quarter l / 8, so that a
+// load of the warp reads 64 bytes in a row of each key and a store fills all banks. While the quarters of one block are
+// unpacked, those of the next are loaded into the same registers: a warp has 4.5 KB under way all the time. Keys are
+// looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch
+// ahead.
+#pragma once
+
+#include "attention/keys.cuh"
+#include "attention/tile.cuh"
+#include "common/ptx.cuh"
+#include "common/ptx_sm90.cuh"
+#include "common/reduce.cuh"
+
+namespace dsv4 {
+
+constexpr int kStages = 2;  // tiles in shared memory
+constexpr int kBlock = 8;   // keys of a warp at a time
+constexpr int kTileBytes = kUnit * kDim * 2;
+constexpr int kSlabBytes = kUnit * kRowBytes;
+constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a key
+
+// Tiles in shared memory, and how producers and consumers hand them over.
+struct TileMemory {
+  alignas(1024) uint8_t keys[kStages * kTileBytes];
+  alignas(8) uint64_t full[kStages];      // mbarriers: the tile is written
+  uint64_t empty[kStages];                // the tile has been used
+  alignas(8) uint8_t valid[kStages * 8];  // a bit for each key
+};
+
+struct Tiles {
+  uint8_t* keys;
+  uint8_t* valid;
+  uint32_t full;
+  uint32_t empty;
+
+  __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
+};
+
+// How often each stage has been filled and used: the parity of its barriers.
+struct StageUses {
+  uint32_t even = 0, odd = 0;
+
+  __device__ __forceinline__ uint32_t of(int stage) const { return stage == 0 ? even : odd; }
+  __device__ __forceinline__ void add(int tiles) {
+    even += (tiles + 1) / 2;
+    odd += tiles / 2;
+  }
+};
+static_assert(kStages == 2, "StageUses counts two");
+
+// By all threads of the CTA, first of all.
+__device__ __forceinline__ Tiles start_tiles(TileMemory& memory, int producer_warps, int consumer_warps) {
+  const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps);
+      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_warps);
+    }
+  }
+  __syncthreads();
+  return tiles;
+}
+
+// What an absent key has instead of an entry: zeros, with which products are harmless.
+__device__ const uint4 absent_key[kEntryBytes / 16] = {};
+
+// A key that a lane looks up: its entry and, once that is loaded, its page.
+struct Lookup {
+  int key;
+  int entry;  // negative: absent
+  int32_t page;
+};
+
+// Where the bytes of a key lie.
+struct KeyPlace {
+  const uint8_t* data;
+  const uint8_t* scales;
+};
+
+__device__ __forceinline__ const int32_t* page_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
+  const bool window = lookup.key < row.window_keys;
+  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
+  return pool.table + row.sequence * pool.table_stride +
+         divide(lookup.entry, window ? sources.window_page : sources.compressed_page);
+}
+
+__device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
+  const auto* const absent = reinterpret_cast<const uint8_t*>(absent_key);
+  if (lookup.entry < 0) return {absent, absent};
+  const bool window = lookup.key < row.window_keys;
+  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
+  const Divisor divisor = window ? sources.window_page : sources.compressed_page;
+  const int slot = lookup.entry - divide(lookup.entry, divisor) * pool.page_size;
+  const uint8_t* const page = pool.data + lookup.page * pool.page_stride;
+  return {page + static_cast<int64_t>(slot) * kEntryBytes,
+          page + static_cast<int64_t>(pool.page_size) * kEntryBytes + slot * kScaleBytes};
+}
+
+template <typename T>
+__device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
+  return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
+// Load number `load` of a key: this lane's quarter of a group of E4M3 codes, or half of its quarter of the rope
+// dimensions.
+__device__ __forceinline__ uint4 load_part(const KeyPlace& key, int load, int quarter) {
+  constexpr int kGroups = kNope / 64;
+  const uint8_t* const address = key.data + quarter * 16;
+  return ptx::load_once(load < kGroups ? address + load * 64 : address + quarter * 16 + kNope + (load - kGroups) * 16);
+}
+
+// The chunks of a lane whose groups have scales above kLargestScale, once they are written: the second factor.
+__device__ __forceinline__ void multiply_again(uint2 scales, uint8_t* first_chunk, uint8_t* second_chunk) {
+  for (int slab = 0; slab < kSlabs - 1; ++slab) {
+    const uint32_t byte = (slab < 4 ? scales.x : scales.y) >> slab % 4 * 8 & 0xFF;
+    if (byte <= kLargestScale) continue;
+    multiply_chunk(*reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes), second_factor(byte));
+    multiply_chunk(*reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes), second_factor(byte));
+  }
+}
+
+// Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages, which has been used for
+// `uses` tiles of other rows before.
+template <int kWarps>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
+                                        int last, int warp, const StageUses& uses) {
+  constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
+  constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
+  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int blocks = (last - first) * kBlocks;
+
+  const auto find_entry = [&](int batch) {
+    const int block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
+    const int key = (first + block / kBlocks) * kUnit + part * kBlock + column;
+    return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
+  };
+  const auto find_page = [&](Lookup& lookup) {
+    if (lookup.entry >= 0) lookup.page = *page_of(sources, row, lookup);
+  };
+  Lookup upcoming = find_entry(0), later = find_entry(1);
+  find_page(upcoming);
+  KeyPlace ready = place_of(sources, row, upcoming);
+  uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
+  upcoming = later;
+  find_page(upcoming);
+  later = find_entry(2);
+
+  KeyPlace next{from_lane(ready.data, column), from_lane(ready.scales, column)};
+  uint4 parts[kLoads];
+#pragma unroll
+  for (int load = 0; load < kLoads; ++load) parts[load] = load_part(next, load, quarter);
+  uint2 scales = *reinterpret_cast<const uint2*>(next.scales);
+
+  for (int block = 0; block < blocks; ++block) {
+    const int tile = block / kBlocks, stage = tile % kStages, part = block % kBlocks * kWarps + warp;
+    const int following = block + 1, source = following % kBatch * kBlock;
+    const uint32_t valid = present >> block % kBatch * kBlock & 0xFF;
+    if (following % kBatch == 0) {
+      ready = place_of(sources, row, upcoming);
+      present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
+      upcoming = later;
+      find_page(upcoming);
+      later = find_entry(following / kBatch + 2);
+    }
+    next = {from_lane(ready.data, source + column), from_lane(ready.scales, source + column)};
+    const uint2 next_scales = *reinterpret_cast<const uint2*>(next.scales);
+    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
+    const uint2 all_scales = scales;
+    if (large)
+      scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
+
+    const uint32_t use = uses.of(stage) + tile / kStages;
+    if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
+    const int key = part * kBlock + column;
+    uint8_t* const keys = tiles.keys + stage * kTileBytes;
+    uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);
+    uint8_t* const second_chunk = keys + chunk_offset(key, 2 * quarter + 1);
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      uint4 a, b;
+      if (slab < kSlabs - 1) {
+        const uint32_t byte = __byte_perm(scales.x, scales.y, 0x4440 + slab) & 0xFF;
+        unpack_e4m3(parts[slab], first_factor(byte), a, b);
+        parts[slab] = load_part(next, slab, quarter);
+      } else {
+        a = parts[kLoads - 2];
+        b = parts[kLoads - 1];
+        parts[kLoads - 2] = load_part(next, kLoads - 2, quarter);
+        parts[kLoads - 1] = load_part(next, kLoads - 1, quarter);
+        split_pairs(a, b);
+      }
+      *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
+      *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
+      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+    }
+    if (large) multiply_again(all_scales, first_chunk, second_chunk);
+    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
+    if (block % kBlocks == kBlocks - 1) {
+      ptx::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(tiles.full_barrier(stage));
+    }
+    scales = next_scales;
+  }
+}
+
+}  // namespace dsv4

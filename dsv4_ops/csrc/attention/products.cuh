@@ -1,0 +1,135 @@
+// The consuming warpgroups: queries in shared memory, scores and output by wgmma, weights of a unit.
+#pragma once
+
+#include "attention/producer.cuh"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "common/ptx_sm90.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+namespace dsv4 {
+
+// The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads.
+template <int kHeads>
+__device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t stride, int heads, uint8_t* query,
+                                             int thread, int threads) {
+  const auto load = [&](int head, int chunk) {
+    return head < heads ? ptx::load_once(q + head * stride + chunk * 8) : uint4{0, 0, 0, 0};
+  };
+  const auto store = [&](int head, int chunk, uint4 value) {
+    const uint32_t slab = chunk / 8 * kHeads * kRowBytes;
+    *reinterpret_cast<uint4*>(query + slab + chunk_offset(head, chunk % 8)) = value;
+  };
+#pragma unroll 7
+  for (int i = thread; i < kHeads * kNopeChunks; i += threads) {
+    const int head = i / kNopeChunks, chunk = i % kNopeChunks;
+    store(head, chunk, load(head, chunk));
+  }
+  for (int i = thread; i < kHeads * 4; i += threads) {
+    const int head = i / 4, chunk = kNopeChunks + i % 4 * 2;
+    uint4 first = load(head, chunk), second = load(head, chunk + 1);
+    split_pairs(first, second);
+    store(head, chunk, first);
+    store(head, chunk + 1, second);
+  }
+}
+
+// scores [64 keys, kHeads] = keys . queries, under way until waited for
+template <int kHeads>
+__device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
+  const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
+  const uint64_t b = ptx::wgmma_descriptor(query, 16, 1024, true);
+  ptx::pin_registers(scores);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    const int slab = step / 4, inside = step % 4 * 32;
+    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
+                                     ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for
+template <int kHeads>
+__device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights, int slab,
+                                                 float (&output)[kHeads / 2]) {
+  const uint64_t a = ptx::wgmma_descriptor(keys + slab * kSlabBytes, 16, 1024, true);
+  const uint64_t b = ptx::wgmma_descriptor(weights, 128, kUnit / 8 * 128, false);
+  ptx::pin_registers(output);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kUnit / 16; ++step) {
+    ptx::wgmma<kHeads, true, true>(output, ptx::advance_descriptor(a, step * 2048),
+                                   ptx::advance_descriptor(b, step * 256), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// Wait until at most `pending` slabs of output are under way; a constant once loops are unrolled.
+__device__ __forceinline__ void wait_for_slab(int pending) {
+  switch (pending) {
+    case 0:
+      return ptx::wgmma_wait<0>();
+    case 1:
+      return ptx::wgmma_wait<1>();
+    case 2:
+      return ptx::wgmma_wait<2>();
+    default:
+      return ptx::wgmma_wait<3>();
+  }
+}
+
+// Where the warps of a warpgroup exchange what they find about a unit.
+struct Exchange {
+  uint8_t* weights;  // core matrices of 8 keys x 8 heads: [kHeads / 8][8]
+  float* largest;    // [4][kHeads], of each warp
+  float* sum;        // [4][kHeads]
+};
+
+// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and the sums of each warp's: to be
+// read after the caller's barrier. `own_largest` is that of the head that this thread keeps the total of, keep(column,
+// largest) takes those of its columns.
+template <int kHeads, typename Keep>
+__device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
+                                      float& own_largest, Keep keep) {
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
+  float values[kColumns<kHeads>];
+  if (valid != ~uint64_t{0}) {
+    const uint64_t mine = valid >> (16 * warp + lane / 4);
+#pragma unroll
+    for (int i = 0; i < kHeads / 2; ++i) scores[i] = mine >> (i / 2 % 2 * 8) & 1 ? scores[i] : -INFINITY;
+  }
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    const int i = column / 2 * 4 + column % 2;
+    values[column] = fmaxf(scores[i], scores[i + 2]);
+  }
+  reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
+  ptx::named_barrier(barrier, kWarpgroup);
+  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * kScoreScale;
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; column += 2) {
+    const float2 pair = combine_warps_pair<kHeads>(memory.largest, column, Larger());
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float largest = (j == 0 ? pair.x : pair.y) * kScoreScale;
+      const float offset = largest == -INFINITY ? 0.0f : -largest;
+      const int i = column / 2 * 4 + j;
+      keep(column + j, largest);
+      scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
+      scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
+      values[column + j] = __fadd_rn(scores[i], scores[i + 2]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; i += 2) {
+    const int core = i / 4 * (kUnit / 8) + 2 * warp + i / 2 % 2;
+    *reinterpret_cast<uint32_t*>(memory.weights + core * 128 + lane * 4) = pack_bf16(scores[i], scores[i + 1]);
+  }
+  ptx::fence_async_proxy();
+  reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
+}
+
+}  // namespace dsv4
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
