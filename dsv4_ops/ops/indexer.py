@@ -25,8 +25,9 @@ from dsv4_ops.ops.formats import FP8, hadamard
 from dsv4_ops.ops.norm import expect_activation, expect_rope
 from dsv4_ops.ops.quant import dequant_mxfp4_reference, quant_fp8_fp32_scale_reference, quant_mxfp4_reference
 from dsv4_ops.ops.rope import apply_rope
-from dsv4_ops.registry import Cuda, Inline, define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
+WORKSPACE_BYTES = 64 << 20  # of a selection on CUDA, at any batch and context
 QUERY_BLOCK = 64  # query rows scored at a time: bounds the [B, rows, Hi, C] intermediate of the reference
 
 
@@ -201,7 +202,6 @@ index_scores_plain = define(
     alloc=_alloc_scores,
     reference=index_scores_plain_reference,
     check=partial(_check_plain, "index_scores_plain"),
-    cuda=Cuda.REFERENCE,
 )
 # q8 E4M3 [B, S, Hi, Di], its scale folded into w
 index_scores_fp8 = define(
@@ -209,7 +209,6 @@ index_scores_fp8 = define(
     alloc=_alloc_scores,
     reference=index_scores_fp8_reference,
     check=partial(_check_fp8, "index_scores_fp8"),
-    cuda=Cuda.REFERENCE,
 )
 # q4 uint8 [B, S, Hi, Di / 2], scale uint8 [B, S, Hi, Di / 32]
 index_scores_fp4 = define(
@@ -219,7 +218,6 @@ index_scores_fp4 = define(
     ),
     reference=index_scores_fp4_reference,
     check=partial(_check_fp4, "index_scores_fp4"),
-    cuda=Cuda.REFERENCE,
 )
 
 
@@ -270,20 +268,27 @@ def _alloc_topk(q, w, key_pool, block_table, positions, ratio, page_size, k):
     return w.new_empty((*w.shape[:2], k), dtype=torch.int32)
 
 
+def _topk_workspace(q, w, key_pool, block_table, positions, ratio, page_size, k):
+    """Room for as many rows at a time as WORKSPACE_BYTES hold, at least one."""
+    row = -(-block_table.shape[1] * page_size // 64) * (64 + 4)  # whole tiles of 64 scores, and maxima of 16
+    words = max(min(w.shape[0] * w.shape[1] * row, WORKSPACE_BYTES // 4), row)
+    return w.new_empty((words,), dtype=torch.int32)
+
+
 # the arguments of index_scores_*, and k -> indices int32 [B, S, k]
 index_topk_plain = define(
     f"index_topk_plain(Tensor q, {SCORE_ARGUMENTS}, int k) -> (Tensor indices)",
     alloc=_alloc_topk,
     reference=index_topk_plain_reference,
     check=_check_topk_plain,
-    cuda=Cuda.REFERENCE,
+    workspace=_topk_workspace,
 )
 index_topk_fp8 = define(
     f"index_topk_fp8(Tensor q8, {SCORE_ARGUMENTS}, int k) -> (Tensor indices)",
     alloc=_alloc_topk,
     reference=index_topk_fp8_reference,
     check=_check_topk_fp8,
-    cuda=Cuda.REFERENCE,
+    workspace=_topk_workspace,
 )
 index_topk_fp4 = define(
     f"index_topk_fp4(Tensor q4, Tensor scale, {SCORE_ARGUMENTS}, int k) -> (Tensor indices)",
@@ -292,5 +297,5 @@ index_topk_fp4 = define(
     ),
     reference=index_topk_fp4_reference,
     check=_check_topk_fp4,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda q4, scale, *others: _topk_workspace(q4, *others),
 )

@@ -6,7 +6,6 @@ import torch
 from dsv4_ops.registry import TABLE, Cuda
 from graph_tests.cuda.kernel_checks import bits, check_kernel, close
 from graph_tests.ops.test_gemm import operands
-from graph_tests.ops.test_indexer_topk import arguments_for
 
 pytestmark = pytest.mark.cuda
 
@@ -29,14 +28,6 @@ def test_grouped_linear(kind):
 def test_linear_fp32():
     arguments, _, _ = operands("dense", (7, 192), 200, exact=True)
     check_kernel("linear_fp32", arguments, bits)
-
-
-@pytest.mark.parametrize("k", [1, 9, 44, 64])
-def test_selection(k):
-    scores = [float(entry * 7 % 44) for entry in range(44)]
-    arguments = arguments_for(scores, [-1, 0, 3, 33, 175])
-    check_kernel("index_scores_plain", arguments, bits)
-    check_kernel("index_topk_plain", (*arguments, k), bits)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

@@ -36,6 +36,29 @@ __device__ __forceinline__ void store(void* address, uint4 value) {
                : "memory");
 }
 
+// cp.async.cg: 16 bytes from global to shared memory, both at multiples of 16, past L1; zeros, and no read, for `bytes` 0.
+// Asks L2 for the 128 bytes around.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// cp.async.ca: 4 bytes from global to shared memory, both at multiples of 4; zeros, and no read, for `bytes` 0.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+}
+
+// cp.async.commit_group: the copies of this thread since the last commit are one group.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// cp.async.wait_group: all but the last kPending groups of this thread have arrived, and this thread sees them.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // ld.relaxed.gpu.global: 4 bytes from L2, also while another kernel writes them; leaves nothing in L1.
 __device__ __forceinline__ int32_t load_relaxed(const int32_t* address) {
   int32_t value;

@@ -1,0 +1,239 @@
+// Operands of the scoring kernel on the tensor cores (index_scores_tensor.cu): how queries come to shared memory and
+// keys to registers, both in the kernel's order of k.
+//
+//   fp8   step s of 4 takes from a head, for t = 0 .. 3, the eight bytes from 64 * (s / 2) + 16 * t + 8 * (s % 2) on
+//   fp4   step s of 8 takes from the group t the codes c, c + 4, c + 1, c + 5, with c = 8 * (s / 2) +
+//         2 * (s % 2), as bf16
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "common/divisor.cuh"
+#include "common/ptx.cuh"
+#include "indexer/scoring.h"
+
+namespace dsv4 {
+
+constexpr int kHeads = 64;
+constexpr int kDim = 128;
+constexpr int kWarpgroup = 128;
+constexpr int kMostRows = 8;
+
+template <IndexForm kForm>
+struct Format;
+
+template <>
+struct Format<IndexForm::kFp8> {
+  static constexpr int kKeyBytes = 128;      // of a key in the pool
+  static constexpr int kScaleBytes = 4;
+  static constexpr int kQueryBytes = 128;    // of a head in the pool of queries
+  static constexpr int kPanels = 1;          // of 128 bytes, that a head has in shared memory
+  static constexpr int kSteps = 4;           // of 32 bytes of k
+  static constexpr int kParts = 4;           // 16-byte parts of keys that a thread takes of a tile
+  static constexpr int kScales = 1;          // words of scales likewise
+  static constexpr int kMostRows = 8;
+};
+
+template <>
+struct Format<IndexForm::kFp4> {
+  static constexpr int kKeyBytes = 64;
+  static constexpr int kScaleBytes = 4;
+  static constexpr int kQueryBytes = 64;
+  static constexpr int kPanels = 2;
+  static constexpr int kSteps = 8;
+  static constexpr int kParts = 2;
+  static constexpr int kScales = 2;
+  static constexpr int kMostRows = 4;
+};
+
+// Tiles of a warpgroup that are in place or on their way.
+template <bool kPaired>
+constexpr int kStages = kPaired ? 3 : 4;
+
+// Of a CTA: as many as their registers allow. With one token a product, two CTAs share a multiprocessor.
+template <IndexForm kForm, bool kPaired>
+constexpr int kMostWarpgroups = !kPaired ? 2 : kForm == IndexForm::kFp8 ? 4 : 3;
+
+template <IndexForm kForm>
+struct SharedMap {
+  using F = Format<kForm>;
+  static constexpr int kStageBytes = kWarpgroup * (16 * F::kParts + 4 * F::kScales);
+
+  static int bytes(int rows, int warpgroups, int stages) {
+    const int queries = rows * kHeads * (128 * F::kPanels);
+    return queries + rows * kHeads * 4 + kMostRows * 4 + warpgroups * stages * kStageBytes;
+  }
+};
+
+// ---- FP4 ----
+
+// Of eight codes in `word`, the pair (code pair, code pair + 4) times `scale` as two bf16. A code's three bits are
+// moved into the last exponent bits and the first mantissa bit of a bf16: that is its magnitude times 2^-126.
+__device__ __forceinline__ uint32_t decode_pair(uint32_t word, int pair, __nv_bfloat162 scale) {
+  const uint32_t sign = (word << (12 - 4 * pair)) & 0x80008000u;
+  const uint32_t moved = pair < 2 ? word << (6 - 4 * pair) : word >> (4 * pair - 6);
+  const uint32_t bits = sign | (moved & 0x01C001C0u);
+  const __nv_bfloat162 unit = __bfloat162bfloat162(__ushort_as_bfloat16(0x7E80));  // 2^126
+  const __nv_bfloat162 value = __hmul2(__hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), unit), scale);
+  return reinterpret_cast<const uint32_t&>(value);
+}
+
+// A UE8M0 byte as two bf16: byte 0 is the subnormal 2^-127, 255 is NaN.
+__device__ __forceinline__ __nv_bfloat162 decode_scale(uint32_t byte) {
+  const uint32_t bits = (byte << 7) + (byte == 0 || byte == 255 ? 1u << 6 : 0u);
+  return __bfloat162bfloat162(__ushort_as_bfloat16(static_cast<unsigned short>(bits)));
+}
+
+// ---- queries ----
+
+// 16 bytes of a head on their way to shared memory; all zero for a row that does not exist.
+struct QueryPart {
+  uint4 codes;
+  uint32_t scale;
+};
+
+template <IndexForm kForm>
+__device__ __forceinline__ QueryPart load_query(const IndexScoring& in, int64_t token, int rows, int index) {
+  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
+  const int part = index % kParts, head = index / kParts % kHeads, row = index / kParts / kHeads;
+  QueryPart loaded{};
+  if (row >= rows) return loaded;
+  const int64_t line = (token + row) * kHeads + head;
+  loaded.codes = *reinterpret_cast<const uint4*>(in.q + line * in.q_stride + 16 * part);
+  if constexpr (kForm == IndexForm::kFp4) loaded.scale = in.scales[line * in.scales_stride + part];
+  return loaded;
+}
+
+// Word `place` of k step `step` of a head's line.
+template <IndexForm kForm>
+__device__ __forceinline__ uint32_t* query_word(uint8_t* queries, int all_rows, int line, int step, int place) {
+  const int panel = step / 4, byte = (step % 4 * 32 + place * 4) ^ (line % 8 * 16);
+  return reinterpret_cast<uint32_t*>(queries + (panel * all_rows * kHeads + line) * 128 + byte);
+}
+
+template <IndexForm kForm>
+__device__ __forceinline__ void store_query(uint8_t* queries, int all_rows, int index, const QueryPart& loaded) {
+  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
+  const int part = index % kParts, line = index / kParts;
+  const uint32_t words[4] = {loaded.codes.x, loaded.codes.y, loaded.codes.z, loaded.codes.w};
+  if constexpr (kForm == IndexForm::kFp8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *query_word<kForm>(queries, all_rows, line, part / 4 * 2 + i / 2, i % 2 * 4 + part % 4) = words[i];
+    }
+  } else {
+    const __nv_bfloat162 scale = decode_scale(loaded.scale);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        *query_word<kForm>(queries, all_rows, line, 2 * i + pair / 2, pair % 2 * 4 + part) =
+            decode_pair(words[i], pair, scale);
+      }
+    }
+  }
+}
+
+// ---- keys ----
+
+// Where a thread's two keys of a tile lie: rows `row` and `row` + 8.
+struct KeyPlaces {
+  int32_t page[2];
+  int slot[2];
+};
+
+struct KeyReader {
+  const IndexScoring& in;
+  const Divisor& page_size;
+  int64_t table;     // of the sequence
+  int capacity;
+  int row;           // of the tile
+  int part;          // t
+
+  __device__ __forceinline__ KeyPlaces find(int tile) const {
+    KeyPlaces places;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int entry = min(tile * kTile + row + 8 * i, capacity - 1), page = page_size.divide(entry);
+      places.slot[i] = entry - page * in.keys.page_size;
+      places.page[i] = in.keys.table[table + page];
+    }
+    return places;
+  }
+};
+
+// Copy a thread's parts of a tile to its slots; zeros for entries from `seen` on.
+template <IndexForm kForm>
+__device__ __forceinline__ void copy_keys(const KeyReader& reader, const KeyPlaces& places, int tile, int seen,
+                                          int scale_row, uint8_t* stage) {
+  using F = Format<kForm>;
+  const int thread = threadIdx.x % kWarpgroup;
+  const uint8_t* keys[2];
+  const uint8_t* scales[2];
+  int bytes[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool exists = tile * kTile + reader.row + 8 * i < seen;
+    bytes[i] = exists ? 16 : 0;
+    const uint8_t* const page = reader.in.keys.data + (exists ? places.page[i] * reader.in.keys.page_stride : 0);
+    keys[i] = page + static_cast<int64_t>(places.slot[i]) * F::kKeyBytes;
+    scales[i] = page + static_cast<int64_t>(reader.in.keys.page_size) * F::kKeyBytes + places.slot[i] * F::kScaleBytes;
+  }
+#pragma unroll
+  for (int i = 0; i < F::kParts; ++i) {
+    const int half = i / (F::kParts / 2), part = reader.part + i % (F::kParts / 2) * 4;
+    ptx::cp_async_16(stage + (i * kWarpgroup + thread) * 16, keys[half] + 16 * part, bytes[half]);
+  }
+  uint8_t* const words = stage + kWarpgroup * 16 * F::kParts;
+  if constexpr (kForm == IndexForm::kFp8) {
+    ptx::cp_async_4(words + thread * 4, scale_row ? scales[1] : scales[0], (scale_row ? bytes[1] : bytes[0]) / 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      ptx::cp_async_4(words + (i * kWarpgroup + thread) * 4, scales[i], bytes[i] / 4);
+    }
+  }
+}
+
+// A thread's share of a tile as the first operand of all k steps, and its scale (FP8).
+template <IndexForm kForm>
+struct KeyOperand {
+  uint32_t values[Format<kForm>::kSteps][4];
+  float scale;
+
+  __device__ __forceinline__ void load(const uint8_t* stage, int part) {
+    using F = Format<kForm>;
+    const int thread = threadIdx.x % kWarpgroup;
+    const auto* const parts = reinterpret_cast<const uint4*>(stage) + thread;
+    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kWarpgroup * 16 * F::kParts) + thread;
+    if constexpr (kForm == IndexForm::kFp8) {
+#pragma unroll
+      for (int i = 0; i < F::kParts; ++i) {
+        const uint4 four = parts[i * kWarpgroup];
+        const int half = i / 2, step = i % 2 * 2;
+        values[step][half] = four.x;
+        values[step][half + 2] = four.y;
+        values[step + 1][half] = four.z;
+        values[step + 1][half + 2] = four.w;
+      }
+      scale = __uint_as_float(words[0]);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 four = parts[half * kWarpgroup];
+        const uint32_t codes[4] = {four.x, four.y, four.z, four.w};
+        const __nv_bfloat162 factor = decode_scale(words[half * kWarpgroup] >> (8 * part) & 0xFFu);
+#pragma unroll
+        for (int step = 0; step < F::kSteps; ++step) {
+          values[step][half] = decode_pair(codes[step / 2], step % 2 * 2, factor);
+          values[step][half + 2] = decode_pair(codes[step / 2], step % 2 * 2 + 1, factor);
+        }
+      }
+      scale = 1.0f;
+    }
+  }
+};
+
+}  // namespace dsv4
