@@ -88,6 +88,12 @@ def test_widths_of_v4_pro(name):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_small_case(name, n):
+    check(name, (5,), BF16, n=n, dim=128, norm_dtype=FP32)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 16])
 @pytest.mark.parametrize("name", NAMES)

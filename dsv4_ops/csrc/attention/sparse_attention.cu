@@ -40,7 +40,7 @@ namespace {
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;  // of a thread
 static_assert(2 * kProducerRegisters + kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
-constexpr int kBarrier = 1;      // of the consuming warpgroup
+[[maybe_unused]] constexpr int kBarrier = 1;      // of the consuming warpgroup
 constexpr int kSplitHeads = 16;  // heads of a CTA that has one unit
 
 template <int kHeads>

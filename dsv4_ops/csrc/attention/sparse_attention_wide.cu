@@ -32,8 +32,8 @@ constexpr int kHeads = 64;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;  // of a thread
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
-constexpr int kBothBarrier = 3;  // of the consuming warpgroups; each has a barrier of its own, 1 or 2
-constexpr int kOwnSlabs = kSlabs / 2;
+[[maybe_unused]] constexpr int kBothBarrier = 3;  // of the consuming warpgroups; each has a barrier of its own, 1 or 2
+[[maybe_unused]] constexpr int kOwnSlabs = kSlabs / 2;
 constexpr int kOwnDims = kDim / 2;
 constexpr int kStagingBytes = kHeads * kStagingStride<kOwnDims>;
 
