@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RECEIPT = Path(__file__).with_name("receipt.json")
@@ -46,6 +47,12 @@ def run_tests(arguments: list[str], prefix: list[str] = (), **environment: str) 
     return {"status": status, "passed": passed, "failed": failed, "skipped": count["skipped"]}
 
 
+def sanitize(tool: str) -> dict[str, int]:
+    """The small cases under one of compute-sanitizer's tools; an error that it finds is a failed run."""
+    prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_FAILED)]
+    return run_tests(["-q", "-m", "sanitize", "graph_tests/cuda"], prefix, OMP_NUM_THREADS="1")
+
+
 def machine() -> dict[str, str]:
     """GPU, driver and versions."""
     import torch
@@ -74,13 +81,12 @@ def main() -> int:
 
     start = time.monotonic()
     build()
-    tests = run_tests([*in_parallel(), "-m", "cuda", "graph_tests/cuda", *options.pytest], OMP_NUM_THREADS="1")
-    passed = tests["status"] == 0
-    sanitizer = {}
-    for tool in () if options.no_sanitizer or options.pytest else SANITIZERS:
-        prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_FAILED)]
-        sanitizer[tool] = run_tests(["-q", "-m", "sanitize", "graph_tests/cuda"], prefix)
-        passed = passed and sanitizer[tool]["status"] == 0
+    tools = () if options.no_sanitizer or options.pytest else SANITIZERS
+    with ThreadPoolExecutor() as side_by_side:
+        sanitizers = {tool: side_by_side.submit(sanitize, tool) for tool in tools}
+        tests = run_tests([*in_parallel(), "-m", "cuda", "graph_tests/cuda", *options.pytest], OMP_NUM_THREADS="1")
+        sanitizer = {tool: run.result() for tool, run in sanitizers.items()}
+    passed = all(run["status"] == 0 for run in (tests, *sanitizer.values()))
     if options.pytest or options.no_sanitizer or not passed:
         print(f"no receipt: {'failed' if not passed else 'not everything was run'} ({tests}, {sanitizer})")
         return 0 if passed else 1
