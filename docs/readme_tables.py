@@ -100,7 +100,7 @@ ratio of the warm ones. All cases are in `{op_chart.SOURCE.relative_to(README.pa
 
 {kernel_table(record)}
 
-{gpu_provenance(record)}"""
+{f"{gpu_provenance(record)} {record.get('note', '')}".rstrip()}"""
 
 
 def decode_gpu() -> str:

@@ -28,7 +28,7 @@ def arguments(tokens: tuple[int, int], shape: tuple[int, int, int], q_dtype=BF16
     positions = torch.arange(rows, dtype=torch.int32) + 37 * torch.arange(batch, dtype=torch.int32)[:, None] % 200
     if batch and rows > 1:
         positions[0, -1] = -1
-    return q.to(q_dtype), weights, rope_table(rope_dim, 300, 1.6e5), positions
+    return q.to(q_dtype), weights, rope_table(rope_dim, 400, 1.6e5), positions
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

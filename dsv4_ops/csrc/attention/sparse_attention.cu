@@ -124,7 +124,10 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       wait_for_slab(slab + kDepth <= kSlabs ? kDepth - 1 : kSlabs - 1 - slab);
-      if (slab == kSlabs - 1 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
+      if (slab == kSlabs - 1) {
+        __syncwarp();  // all lanes have read which keys are valid
+        if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
+      }
       ptx::pin_registers(parts[slab % kDepth]);
       add_output<kHeads>(result.output[slab], parts[slab % kDepth], steps);
       if (slab + kDepth < kSlabs) multiply_weights<kHeads>(keys, weights, slab + kDepth, parts[slab % kDepth]);

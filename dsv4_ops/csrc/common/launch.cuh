@@ -10,11 +10,11 @@
 // also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
 //
 // Why not the other way round, the launch first: then the kernel after the next may start too, and the CTAs of the two
-// that wait gather on the few SMs that are free when they come. H200, 2026-11-25, chains of one op, us a launch with the
-// launch first and last: rms_norm_quant_nvfp4 of 128 rows of 7168 6.2 and 3.3, hc_post of 16 rows 2.1 and 1.3; what it
-// costs is at most 0.25 us, in kernels that do next to nothing (csa_compress_append without an entry 0.98 and 1.17).
-// What it reads after the wait it reads by plain loads or ptx::load_once: ptxas may move a load of data that it takes for
-// constant (__ldg, ld.global.nc, a const __restrict__ parameter) above the wait.
+// that wait gather on the few SMs that are free when they come. H200, 2026-11-25, chains of one op, us a launch with
+// the launch first and last: rms_norm_quant_nvfp4 of 128 rows of 7168 6.2 and 3.3, hc_post of 16 rows 2.1 and 1.3; what
+// it costs is at most 0.25 us, in kernels that do next to nothing (csa_compress_append without an entry 0.98 and 1.17).
+// What it reads after the wait it reads by plain loads or ptx::load_once: ptxas may move a load of data that it takes
+// for constant (__ldg, ld.global.nc, a const __restrict__ parameter) above the wait.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -18,8 +18,8 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// ld.global.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs. Not .nc: ptxas
-// takes what such a load reads for constant and may move it above griddepcontrol.wait.
+// ld.global.L1::no_allocate.v4: 16 bytes that are read once and that no kernel writes while this one runs. Not .nc:
+// ptxas takes what such a load reads for constant and may move it above griddepcontrol.wait.
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -28,16 +28,16 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return value;
 }
 
-// st.global.v4: 16 bytes. An assignment may become several stores: the compiler takes vectors apart, and does not always
-// find them again where a thread writes to several rows.
+// st.global.v4: 16 bytes. An assignment may become several stores: the compiler takes vectors apart, and does not
+// always find them again where a thread writes to several rows.
 __device__ __forceinline__ void store(void* address, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
                : "memory");
 }
 
-// cp.async.cg: 16 bytes from global to shared memory, both at multiples of 16, past L1; zeros, and no read, for `bytes` 0.
-// Asks L2 for the 128 bytes around.
+// cp.async.cg: 16 bytes from global to shared memory, both at multiples of 16, past L1; zeros, and no read, for `bytes`
+// 0. Asks L2 for the 128 bytes around.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
@@ -93,13 +93,6 @@ __device__ __forceinline__ float rcp_approx_ftz(float value) {
   return result;
 }
 
-// rsqrt.approx.ftz.f32: 1 / sqrt(value) within 2^-22.9 of itself.
-__device__ __forceinline__ float rsqrt_approx_ftz(float value) {
-  float result;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-}
-
 // cvt.rn.satfinite.e4m3x2.f32: nearest even, saturating at 448; NaN gives 0x7F. `low` goes to bits 0..7.
 __device__ __forceinline__ uint16_t cvt_e4m3x2(float low, float high) {
   uint16_t codes;
@@ -114,8 +107,8 @@ __device__ __forceinline__ __half2 cvt_half2(uint16_t e4m3x2) {
   return *reinterpret_cast<__half2*>(&halves);
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b for a warp's 16x16 and 16x8 tiles. With row = lane / 4
-// and pair = 2 * (lane % 4), a lane holds a (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8) and b
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b for a warp's 16x16 and 16x8 tiles. With row = lane /
+// 4 and pair = 2 * (lane % 4), a lane holds a (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8) and b
 // (pair, row), (pair + 8, row), each with its right (b: lower) neighbour in the high half, and d (row, pair),
 // (row, pair + 1), (row + 8, pair), (row + 8, pair + 1).
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

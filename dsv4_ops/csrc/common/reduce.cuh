@@ -1,7 +1,7 @@
 // Sums and maxima over lanes and CTAs in a fixed order: the same inputs give the same bits.
 //
-// A maximum of magnitudes is taken on their bits as integers. That is exact, and a NaN wins against everything, as it does
-// in torch; fmaxf would drop it.
+// A maximum of magnitudes is taken on their bits as integers. That is exact, and a NaN wins against everything, as it
+// does in torch; fmaxf would drop it.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +50,8 @@ __device__ __forceinline__ uint32_t max_lanes(uint32_t bits) {
   }
 }
 
-// Sum over a CTA of kWarps whole warps; every thread gets the result. `scratch` holds kWarps floats and may be used again
-// after the next barrier.
+// Sum over a CTA of kWarps whole warps; every thread gets the result. `scratch` holds kWarps floats and may be used
+// again after the next barrier.
 template <int kWarps>
 __device__ __forceinline__ float sum_cta(float value, float* scratch) {
   value = sum_lanes(value);

@@ -9,8 +9,9 @@
 // work on the same row: each computes all of y, and writes and quantises every gridDim.y-th warp's part. Who writes has
 // no influence on the bits.
 //
-// Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4 spends 37
-// instructions an element, which take about as long.
+// Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4, 4096 rows of
+// 7168: floor 31 us, measured 45 (H200, 2026-11-25); its 38 instructions an element take 38 us, half of them in the
+// E2M1 codes and exact quotients of quantise.cuh. One row of 7168: 2.2 us.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/norm_row.cuh"

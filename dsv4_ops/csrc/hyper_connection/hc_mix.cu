@@ -1,31 +1,29 @@
 // hc_mix, first launch of every op that computes `pre`: products of the streams with fn, and their sums of squares,
 // over the columns of one split; with hc_post in front of it where the streams are made here.
 //
-// Products of fp32 run on tensor cores without loss. fn is cut into three bf16 parts whose sum it is (8 + 8 + 8 bits
-// of mantissa), bf16 streams are one part as they are, fp32 streams are three. A product of parts is exact, and those
-// whose exponents differ alike share an fp32 accumulator; the smallest are added first (products below 2^-28 are left
+// Products of fp32 run on tensor cores without loss. fn is cut into three bf16 parts whose sum it is (8 + 8 + 8 bits of
+// mantissa), bf16 streams are one part as they are, fp32 streams are three. A product of parts is exact, and those
+// whose exponents differ alike share an fp32 accumulator, smallest added first (part products below 2^-28 are left
 // out).
 //
-// One CTA owns kSplitColumns = 64 columns of every stream for 24 outputs (all, for n = 4), 8 warps: warp u has 32
-// columns of one stream and its part of fn in registers (3 parts x 24 rows x 32 columns, 36 registers a lane, loaded
-// before the wait). It goes through tiles of 16 tokens, which cp.async brings to shared memory a few tiles ahead. The
-// order of k in a product is free, so a lane's 8 neighbouring columns, one access of 16 bytes, are its share of two
-// m16n8k16 fragments. With hc_post inside, the warp first makes its stream's columns from f and all old streams,
-// stores them rounded, and multiplies what it stored. Numbers of streams other than 4, and rows that are not whole
-// vectors, take hc_mix_any_kernel, which reads both operands from memory for every tile.
+// One CTA owns kSplitColumns = 64 columns of every stream for all outputs (24 for n = 4), 8 warps: warp u has 32
+// columns of one stream, its part of fn in registers (3 parts x 24 rows x 32 columns, 36 registers a lane, loaded
+// before the wait) and goes through the tokens, 16 at a time, straight from global memory: the order of k in a product
+// is free, so a lane's 8 neighbouring columns, one access of 16 bytes, are its share of two m16n8k16 fragments. With
+// hc_post inside, the warp first makes its stream's columns of the 16 tokens from f and all old streams (each is read
+// by 4 warps, 3 times from L1), stores them rounded, and multiplies what it stored.
 //
-// Shared memory, 42 KiB: sums of 8 warps x 16 tokens x (24 products + 4 squares), twice, so that one barrier a tile is
-// enough, and sums of groups for 128 tokens. Dynamic, 45 KiB: 4 tiles in bf16 or 2 in fp32 (streams, f, post and comb).
+// Shared memory, 43 KiB: sums of 8 warps x 16 tokens x (24 products + 4 squares), twice, so that one barrier a tile is
+// enough; and the group sums of 128 tokens. From kManyTokens tokens on, a CTA adds up the 8 splits of a group itself,
+// which divides the partial sums in memory by 8. Which CTA does what never changes the order of a sum.
 //
-// From kManyTokens tokens on, a CTA adds up the 8 splits of a group itself, which divides the partial sums in memory
-// by 8. Which CTA does what never changes the order of a sum: 32 columns in a warp, the 8 warps, the splits of a
-// group.
+// Floor: fn (outputs * n * d * 4 bytes; before the wait) and x; with hc_post also f, and the new streams written. At
+// decode sizes latency: load x, 2 x 3 dependent mma, shared memory, store. For many tokens the bytes of x.
 //
-// Floor: fn (4 n d outputs bytes, before the wait) and x; with hc_post also f, and the new streams written. At decode
-// sizes latency: a tile from L2, 2 dependent mma, two passes through shared memory, the store. For many tokens the
-// bytes of x.
-#include <cuda_pipeline_primitives.h>
-
+// With collapse, norm and FP8 codes, dim 4096 (H200, 2026-11-25): one token 4.9 us, after hc_post 5.1, 128 tokens 15,
+// 4096 tokens 160. From 16 tokens on the tiles of a CTA follow one another, each a load from L2, six dependent mma and
+// a pass through shared memory: that, not bytes, is the time. Tiles by cp.async a few ahead gave 5.2, 5.7, 16 and
+// 172 us (though 238 instead of 275 for 4096 tokens after hc_post): the copies cost more than the latency they hid.
 #include "common/launch.cuh"
 #include "common/rms_norm.cuh"
 #include "hyper_connection/streams.cuh"
@@ -48,8 +46,6 @@ constexpr int kTargetCtas = 2 * 132;      // what the GPU can hold at once
 
 template <typename T>
 constexpr int kStreamParts = sizeof(T) == sizeof(float) ? kParts : 1;
-template <typename T>
-constexpr int kStages = sizeof(T) == sizeof(float) ? 2 : 4;  // tiles in shared memory
 
 struct Arguments {
   const void* x;
@@ -157,92 +153,44 @@ __device__ __forceinline__ TokenPair<T> load_streams(const Arguments& at, const 
     } else if (token < at.tokens) {
       float values[kCount];
       load_some(row, at.width - place.column, values);
-      pair.rows[half].round(values);
+      pair.rows[half] = to_columns<T>(values);
     }
   }
   return pair;
 }
 
-// ---- tiles in shared memory, for 4 streams ----
-
-// 16 tokens. A row is 64 columns in units of 16 bytes; every other token has them in another order, so that 8 lanes
-// that read two rows together meet all banks.
+// hc_post of a lane's columns, stored and returned.
 template <typename T>
-struct Tile {
-  static constexpr int kUnit = 16 / sizeof(T);  // columns
-  static constexpr int kUnits = kSplitColumns / kUnit;
-  static constexpr int kTurn = kCount / kUnit == 1 ? kUnits / 2 : 1;
-  uint4 rows[5][kTokens][kUnits];  // the streams, then f
-  float4 weights[kTokens][5];      // post, then the rows of comb
-
-  static __device__ __forceinline__ int turned(int token, int unit) { return unit ^ (token & 1) * kTurn; }
-
-  // 8 columns of a row, the first of them 8 * vector.
-  __device__ __forceinline__ Columns<T> columns(int row, int token, int vector) const {
-    Columns<T> result;
-#pragma unroll
-    for (int i = 0; i < kCount / kUnit; ++i) {
-      result.parts[i] = rows[row][token][turned(token, vector * (kCount / kUnit) + i)];
-    }
-    return result;
-  }
-};
-
-// Start to copy a tile; zeros where it has no tokens or columns. Every thread then commits.
-template <bool kPost, typename T>
-__device__ __forceinline__ void copy_tile(const Arguments& at, int split, int64_t first, Tile<T>& tile) {
-  constexpr int kRows = kPost ? 5 : 4, kUnits = Tile<T>::kUnits;
-  const auto copy = [](void* to, const void* from, bool exists) {
-    __pipeline_memcpy_async(to, from, sizeof(uint4), exists ? 0 : sizeof(uint4));
-  };
-#pragma unroll
-  for (int i = threadIdx.x; i < kTokens * kRows * kUnits; i += kThreads) {
-    const int unit = i % kUnits, row = i / kUnits % kRows, token = i / kUnits / kRows;
-    const int column = split * kSplitColumns + unit * Tile<T>::kUnit;
-    const bool exists = first + token < at.tokens && column < at.width;
-    const T* const x = static_cast<const T*>(at.x) + ((first + token) * 4 + row) * at.stride;
-    const T* const f = static_cast<const T*>(at.post.f) + (first + token) * at.post.f_stride;
-    const void* const from = exists ? (row < 4 ? x : f) + column : at.x;
-    copy(&tile.rows[row][token][Tile<T>::turned(token, unit)], from, exists);
-  }
-  if (kPost && threadIdx.x < kTokens * 5) {
-    const int part = threadIdx.x % 5, token = threadIdx.x / 5;
-    const bool exists = first + token < at.tokens;
-    const float* const post = at.post.post + (first + token) * 4;
-    const float* const comb = at.post.comb + (first + token) * 16 + (part - 1) * 4;
-    copy(&tile.weights[token][part], exists ? (part == 0 ? post : comb) : at.post.post, exists);
-  }
-}
-
-// A lane's columns of its two tokens from a tile, with kPost those that hc_post makes of it, which are stored.
-template <bool kPost, typename T>
-__device__ __forceinline__ TokenPair<T> take_streams(const Arguments& at, const Place& place, int64_t first,
-                                                     const Tile<T>& tile) {
+__device__ __forceinline__ TokenPair<T> make_streams(const Arguments& at, const Place& place, int64_t first) {
+  constexpr int n = 4;
   TokenPair<T> pair;
-  const int vector = place.column % kSplitColumns / kCount;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = place.row + 8 * half;
-    if constexpr (!kPost) {
-      pair.rows[half] = tile.columns(place.stream, token, vector);
-      continue;
-    }
     pair.rows[half] = {};
     if (first + 8 * half >= at.tokens) continue;  // the same for the whole CTA
-    float f[kCount], x[4][kCount], comb[4];
-    tile.columns(4, token, vector).to_floats(f);
+    const int64_t token = first + place.row + 8 * half;
+    if (token >= at.tokens || place.column >= at.width) continue;
+    const T* const x = static_cast<const T*>(at.x) + token * n * at.stride + place.column;
+    Columns<T> old[n], input;
+    float comb[n];
+    input.load(static_cast<const T*>(at.post.f) + token * at.post.f_stride + place.column);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      tile.columns(j, token, vector).to_floats(x[j]);
-      comb[j] = reinterpret_cast<const float*>(&tile.weights[token][1 + j])[place.stream];
+    for (int j = 0; j < n; ++j) {
+      old[j].load(x + j * at.stride);
+      comb[j] = at.post.comb[(token * n + j) * n + place.stream];
     }
-    const float post = reinterpret_cast<const float*>(&tile.weights[token][0])[place.stream];
+    float f[kCount], values[n][kCount];
+    const float post = at.post.post[token * n + place.stream];
+    input.to_floats(f);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) f[i] = post_column(post, f[i], comb, {x[0][i], x[1][i], x[2][i], x[3][i]});
-    pair.rows[half].round(f);
-    if (first + token >= at.tokens || place.column >= at.width) continue;
-    T* const streams = static_cast<T*>(at.post.streams) + ((first + token) * 4 + place.stream) * at.width;
-    pair.rows[half].store(streams + place.column);
+    for (int j = 0; j < n; ++j) old[j].to_floats(values[j]);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      f[i] = post_column(post, f[i], comb, {values[0][i], values[1][i], values[2][i], values[3][i]});
+    }
+    pair.rows[half] = to_columns<T>(f);
+    store_columns(static_cast<T*>(at.post.streams) + (token * n + place.stream) * at.width + place.column,
+                  pair.rows[half]);
   }
   return pair;
 }
@@ -312,10 +260,10 @@ __device__ __forceinline__ void add_warps(const Arguments& at, Shared& shared, i
 #pragma unroll
   for (int i = threadIdx.x; i < kTokens * kValues; i += kThreads) {
     const int token = i / kValues, value = i % kValues;
-    const bool square = value >= kOutputs;
-    const float* const sums = square ? &shared.squares[buffer][0][token][value - kOutputs]
-                                     : &shared.products[buffer][0][token][value];
-    const int distance = square ? kTokens * kSquareSums : kTokens * kOutputs;  // from warp to warp
+    const float* const sums =
+        value < kOutputs ? &shared.products[buffer][0][token][value]
+                         : &shared.squares[buffer][0][token][value - kOutputs];
+    const int distance = value < kOutputs ? kTokens * kOutputs : kTokens * kSquareSums;
     float total = sums[0];
 #pragma unroll
     for (int warp = 1; warp < kWarps; ++warp) total += sums[warp * distance];
@@ -325,102 +273,65 @@ __device__ __forceinline__ void add_warps(const Arguments& at, Shared& shared, i
       continue;
     }
     const int output = blockIdx.z * kOutputs + value;
+    const bool square = value >= kOutputs;
     if (first + token >= at.tokens || (square ? blockIdx.z != 0 : output >= at.outputs)) continue;
     const int place = square ? at.streams + value - kOutputs : output < at.streams ? output : output + kSquareSums;
     at.partial[((first + token) * at.chunks + blockIdx.x) * places + place] = total;
   }
 }
 
-// Which tile of which split: the tiles of a split come one after the other.
-struct Turn {
-  int split;
-  int tile;
-
-  __device__ __forceinline__ void advance(int tiles) {
-    if (++tile < tiles) return;
-    tile = 0;
-    ++split;
-  }
-};
-
-struct Work {
-  int64_t first_token;
-  int tiles;
-  int first_split, last_split;
-};
-
-__device__ __forceinline__ Work find_work(const Arguments& at) {
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * at.tiles * kTokens;
-  const int64_t tiles = (at.tokens - first + kTokens - 1) / kTokens;
-  const int split = blockIdx.x * at.splits, splits = (at.width + kSplitColumns - 1) / kSplitColumns;
-  return {first, static_cast<int>(min(static_cast<int64_t>(at.tiles), tiles)), split, min(split + at.splits, splits)};
-}
-
-// 4 streams, rows of whole vectors.
-template <typename T, bool kPost>
+// kStreams is 4, or 0 for any number; kAligned: rows can be read 8 columns at a time.
+template <typename T, int kStreams, bool kAligned, bool kPost>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) hc_mix_kernel(const Arguments at) {
   __shared__ Shared shared;
-  extern __shared__ uint4 dynamic_shared[];
-  auto* const stages = reinterpret_cast<Tile<T>*>(dynamic_shared);
-  const Work work = find_work(at);
-  const int turns = (work.last_split - work.first_split) * work.tiles;
   const int unit = threadIdx.x / 32;
-  Turn turn{work.first_split, 0}, ahead = turn;
-  Place place = find_place(unit, 4, turn.split);
-  WeightFragments weights = load_weights<true>(at, place);
+  const int units = kHalves * at.streams;
+  const int first_split = blockIdx.x * at.splits;
+  const int last_split = min(first_split + at.splits, (at.width + kSplitColumns - 1) / kSplitColumns);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * at.tiles * kTokens;
+  Place place = find_place(unit, at.streams, first_split);
+  WeightFragments weights;
+  if constexpr (kStreams == 4) weights = load_weights<kAligned>(at, place);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
-  const auto copy_ahead = [&](int index) {
-    if (index < turns) {
-      copy_tile<kPost>(at, ahead.split, work.first_token + ahead.tile * kTokens, stages[index % kStages<T>]);
-      ahead.advance(work.tiles);
-    }
-    __pipeline_commit();  // an empty group too: the waits below count groups
-  };
-#pragma unroll 1
-  for (int i = 0; i < kStages<T>; ++i) copy_ahead(i);
-  __pipeline_wait_prior(kStages<T> - 1);
-  __syncthreads();
-  for (int i = 0; i < turns; ++i) {
-    const int64_t first = work.first_token + turn.tile * kTokens;
-    const Turn now = turn;
-    turn.advance(work.tiles);
-    Sums sums = {};
-    multiply(take_streams<kPost>(at, place, first, stages[i % kStages<T>]), weights, sums);
-    store_sums(sums, shared, i % 2);
-    __pipeline_wait_prior(kStages<T> - 2);
-    __syncthreads();  // the sums and the next tile can be read, this one can be overwritten
-    copy_ahead(i + kStages<T>);
-    if (turn.split != now.split && i + 1 < turns) {
-      place = find_place(unit, 4, turn.split);
-      weights = load_weights<true>(at, place);
-    }
-    add_warps(at, shared, i % 2, now.tile, first, now.split == work.first_split, now.split + 1 == work.last_split);
-  }
-}
-
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 1) hc_mix_any_kernel(const Arguments at) {
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  __shared__ Shared shared;
-  const Work work = find_work(at);
   int buffer = 0;
-  for (int split = work.first_split; split < work.last_split; ++split) {
-    for (int tile = 0; tile < work.tiles; ++tile) {
-      const int64_t first = work.first_token + tile * kTokens;
+  for (int split = first_split; split < last_split; ++split) {
+    if (kStreams == 4 && split != first_split) {
+      place = find_place(unit, at.streams, split);
+      weights = load_weights<kAligned>(at, place);
+    }
+    TokenPair<T> next;
+    if constexpr (kStreams == 4 && !kPost) next = load_streams<kAligned, T>(at, place, first_token);
+    for (int tile = 0; tile < at.tiles; ++tile) {
+      const int64_t first = first_token + tile * kTokens;
+      if (first >= at.tokens) break;
       Sums sums = {};
-      for (int unit = threadIdx.x / 32; unit < kHalves * at.streams; unit += kWarps) {
-        const Place place = find_place(unit, at.streams, split);
-        multiply(load_streams<kAligned, T>(at, place, first), load_weights<kAligned>(at, place), sums);
+      if constexpr (kPost) {
+        multiply(make_streams<T>(at, place, first), weights, sums);
+      } else if constexpr (kStreams == 4) {
+        const TokenPair<T> now = next;
+        if (tile + 1 < at.tiles) next = load_streams<kAligned, T>(at, place, first + kTokens);
+        multiply(now, weights, sums);
+      } else {
+        for (int other = unit; other < units; other += kWarps) {
+          place = find_place(other, at.streams, split);
+          multiply(load_streams<kAligned, T>(at, place, first), load_weights<kAligned>(at, place), sums);
+        }
       }
       store_sums(sums, shared, buffer);
       __syncthreads();
-      add_warps(at, shared, buffer, tile, first, split == work.first_split, split + 1 == work.last_split);
+      add_warps(at, shared, buffer, tile, first, split == first_split, split + 1 == last_split);
       buffer ^= 1;
     }
   }
+}
+
+template <typename T>
+void (*choose_kernel(int streams, bool aligned, bool post))(Arguments) {
+  if (post) return hc_mix_kernel<T, 4, true, true>;
+  if (streams == 4 && aligned) return hc_mix_kernel<T, 4, true, false>;
+  return aligned ? hc_mix_kernel<T, 0, true, false> : hc_mix_kernel<T, 0, false, false>;
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -448,14 +359,8 @@ cudaError_t launch_hc_mix(const Streams& x, const Post* post, const MixWeights& 
                             .splits = groups ? kSplitsPerGroup : 1,
                             .tiles = static_cast<int>(tiles_each)};
   return with_dtype(x.dtype, [&](auto element) {
-    using T = decltype(element);
-    const bool aligned = reads_vectors(x.width);
-    if (x.streams != 4 || !aligned) {
-      return launch_kernel(aligned ? hc_mix_any_kernel<T, true> : hc_mix_any_kernel<T, false>, at, arguments);
-    }
-    Launch with_stages = at;
-    with_stages.shared_bytes = kStages<T> * sizeof(Tile<T>);
-    return launch_kernel(post == nullptr ? hc_mix_kernel<T, false> : hc_mix_kernel<T, true>, with_stages, arguments);
+    return launch_kernel(choose_kernel<decltype(element)>(x.streams, reads_vectors(x.width), post != nullptr), at,
+                         arguments);
   });
 }
 

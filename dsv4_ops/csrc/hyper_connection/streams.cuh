@@ -11,6 +11,20 @@ constexpr int kCount = 8;  // neighbouring columns of a thread
 template <typename T>
 using Columns = Packed<T, kCount>;
 
+// Values rounded to T, as they lie in memory.
+template <typename T>
+__device__ __forceinline__ Columns<T> to_columns(const float (&values)[kCount]) {
+  Columns<T> columns;
+  store_floats(reinterpret_cast<T*>(columns.parts), values);
+  return columns;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_columns(T* address, const Columns<T>& columns) {
+#pragma unroll
+  for (int i = 0; i < kCount / Columns<T>::kWidth; ++i) reinterpret_cast<uint4*>(address)[i] = columns.parts[i];
+}
+
 // sum + weight * x as torch rounds it: the product, then the sum.
 __device__ __forceinline__ float add_weighted(float sum, float weight, float x) {
   return __fadd_rn(sum, __fmul_rn(weight, x));

@@ -10,7 +10,8 @@
 // again if the guess was wrong.
 //
 // Floor: 2 bytes read and 1 (FP8) or 0.53 (FP4) written an element of bf16; at decode sizes the latency of one read,
-// eleven exchanges between lanes, and the store. Many heads are bound by the instructions: about 30 an element.
+// eleven exchanges between lanes, and the store. Many heads are bound by the instructions: about 30 an element. One
+// token of 64 heads of 128 in FP8: 1.22 us (H200, 2026-11-25); quant_fp8 of one row, which only copies, takes 0.83.
 #include <algorithm>
 #include <cmath>
 

@@ -5,8 +5,8 @@
 //   window  entry = pack(round(rope(round(weight * x / rms(x)))))       one warp: the row of a token
 //
 // A lane holds 8 neighbouring columns ("octet") of every 256 ("chunk"), so that an access of a warp is 512 consecutive
-// bytes of bf16. Chunks of heads end at the end of the row: the rotated channels, at most 256, then lie in the last one,
-// whatever the width. Chunks of a window row begin at its start: groups of 64 then lie in 8 neighbouring lanes.
+// bytes of bf16. Chunks of heads end at the end of the row: the rotated channels, at most 256, then lie in the last
+// one, whatever the width. Chunks of a window row begin at its start: groups of 64 then lie in 8 neighbouring lanes.
 //
 // What bounds it: a token's chain of dependent reads, position -> row of the rope table; then, from a few thousand
 // heads on, reading and writing every head once. The sum of a row has one order: over a lane's columns, then over lanes

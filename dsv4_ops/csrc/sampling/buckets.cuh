@@ -11,42 +11,38 @@
 // row below 2^40. The mass of a bucket is e^-edge times that integer in units of 2^-42 (the whole row stays below
 // 2^63), so prefix sums are integers too, the same for any number of threads and CTAs.
 //
-// How exact is that? The mass of a token is off by at most 5e-7 of itself: 1.4e-7 in rounding q, 2^-22 in e^-d, an ulp
-// in expf(-edge). The reference's is a quotient of fp32 numbers, of which the divisor is the sum of all exponentials in
+// How exact is that? The mass of a token is off by at most 4e-7 of itself: half a unit of q, an ulp of expf(-d) and one
+// of expf(-edge). The reference's is a quotient of fp32 numbers, of which the divisor is the sum of all exponentials in
 // fp32, and is off by at least as much. So both cut at the same token unless a cumulative probability comes within
 // about 1e-6 of top_p; cases that are exact in fp32, such as 2^n equal tokens, are exact here.
 #pragma once
 
 #include <cstdint>
 
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "sampling/row.cuh"
 
 namespace dsv4 {
 
-constexpr uint32_t kFirstCode = (127 - 11) * 128;  // exponent and 7 bits of mantissa of 2^-11
-constexpr int kNoBucket = kBuckets - 1;            // of tokens that cannot win: bucket numbers end before it
-constexpr uint32_t kWhole = 1u << 22;              // q of a token at its bucket's edge
+constexpr int kFirstCode = (127 - 11) * 128;  // exponent and 7 bits of mantissa of 2^-11
+constexpr int kNoBucket = kBuckets - 1;       // of tokens that cannot win: bucket numbers end before it
+constexpr uint32_t kWhole = 1u << 22;         // q of a token at its bucket's edge
 constexpr int kCountShift = 40;
 
 // NaN, which no finite temperature makes, is above every value.
 __device__ __forceinline__ int bucket_of(float scaled) {
-  const int code = static_cast<int>(magnitude_bits(scaled) >> 16) - static_cast<int>(kFirstCode);
-  return scaled != scaled ? 0 : min(max(code + 1, 0), kNoBucket);
+  const int code = static_cast<int>(magnitude_bits(scaled) >> 16);
+  return scaled != scaled ? 0 : min(max(code - kFirstCode + 1, 0), kNoBucket);
 }
 
 __device__ __forceinline__ float edge_of(int bucket) {
-  return bucket == 0 ? 0.0f : __uint_as_float((bucket - 1 + kFirstCode) << 16);
+  return bucket == 0 ? 0.0f : __uint_as_float(static_cast<uint32_t>(bucket - 1 + kFirstCode) << 16);
 }
 
-// 2^22 - q of a token that is in a bucket. NaN, whose mass does not matter, has the largest there is.
-__device__ __forceinline__ uint32_t missing_mass(float scaled) {
-  const uint32_t bits = magnitude_bits(scaled), edge = bits & 0xFFFF0000u;
-  const float distance = __uint_as_float(bits) - __uint_as_float(bits < kFirstCode << 16 ? 0 : edge);
-  // 2^23 + q has q in its last bits: rounded by the addition
-  const float rounded = fmaf(ptx::ex2_approx_ftz(distance * -1.44269504f), kWhole, 0x1p23f);
-  return min(__float_as_uint(0x1p23f + kWhole) - __float_as_uint(rounded), kWhole / 8);
+// 2^22 - q of a token in this bucket.
+__device__ __forceinline__ uint32_t missing_mass(float scaled, int bucket) {
+  if (scaled != scaled) return 0;
+  return kWhole - __float2uint_rn(expf(scaled + edge_of(bucket)) * kWhole);
 }
 
 // Mass in units of 2^-42 of tokens of one bucket whose q add up to `sum`.

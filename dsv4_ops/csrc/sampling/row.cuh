@@ -2,7 +2,6 @@
 // candidates.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/ordered.cuh"
@@ -133,22 +132,18 @@ __device__ __forceinline__ float scale(float logit, float largest, float tempera
   return __fdiv_rn(__fsub_rn(logit, largest), temperature);
 }
 
-// A logit below this one has a scaled logit of at most -depth; what is not below has to be scaled to know. Both
-// roundings of scale() are below 2^-23 of the result, 1e-5 covers them. -infinity, below which nothing is, at an
-// infinite temperature.
-__device__ __forceinline__ float lowest_logit(float largest, float temperature, float depth) {
-  return __double2float_rd(largest - static_cast<double>(temperature) * depth * (1.0 + 1e-5));
-}
-
-// Logits of four neighbouring tokens. Returns how many there are; the others are -infinity.
-__device__ __forceinline__ int load_four(const SampleBatch& batch, const float* row, int token, float (&logits)[4]) {
-  const int count = max(0, min(4, static_cast<int>(batch.rows.width) - token));
+// Logits of four neighbouring tokens. Returns how many there are; the others are left alone.
+__device__ __forceinline__ int load_four(const SampleBatch& batch, const float* row, int64_t token,
+                                         float (&logits)[4]) {
+  const int count = static_cast<int>(max(int64_t{0}, min(int64_t{4}, batch.rows.width - token)));
   if (batch.vectors && count == 4) {
     const float4 four = *reinterpret_cast<const float4*>(row + token);
     logits[0] = four.x, logits[1] = four.y, logits[2] = four.z, logits[3] = four.w;
-  } else {
+    return count;
+  }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) logits[i] = i < count ? row[token + i] : -INFINITY;
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) logits[i] = row[token + i];
   }
   return count;
 }

@@ -6,11 +6,11 @@
 //   1. sample_max      the largest logit of the chunk. (Filtered rows: their histogram is cleared.)
 //   2. sample_count    not filtered: the best of z + noise of the chunk. Filtered: the chunk's part of the row's
 //                      histogram of z, in shared memory (16 KB), then added to the row's (16 KB, in L2).
-//   3. sample_draw     filtered: every CTA finds where top-k and top-p cut the histogram. Of its chunk it takes the
-//                      best z + noise of the tokens that are kept for certain and of those that may be kept, and
-//                      appends the latter to the row's list.
-//   4. sample_finish   a CTA a row takes the best of the chunks (greedy: the largest logit). Only if a token that may
-//                      be kept is better than all that are kept for certain, it decides from the list.
+//   3. sample_draw     filtered rows: every CTA finds where top-k and top-p cut the histogram. It takes the best of z
+//                      + noise of the tokens that are kept for certain, and of those that may be, and lists the
+//                      latter.
+//   4. sample_finish   a CTA a row takes the best of the chunks, greedy: the largest logit. Only if a token that may
+//                      be kept is better than all that are, it decides from the list.
 //
 // No vocabulary is sorted, and nothing is decided that cannot matter: the tokens that may be kept are those of one or
 // two of 2047 buckets, each at most 1/128 of |z| wide, so they seldom win.
@@ -47,15 +47,12 @@ class Chunk {
   __device__ Chunk(const SampleBatch& batch, bool early)
       : batch_(batch),
         row_(batch.logits + static_cast<int64_t>(blockIdx.x) * batch.rows.stride),
-        begin_(blockIdx.y * batch.chunk + threadIdx.x * kTokens),
+        begin_(static_cast<int64_t>(blockIdx.y) * batch.chunk + threadIdx.x * kTokens),
         early_(early) {
     if (early) load(0);
   }
 
-  __device__ int begin() const { return begin_; }  // of this thread
-
-  // function(logits, first token, count). All threads call it equally often; past the end of the row count is 0 and the
-  // logits are -infinity.
+  // function(logits, first token, count). All threads call it equally often; count is 0 past the end of the row.
   template <typename Function>
   __device__ __forceinline__ void for_each(Function function) {
     if (!early_) load(0);
@@ -65,17 +62,8 @@ class Chunk {
       for (int i = 0; i < kTokens; ++i) logits[i] = next_[i];
       const int count = count_;
       if (done + kChunkUnit < batch_.chunk) load(done + kChunkUnit);
-      function(logits, begin_ + done, count);
+      function(logits, static_cast<uint32_t>(begin_ + done), count);
     }
-  }
-
-  // rank_key of the first of the four tokens from `token` whose logit is `logit`.
-  __device__ uint64_t first_at(int token, float logit) const {
-    float logits[kTokens];
-    load_four(batch_, row_, token, logits);
-    int i = 0;
-    while (i < kTokens - 1 && logits[i] != logit) ++i;
-    return rank_key(logit, token + i);
   }
 
  private:
@@ -83,7 +71,7 @@ class Chunk {
 
   const SampleBatch& batch_;
   const float* row_;
-  int begin_;
+  int64_t begin_;
   bool early_;
   float next_[kTokens];
   int count_;
@@ -101,16 +89,18 @@ __global__ void __launch_bounds__(kThreads) sample_max_kernel(SampleBatch batch)
     for (int i = blockIdx.y * kThreads + threadIdx.x; i < kBuckets; i += step) workspace.histogram[i] = 0;
     if (blockIdx.y == 0 && threadIdx.x == 0) *workspace.listed_count = 0;
   }
-  float best = -INFINITY;     // NaN once there is one
-  int place = chunk.begin();  // of the four that hold it
-  const bool any = place < batch.rows.width;
-  chunk.for_each([&](const float(&logits)[kTokens], int token, int) {
-    const float four = ptx::max_nan(ptx::max_nan(logits[0], logits[1]), ptx::max_nan(logits[2], logits[3]));
-    if (four > best) place = token;  // not where it is the same: tokens come in ascending order
-    best = ptx::max_nan(best, four);
+  uint32_t best = 0, best_token = 0;
+  chunk.for_each([&](const float(&logits)[kTokens], uint32_t token, int count) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const uint32_t key = ordered(logits[i]);
+      if (i >= count || key <= best) continue;  // not the first: tokens come in ascending order
+      best = key;
+      best_token = token + i;
+    }
   });
-  uint64_t mine = any ? chunk.first_at(place, best) : 0;
-  if (best != best) mine = ~uint64_t{0};  // rank of token 0: all differences from NaN are, and the first of them wins
+  if (best == 0xFFFFFFFFu) best_token = 0;  // NaN: all differences from it are, and the first of them wins
+  const uint64_t mine = best == 0 ? 0 : static_cast<uint64_t>(best) << 32 | ~best_token;
   const uint64_t largest = max_warps64(mine, scratch);
   if (threadIdx.x == 0) workspace.largest[blockIdx.y] = largest;
 }
@@ -126,8 +116,11 @@ class Draw {
   __device__ explicit Draw(const Row& row) : seed_(row.seed), counter_(row.counter) {}
 
   // wanted, maybe: bits of the tokens. Called by all lanes of a warp together.
-  __device__ __forceinline__ void add(const float (&scaled)[kTokens], int token, uint32_t wanted, uint32_t maybe) {
-    if (wanted != 0 && may_beat(scaled, wanted)) {
+  __device__ __forceinline__ void add(const float (&scaled)[kTokens], uint32_t token, uint32_t wanted, uint32_t maybe) {
+    bool close = false;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) close = close || (wanted >> i & 1 && !(scaled[i] + kLargestNoise < beaten_));
+    if (close) {
       const uint4 block = philox(seed_, counter_, token / kTokens);
       const uint32_t words[kTokens] = {block.x, block.y, block.z, block.w};
 #pragma unroll
@@ -142,26 +135,23 @@ class Draw {
       }
     }
     const uint32_t noisy = max_lanes(sure_.noisy);
-    if (noisy > beaten_key_) beaten_key_ = noisy, beaten_ = from_ordered(noisy);
+    if (noisy > ordered(beaten_)) beaten_ = from_ordered(noisy);
   }
 
   __device__ Candidate sure() const { return sure_; }
   __device__ Candidate maybe() const { return maybe_; }
 
  private:
-  // Whether any of the tokens can beat beaten_, whatever its noise.
-  __device__ __forceinline__ bool may_beat(const float (&scaled)[kTokens], uint32_t wanted) const {
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) any = any || (wanted >> i & 1 && !(scaled[i] + kLargestNoise < beaten_));
-    return any;
-  }
-
   uint64_t seed_, counter_;
   float beaten_ = kSmallestNoise;  // NaN once a NaN has won: then nothing is skipped
-  uint32_t beaten_key_ = ordered(kSmallestNoise);
   Candidate sure_{}, maybe_{};
 };
+
+__device__ __forceinline__ void scale_all(const float (&logits)[kTokens], float largest, float temperature,
+                                          float (&scaled)[kTokens]) {
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) scaled[i] = scale(logits[i], largest, temperature);
+}
 
 __global__ void __launch_bounds__(kThreads) sample_count_kernel(SampleBatch batch) {
   __shared__ uint64_t scratch[kWarps];
@@ -177,17 +167,10 @@ __global__ void __launch_bounds__(kThreads) sample_count_kernel(SampleBatch batc
 
   if (!filters(row)) {
     Draw draw(row);
-    const float lowest = lowest_logit(largest, row.temperature, kLargestNoise - kSmallestNoise);
-    chunk.for_each([&](const float(&logits)[kTokens], int token, int count) {
-      float scaled[kTokens] = {};
-      uint32_t wanted = 0;
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (i >= count || logits[i] < lowest) continue;
-        scaled[i] = scale(logits[i], largest, row.temperature);
-        wanted |= 1u << i;
-      }
-      draw.add(scaled, token, wanted, 0);
+    chunk.for_each([&](const float(&logits)[kTokens], uint32_t token, int count) {
+      float scaled[kTokens];
+      scale_all(logits, largest, row.temperature, scaled);
+      draw.add(scaled, token, (1u << count) - 1, 0);
     });
     const Candidate best = max_warps(draw.sure(), candidates);
     if (threadIdx.x == 0) workspace.sure[blockIdx.y] = best;
@@ -196,16 +179,14 @@ __global__ void __launch_bounds__(kThreads) sample_count_kernel(SampleBatch batc
 
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) counts[i] = missing[i] = 0;
   __syncthreads();
-  const float lowest = lowest_logit(largest, row.temperature, edge_of(kNoBucket));
-  chunk.for_each([&](const float(&logits)[kTokens], int, int count) {
+  chunk.for_each([&](const float(&logits)[kTokens], uint32_t, int count) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      if (i >= count || logits[i] < lowest) continue;
       const float scaled = scale(logits[i], largest, row.temperature);
       const int bucket = bucket_of(scaled);
-      if (bucket == kNoBucket) continue;
+      if (i >= count || bucket == kNoBucket) continue;
       atomicAdd(&counts[bucket], 1u);
-      if (row.by_mass) atomicAdd(&missing[bucket], missing_mass(scaled));
+      if (row.by_mass) atomicAdd(&missing[bucket], missing_mass(scaled, bucket));
     }
   });
   __syncthreads();
@@ -234,15 +215,14 @@ __global__ void __launch_bounds__(kThreads, 4) sample_draw_kernel(SampleBatch ba
   const Cut cut = find_cut(histogram, row);
   const bool listing = cut.listed <= kListed;
   Draw draw(row);
-  const float lowest = lowest_logit(largest, row.temperature, edge_of(max(cut.maybe_end, cut.also_listed + 1)));
-  chunk.for_each([&](const float(&logits)[kTokens], int token, int count) {
-    float scaled[kTokens] = {};
+  chunk.for_each([&](const float(&logits)[kTokens], uint32_t token, int count) {
+    float scaled[kTokens];
+    scale_all(logits, largest, row.temperature, scaled);
     uint32_t wanted = 0, maybe = 0;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      if (i >= count || logits[i] < lowest) continue;
-      scaled[i] = scale(logits[i], largest, row.temperature);
       const int bucket = bucket_of(scaled[i]);
+      if (i >= count) continue;
       if (bucket < cut.maybe_end) wanted |= 1u << i;
       if (bucket < cut.maybe_end && bucket >= cut.sure_end) maybe |= 1u << i;
       if (listing && cut.lists(bucket)) {

@@ -53,7 +53,9 @@ struct Tokens {
 };
 
 // q of a token (buckets.cuh).
-__device__ __forceinline__ uint32_t mass_of(uint64_t rank) { return kWhole - missing_mass(scaled_of(rank)); }
+__device__ __forceinline__ uint32_t mass_of(uint64_t rank, int bucket) {
+  return kWhole - missing_mass(scaled_of(rank), bucket);
+}
 
 // How many tokens of a bucket rank before `rank`, and, where masses matter, the sum of their q.
 struct Better {
@@ -65,7 +67,7 @@ __device__ Better better_than(const Tokens& tokens, int bucket, uint64_t rank, S
   tokens.for_each([&](uint64_t one, int its_bucket) {
     if (its_bucket != bucket || one <= rank) return;
     ++count;
-    if (tokens.row.by_mass) mass += mass_of(one);
+    if (tokens.row.by_mass) mass += mass_of(one, bucket);
   });
   __syncthreads();
   count = sum_warps64(count, shared.words[0]);
