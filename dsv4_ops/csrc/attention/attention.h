@@ -13,7 +13,7 @@ namespace dsv4 {
 
 // n / divisor for 0 <= n < 2^31 as a product: n * multiplier >> shift with multiplier = ceil(2^shift / divisor) and
 // shift = 31 + ceil(log2(divisor)); the multiplier exceeds the true one by less than 2^-31 of it.
-struct Divisor {
+struct PageDivisor {
   uint32_t multiplier;
   int shift;
 };
@@ -22,8 +22,8 @@ struct Divisor {
 struct KeySources {
   Pool window_pool;
   Pool compressed_pool;
-  Divisor window_page;  // page_size of the pools
-  Divisor compressed_page;
+  PageDivisor window_page;  // page_size of the pools
+  PageDivisor compressed_page;
   int window;
   const int32_t* indices;  // [B, S, k] or null
   int64_t indices_stride;  // elements from one row to the next

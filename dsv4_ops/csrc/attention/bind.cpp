@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kLargestDim = 512;
 
-Divisor divisor(int64_t number) {
+PageDivisor divisor(int64_t number) {
   int bits = 0;
   while (int64_t{1} << bits < number) ++bits;
   const int shift = 31 + bits;

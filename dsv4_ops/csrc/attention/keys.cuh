@@ -51,7 +51,7 @@ __device__ __forceinline__ int entry_of_key(const KeySources& keys, const RowKey
   return row.indices == nullptr ? place : row.indices[place];
 }
 
-__device__ __forceinline__ int divide(int number, Divisor divisor) {
+__device__ __forceinline__ int divide(int number, PageDivisor divisor) {
   return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(number)) * divisor.multiplier >> divisor.shift);
 }
 
@@ -61,7 +61,7 @@ struct Place {
   int slot;
 };
 
-__device__ __forceinline__ Place place_of_entry(const Pool& pool, Divisor page_size, int64_t sequence, int entry) {
+__device__ __forceinline__ Place place_of_entry(const Pool& pool, PageDivisor page_size, int64_t sequence, int entry) {
   const int page = divide(entry, page_size);
   return {pool.data + pool.table[sequence * pool.table_stride + page] * pool.page_stride,
           entry - page * pool.page_size};

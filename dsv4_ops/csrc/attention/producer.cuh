@@ -92,7 +92,7 @@ __device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const Ro
   if (lookup.entry < 0) return {absent, absent};
   const bool window = lookup.key < row.window_keys;
   const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
-  const Divisor divisor = window ? sources.window_page : sources.compressed_page;
+  const PageDivisor divisor = window ? sources.window_page : sources.compressed_page;
   const int slot = lookup.entry - divide(lookup.entry, divisor) * pool.page_size;
   const uint8_t* const page = pool.data + lookup.page * pool.page_stride;
   return {page + static_cast<int64_t>(slot) * kEntryBytes,

@@ -45,7 +45,8 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 int32_t device_of(const char* op, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cuda(), "dsv4::", op, ": the first tensor must be on a CUDA device, got ", describe(tensor));
+  STD_TORCH_CHECK(tensor.is_cuda(), "dsv4::", op, ": the first tensor must be on a CUDA device, got ",
+                  describe(tensor));
   return tensor.get_device_index();
 }
 

@@ -1,6 +1,6 @@
 // What every bind.cpp uses: checks of arguments with messages that name the op, what was expected and what came, the
-// device guard, the current stream, and the result of a launch. Compiled by the host compiler, through torch's stable ABI:
-// one library serves torch 2.11 to 2.13.
+// device guard, the current stream, and the result of a launch. Compiled by the host compiler, through torch's stable
+// ABI: one library serves torch 2.11 to 2.13.
 #pragma once
 
 #include <cuda_runtime_api.h>

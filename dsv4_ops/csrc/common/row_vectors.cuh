@@ -4,31 +4,13 @@
 
 #include <cstdint>
 
+#include "common/divisor.cuh"
 #include "common/types.h"
 
 namespace dsv4 {
 
 // CTAs, or others, that it takes for all.
 __host__ __device__ constexpr uint32_t ceil_div(uint32_t all, uint32_t each) { return all / each + (all % each != 0); }
-
-// Quotients of numbers below 2^31 by one that the host knows: a product and a shift.
-//
-// With divisor <= 2^s and m = ceil(2^(31 + s) / divisor), n * m / 2^(31 + s) exceeds n / divisor by less than
-// n / 2^31 / divisor: too little to reach the next integer.
-class Divisor {
- public:
-  explicit Divisor(uint32_t divisor) : divisor_(divisor), shift_(0) {
-    while ((1ull << shift_) < divisor) ++shift_;
-    multiplier_ = divisor == 0 ? 0 : static_cast<uint32_t>(((1ull << (31 + shift_)) + divisor - 1) / divisor);
-  }
-
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return __umulhi(2 * n, multiplier_) >> shift_; }
-
-  __device__ __forceinline__ uint32_t value() const { return divisor_; }
-
- private:
-  uint32_t divisor_, multiplier_, shift_;
-};
 
 // The vectors of rows of T: place() tells where number `index` lies, at() its address.
 template <typename T, int kCount>
