@@ -10,8 +10,7 @@ on one side it scrambles them. The plain form, for exact mode, neither transform
 
 Shapes: q [B, S, Hi, Di] bf16|f32, weights [B, S, Hi] bf16|f32 (output of their projection), rope_table f32 [max_pos,
 R], w f32 [B, S, Hi] = weights * Di^-0.5 * Hi^-0.5, key_pool [pages, page_stride] uint8 (packed) | f32 (plain),
-block_table int32 [B, max_pages], positions int32 [B, S] (-1: no token, it sees nothing). A sequence has room for C =
-max_pages * page_size entries.
+block_table int32 [B, max_pages], positions int32 [B, S] (-1: no token, it sees nothing). C = max_pages * page_size.
 """
 
 from collections.abc import Callable

@@ -85,9 +85,8 @@ def routed_experts(
     x: Tensor, factor: Tensor | None, ids: Tensor, weights: Tensor, experts: Experts, limit: float, dtype: torch.dtype
 ) -> Tensor:
     """Sum over the slots of every row: x [T, d] f32 times factor [T, 1] | [1], ids and weights [T, k] -> [T, d] f32."""
-    k, pairs = ids.shape[-1], ids.flatten().long()
-    few = len(pairs) <= experts.count
-    blocks = single_pairs(pairs, experts.count) if few else sorted_pairs(pairs, experts.count, BLOCK_PAIRS)
+    k, pairs, count = ids.shape[-1], ids.flatten().long(), experts.count
+    blocks = single_pairs(pairs, count) if len(pairs) <= count else sorted_pairs(pairs, count, BLOCK_PAIRS)
     factor = (x.new_ones(1) if factor is None else factor).expand(*x.shape[:-1], 1)
     outputs = []
     for first in range(0, max(len(blocks.expert), 1), BLOCKS_AT_ONCE):
@@ -98,10 +97,7 @@ def routed_experts(
         h = swiglu_reference(gate_up, take(weights.flatten(), pair), limit)
         outputs.append(product(experts.requantise(h), w2).to(dtype).float().flatten(0, 1))
     slots = torch.where(blocks.valid[:, None], take(torch.cat(outputs), blocks.place), 0.0).unflatten(0, ids.shape)
-    y = torch.zeros_like(x)
-    for slot in range(k):
-        y = y + slots[..., slot, :]
-    return y
+    return sum((slots[..., slot, :] for slot in range(k)), torch.zeros_like(x))
 
 
 def take(table: Tensor, index: Tensor) -> Tensor:
