@@ -94,7 +94,8 @@ Microseconds of one call: medians of CUDA-graph replays, warm (the same inputs a
 before each call). The floor is what an operator must read and write over the speed of the memory, or its flops over
 the rate of the units; "latency" where that is less than a launch. The peers' kernels were timed with the same method on
 the same kind of GPU; where they need several for the same work, the sum stands here. The share is of the cold time, the
-ratio of the warm ones. All cases are in `{op_chart.SOURCE.relative_to(README.parent)}`.
+ratio of the warm ones. All cases that were timed are in
+`{op_chart.SOURCE.relative_to(README.parent)}`.
 
 ![Times of the operators below, on a logarithmic axis, with floors and peers](docs/{op_chart.TARGET.name})
 

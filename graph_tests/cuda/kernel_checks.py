@@ -5,8 +5,8 @@
 - the outputs are those of the reference, by `compare` (bits unless a test derives a tolerance),
 - every output element is written (outputs start as poison) and nothing else is (arguments keep their bytes),
 - a second run gives the same bits,
-- the op can be captured in a CUDA graph, and a replay on other data that was written into the captured inputs gives
-  what a direct call gives.
+- the op can be captured in a CUDA graph, and replays write the same bits again into outputs that were poisoned between
+  them (what follows from inputs that change between replays is tested with the decode step).
 """
 
 import warnings
@@ -165,7 +165,7 @@ def _captured(call: Callable) -> torch.cuda.CUDAGraph:
 
 
 def _run_poisoned(op: Op, arguments: tuple) -> tuple:
-    """The functional op, with the caching allocator's free blocks filled with poison first; then `.out` likewise."""
+    """The outputs of the functional op, after `.out` gave the same into poisoned outputs and a poisoned workspace."""
     functional = _as_tuple(op.overload(*arguments))
     out = {}
     for output, result in zip(op.outputs, functional, strict=True):

@@ -87,13 +87,6 @@ __device__ __forceinline__ uint32_t round_e2m1(float magnitude) {
   return __float_as_uint(__fadd_rn(upper, sum));
 }
 
-// fp32 -> 4-bit code; NaN gives 6 and zero keeps its sign.
-__device__ __forceinline__ uint32_t encode_e2m1(float value) {
-  const uint32_t code = round_e2m1(fminf(fabsf(value), kE2m1Max)) & 7u;  // fminf(NaN, 6) is 6
-  const uint32_t sign = value == value ? (__float_as_uint(value) >> 28) & 8u : 0u;
-  return code | sign;
-}
-
 // Up to eight magnitudes (no NaN), with the signs of `signs` -> their codes in one word, the first in the lowest bits.
 template <int kCount>
 __device__ __forceinline__ uint32_t encode_e2m1_word(const float (&magnitudes)[kCount], const float (&signs)[kCount]) {

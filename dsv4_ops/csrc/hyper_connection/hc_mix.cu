@@ -22,8 +22,9 @@
 //
 // With collapse, norm and FP8 codes, dim 4096 (H200, 2026-11-25): one token 4.9 us, after hc_post 5.1, 128 tokens 15,
 // 4096 tokens 160. From 16 tokens on the tiles of a CTA follow one another, each a load from L2, six dependent mma and
-// a pass through shared memory: that, not bytes, is the time. Tiles by cp.async a few ahead gave 5.2, 5.7, 16 and
-// 172 us (though 238 instead of 275 for 4096 tokens after hc_post): the copies cost more than the latency they hid.
+// a pass through shared memory: a chain of latencies, which is the likely bound, since the bytes take a tenth of the
+// time. Tiles by cp.async a few ahead gave 5.2, 5.7, 16 and 172 us (though 238 instead of 275 for 4096 tokens after
+// hc_post).
 #include "common/launch.cuh"
 #include "common/rms_norm.cuh"
 #include "hyper_connection/streams.cuh"

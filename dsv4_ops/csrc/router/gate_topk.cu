@@ -15,8 +15,8 @@
 // Shared memory of a row: 32 * kPerLane keys and as many scores, 8 bytes an expert.
 // Floor: 4 bytes an expert and part are read. What bounds it is, for one row, the latency of k dependent rounds, and
 // for thousands the instructions of exp, log1p, square root and rounds: about 80 for each expert of a lane. 256
-// experts: one row 1.44 us, 4096 rows 7.7 (H200, 2026-11-25). A lane that sorts its keys first needs a third of the
-// instructions a round: 6.1 us for 4096 rows, but 1.78 for one, where the sort is on the way to the first round.
+// experts: one row 1.44 us, 4096 rows 7.7 (H200, 2026-11-25). A lane that sorts its keys first needs about a third of
+// the instructions a round: 6.1 us for 4096 rows, but 1.78 for one, where the sort is on the way to the first round.
 #include "common/launch.cuh"
 #include "common/ordered.cuh"
 #include "common/ptx.cuh"
