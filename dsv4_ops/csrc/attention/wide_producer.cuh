@@ -1,0 +1,215 @@
+// The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
+//
+// A warp has one half of the dimensions and takes blocks of 16 keys: lane l has keys l % 8 and l % 8 + 8, and of every
+// group of 64 dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store
+// fills all banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the
+// registers. Keys are looked up a tile at a time, a lane for each of the warp's 32: their indices two tiles ahead, their
+// pages one tile ahead.
+#pragma once
+
+#include "attention/keys.cuh"
+#include "attention/wide_tiles.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+
+namespace dsv4::wide {
+
+constexpr int kBlock = 16;                                          // keys of a warp at a time
+constexpr int kWarpKeys = kUnit / (kProducerWarps / 2);             // of a tile
+constexpr int kBlocks = kWarpKeys / kBlock;                         // of a warp in a tile
+static_assert(kWarpKeys == kWarp, "a lane looks up one key of a tile");
+
+// What an absent key has instead of an entry: zeros, with which products are harmless.
+__device__ const uint4 absent_key[kEntryBytes / 16] = {};
+
+// A key that a lane looks up: its entry and, once that is loaded, its page.
+struct Lookup {
+  int key;
+  int entry;  // negative: absent
+  int32_t page;
+};
+
+// Where the bytes of a key lie.
+struct KeyPlace {
+  const uint8_t* data;
+  const uint8_t* scales;
+};
+
+__device__ __forceinline__ void find_page(const KeySources& sources, const RowKeys& row, Lookup& lookup) {
+  if (lookup.entry < 0) return;
+  const bool window = lookup.key < row.window_keys;
+  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
+  lookup.page = pool.table[row.sequence * pool.table_stride +
+                           divide(lookup.entry, window ? sources.window_page : sources.compressed_page)];
+}
+
+__device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
+  const auto* const absent = reinterpret_cast<const uint8_t*>(absent_key);
+  if (lookup.entry < 0) return {absent, absent};
+  const bool window = lookup.key < row.window_keys;
+  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
+  const PageDivisor divisor = window ? sources.window_page : sources.compressed_page;
+  const int slot = lookup.entry - divide(lookup.entry, divisor) * pool.page_size;
+  const uint8_t* const page = pool.data + lookup.page * pool.page_stride;
+  return {page + static_cast<int64_t>(slot) * kEntryBytes,
+          page + static_cast<int64_t>(pool.page_size) * kEntryBytes + slot * kScaleBytes};
+}
+
+template <typename T>
+__device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
+  return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
+// A lane's share of one key: where its half lies and what is loaded of it.
+template <int kHalf>
+struct Share {
+  const uint8_t* data;
+  uint4 parts[kHalfSlabs + kHalf];
+  uint32_t scales;  // a byte for each group of the half
+
+  __device__ __forceinline__ void aim(const KeyPlace& places, int lane, int quarter) {
+    data = from_lane(places.data, lane) + kHalf * (kDim / 2) + quarter * 16;
+    scales = ptx::load_global(from_lane(places.scales, lane) + kHalf * 4);
+  }
+
+  // What becomes a slab: 16 codes, or 16 rope dimensions.
+  __device__ __forceinline__ void load(int slab, int quarter) {
+    if (kHalf == 0 || slab < kHalfSlabs - 1) {
+      parts[slab] = ptx::load_once(data + slab * 64);
+    } else {
+      const uint8_t* const rope = data + slab * 64 + quarter * 16;
+      parts[slab] = ptx::load_once(rope);
+      parts[slab + kHalf] = ptx::load_once(rope + 16);
+    }
+  }
+
+  // The same as two chunks of bf16; the byte of each group in `factors` is at most kLargestScale.
+  __device__ __forceinline__ void unpack(int slab, uint32_t bytes, uint4& first, uint4& second) const {
+    if (kHalf == 0 || slab < kHalfSlabs - 1) {
+      unpack_e4m3(parts[slab], first_factor(__byte_perm(bytes, 0, 0x4440 + slab)), first, second);
+    } else {
+      first = parts[slab];
+      second = parts[slab + kHalf];
+      split_pairs(first, second);
+    }
+  }
+};
+
+// The second factor of groups with scales above kLargestScale, for the chunks at two addresses of every slab.
+template <int kHalf>
+__device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address) {
+  for (int slab = 0; slab < kHalfSlabs - kHalf; ++slab) {
+    const uint32_t byte = scales >> slab * 8 & 0xFF;
+    if (byte <= kLargestScale) continue;
+    for (const uint32_t at : {address, address ^ 16}) {
+      uint4 chunk = ptx::load_shared(at + slab * kSlabBytes);
+      multiply_chunk(chunk, second_factor(byte));
+      ptx::store_shared(at + slab * kSlabBytes, chunk);
+    }
+  }
+}
+
+// Write the tiles of a row: half kHalf, and of the half's warps number `pair`. `used` has a bit for each stage in which
+// a tile lies or did.
+template <int kHalf>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const SharedMemory& memory,
+                                        int pair, uint32_t& used) {
+  const int lane = threadIdx.x % kWarp, column = lane % 8, quarter = lane / 8;
+  const int units = (row.count + kUnit - 1) / kUnit;
+  if (units == 0) return;
+  constexpr int kBlockBytes = kBlock * kRowBytes;
+  const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes +
+                         pair * kBlocks * kBlockBytes + chunk_offset(column, 2 * quarter);
+  const uint32_t valid = ptx::shared_address(memory.valid) + 4 * pair;
+
+  const auto find_entry = [&](int unit) {
+    const int key = unit * kUnit + pair * kWarpKeys + lane;
+    return Lookup{key, entry_of_key(sources, row, key), 0};
+  };
+  Lookup upcoming = find_entry(0), later = find_entry(1);
+  find_page(sources, row, upcoming);
+  KeyPlace ready = place_of(sources, row, upcoming);
+  uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
+  upcoming = later;
+  find_page(sources, row, upcoming);
+  later = find_entry(2);
+
+  Share<kHalf> shares[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    shares[i].aim(ready, i * 8 + column, quarter);
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) shares[i].load(slab, quarter);
+  }
+
+  for (int block = 0; block < units * kBlocks; ++block) {
+    const int unit = block / kBlocks, inside = block % kBlocks, stage = unit % kStages;
+    const uint32_t present_now = present;
+    if (inside == kBlocks - 1) {
+      ready = place_of(sources, row, upcoming);
+      present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
+      upcoming = later;
+      find_page(sources, row, upcoming);
+      later = find_entry(unit + 3);
+    }
+    constexpr uint32_t kGroups = kHalf == 0 ? ~0u : 0xFFFFFFu;
+    const uint32_t all_scales[2] = {shares[0].scales, shares[1].scales};
+    uint32_t scales[2] = {all_scales[0], all_scales[1]};
+    const bool large =
+        __any_sync(kAllLanes, (large_scales(scales[0] & kGroups) | large_scales(scales[1] & kGroups)) != 0);
+    if (large) {
+      scales[0] = __vminu4(scales[0], kLargestScale * 0x01010101u);
+      scales[1] = __vminu4(scales[1], kLargestScale * 0x01010101u);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      shares[i].aim(ready, (inside + 1) % kBlocks * kBlock + i * 8 + column, quarter);
+    }
+    if (inside == 0) {
+      if (used >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
+      used |= 1 << stage;
+      if (kHalf == 0 && lane == 0) ptx::store_shared(valid + 8 * stage, present_now);
+    }
+    const uint32_t address = tiles + stage * kTileBytes + inside * kBlockBytes;
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint4 first, second;
+        shares[i].unpack(slab, scales[i], first, second);
+        shares[i].load(slab, quarter);
+        const int offset = slab * kSlabBytes + i * 8 * kRowBytes;
+        ptx::store_shared(address + offset, first);
+        ptx::store_shared((address ^ 16) + offset, second);
+      }
+      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+    }
+    if (large) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) multiply_again<kHalf>(all_scales[i], address + i * 8 * kRowBytes);
+    }
+    if (inside == kBlocks - 1) {
+      ptx::fence_async_proxy();
+      ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
+    }
+  }
+}
+
+// All rows of this CTA.
+template <int kHalf>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int pair) {
+  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
+  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
+  uint32_t used = 0;
+  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
+    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
+    produce<kHalf>(attention.keys, keys, memory, pair, used);
+  }
+  // Take back what the consumers hand back.
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (used >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
+  }
+}
+
+}  // namespace dsv4::wide
