@@ -1,11 +1,11 @@
 // Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. The same bits, but another
 // division of labour: two warpgroups share the keys, which two of 32 heads each would read twice.
 //
-// A CTA owns 64 heads of one row at a time and goes from row to row. 384 threads, one CTA an SM:
+// A CTA owns 64 heads of one row at a time and goes from row to row. 512 threads, one CTA an SM:
 //
 //   warpgroups 0, 1  scores and weights of every other unit for all heads (wide_consumer.cuh), and the output of 256 of
 //                    the 512 dimensions for all units: 128 registers
-//   warpgroup 2      producers (wide_producer.cuh), ahead by what is free, into the next row too
+//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too
 //
 // Heads lie on the outer dimension of both products here (wgmma m64n64k16; scores = Q . K^T, output = weights . K with
 // the weights from registers). The two warpgroups fall out of step by themselves, since the second tile is full later
@@ -15,14 +15,14 @@
 //   warpgroup 1     scores 1 | weights 1 | output 0, right | output 1, right
 //
 // A half of a tile goes back to its producers as soon as its output is added, and scores start with the left half while
-// the right one is on its way. The queries of the next row are copied while the last pair of units is added.
+// the right one is on its way. The queries of the next row are copied while the last unit is added.
 //
 // Shared memory, 212 KB: two tiles of keys 2 x 64 KB; queries 64 KB; of two units weights 8 KB and totals 2 KB each.
 //
 // Cost of a unit in cycles of an SM:
 //
 //   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2
-//   issue slots        of each SM quarter: unpacking 660, softmax and exchange 250, output sums 256
+//   issue slots        of each SM quarter: unpacking 900, softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 #include <algorithm>
@@ -37,8 +37,9 @@ namespace {
 
 using namespace wide;
 
-constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;  // of a thread
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
+static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
+static_assert(kThreads == 4 * kWarpgroup);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -70,27 +71,38 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, c
 __device__ __forceinline__ void consume(const SparseAttention& attention, SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  Queries queries;
-  Output output;
-  queries.start(attention, blockIdx.x / head_tiles, blockIdx.x % head_tiles * kHeads, memory.query);
+  const auto queries_of = [&](uint32_t tile) {
+    return Queries(attention, tile / head_tiles, tile % head_tiles * kHeads);
+  };
+  uint4 rope[2];
+  queries_of(blockIdx.x).copy(memory.query);
+  queries_of(blockIdx.x).load_rope(rope);
+  RowKeys keys = keys_of_row(attention.keys, attention.rope, blockIdx.x / head_tiles);
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
-    const int units = (keys.count + kUnit - 1) / kUnit;
-    queries.finish(memory.query);
+    const uint32_t next = min(tile + gridDim.x, work - 1);
+    const int units = (keys.count + kUnit - 1) / kUnit, position = keys.position;
+    finish_queries(memory.query, rope);
+    Output output;
     output.clear();
+    if (units == 0) queries_of(next).copy(memory.query);
     for (int first = 0; first < units; first += kStages) {
       const int last = min(first + kStages, units) - 1;
       if (first + own <= last) weigh_unit(memory, own);
       for (int unit = first; unit <= last; ++unit) {
         const int stage = unit - first;
         if (stage != own) ptx::named_barrier(weighed_barrier(stage), kConsumers);
+        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
+          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+          queries_of(next).copy(memory.query);
+        }
         output.add(memory, stage, own);
       }
     }
-    const uint32_t next = tile + gridDim.x;
-    if (next < work) queries.start(attention, next / head_tiles, next % head_tiles * kHeads, memory.query);
-    store_output(attention, output, tile / head_tiles, tile % head_tiles * kHeads, keys.position, own);
+    queries_of(next).load_rope(rope);
+    keys = keys_of_row(attention.keys, attention.rope, next / head_tiles);
+    store_output(attention, output, tile / head_tiles, tile % head_tiles * kHeads, position, own);
   }
+  ptx::cp_async_wait<0>();
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

@@ -13,20 +13,24 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4::wide {
 
-// The queries of a row for the heads from `first_head` on: copies to shared memory under way, and this thread's sixteen
-// rope dimensions.
+// The queries of a row for the heads from `first_head` on, on their way to shared memory. All consumers.
 struct Queries {
-  uint4 rope[2];
+  const __nv_bfloat16* q;  // of the first head
+  int64_t stride;
+  int heads;  // that exist
 
-  __device__ __forceinline__ void start(const SparseAttention& attention, int64_t row, int first_head, uint8_t* query) {
-    const auto* const q = static_cast<const __nv_bfloat16*>(attention.q);
-    const int64_t vector = row * attention.heads + first_head;
-    const int heads = attention.heads - first_head, column = threadIdx.x % 8;
-    const auto at = [&](int head) { return q + (vector + min(head, heads - 1)) * attention.q_stride; };
+  __device__ __forceinline__ Queries(const SparseAttention& attention, int64_t row, int first_head)
+      : q(static_cast<const __nv_bfloat16*>(attention.q) + (row * attention.heads + first_head) * attention.q_stride),
+        stride(attention.q_stride),
+        heads(attention.heads - first_head) {}
+
+  // Start copies of all but the rope slab.
+  __device__ __forceinline__ void copy(uint8_t* query) const {
+    const int column = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kHeads; i += kConsumers / 8) {
       const int head = threadIdx.x / 8 + i;
-      const __nv_bfloat16* const from = at(head) + column * 8;
+      const __nv_bfloat16* const from = q + min(head, heads - 1) * stride + column * 8;
       uint8_t* const to = query + chunk_offset(head, column);
 #pragma unroll
       for (int slab = 0; slab < kNope / kSlab; ++slab) {
@@ -34,25 +38,29 @@ struct Queries {
       }
     }
     ptx::cp_async_commit();
+  }
+
+  // Sixteen rope dimensions of this thread.
+  __device__ __forceinline__ void load_rope(uint4 (&rope)[2]) const {
+    static_assert(kConsumers == kHeads * kRopeDim / 16);
     const int head = threadIdx.x / 4;
-    const __nv_bfloat16* const from = at(head) + kNope + threadIdx.x % 4 * 16;
+    const __nv_bfloat16* const from = q + min(head, heads - 1) * stride + kNope + threadIdx.x % 4 * 16;
     rope[0] = head < heads ? ptx::load_once(from) : uint4{0, 0, 0, 0};
     rope[1] = head < heads ? ptx::load_once(from + 8) : uint4{0, 0, 0, 0};
   }
-
-  // All consumers. Then the queries lie where wgmma reads them.
-  __device__ __forceinline__ void finish(uint8_t* query) {
-    static_assert(kConsumers == kHeads * kRopeDim / 16);
-    const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
-    uint8_t* const to = query + (kSlabs - 1) * kSlabBytes;
-    split_pairs(rope[0], rope[1]);
-    *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk)) = rope[0];
-    *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk + 1)) = rope[1];
-    ptx::cp_async_wait<0>();
-    ptx::fence_async_proxy();
-    ptx::named_barrier(kConsumersBarrier, kConsumers);
-  }
 };
+
+// Then the queries lie where wgmma reads them.
+__device__ __forceinline__ void finish_queries(uint8_t* query, uint4 (&rope)[2]) {
+  const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
+  uint8_t* const to = query + (kSlabs - 1) * kSlabBytes;
+  split_pairs(rope[0], rope[1]);
+  *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk)) = rope[0];
+  *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk + 1)) = rope[1];
+  ptx::cp_async_wait<0>();
+  ptx::fence_async_proxy();
+  ptx::named_barrier(kConsumersBarrier, kConsumers);
+}
 
 // scores [64 heads, 64 keys] += queries . keys over half of the dimensions
 __device__ __forceinline__ void multiply_half(uint32_t query, uint32_t keys, int half, float (&scores)[32]) {

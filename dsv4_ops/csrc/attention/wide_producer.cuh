@@ -14,10 +14,11 @@
 
 namespace dsv4::wide {
 
-constexpr int kBlock = 16;                                          // keys of a warp at a time
-constexpr int kWarpKeys = kUnit / (kProducerWarps / 2);             // of a tile
-constexpr int kBlocks = kWarpKeys / kBlock;                         // of a warp in a tile
-static_assert(kWarpKeys == kWarp, "a lane looks up one key of a tile");
+constexpr int kWarpKeys = kUnit / (kProducerWarps / 2);  // of a warp in a tile
+constexpr int kBlock = kWarpKeys / 2;                    // of a warp at a time
+constexpr int kLaneKeys = kBlock / 8;                    // of a lane
+constexpr int kBlocks = kWarpKeys / kBlock;              // of a warp in a tile
+constexpr int kBatch = kWarp / kWarpKeys;                // tiles whose keys are looked up together
 
 // What an absent key has instead of an entry: zeros, with which products are harmless.
 __device__ const uint4 absent_key[kEntryBytes / 16] = {};
@@ -109,6 +110,14 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
   }
 }
 
+__device__ __forceinline__ void store_valid(uint32_t address, uint32_t bits) {
+  if constexpr (kWarpKeys == 32) {
+    ptx::store_shared(address, bits);
+  } else {
+    ptx::store_shared(address, static_cast<uint16_t>(bits));
+  }
+}
+
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`. `used` has a bit for each stage in which
 // a tile lies or did.
 template <int kHalf>
@@ -120,10 +129,10 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   constexpr int kBlockBytes = kBlock * kRowBytes;
   const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes +
                          pair * kBlocks * kBlockBytes + chunk_offset(column, 2 * quarter);
-  const uint32_t valid = ptx::shared_address(memory.valid) + 4 * pair;
+  const uint32_t valid = ptx::shared_address(memory.valid) + pair * (kWarpKeys / 8);
 
-  const auto find_entry = [&](int unit) {
-    const int key = unit * kUnit + pair * kWarpKeys + lane;
+  const auto find_entry = [&](int batch) {
+    const int key = (batch * kBatch + lane / kWarpKeys) * kUnit + pair * kWarpKeys + lane % kWarpKeys;
     return Lookup{key, entry_of_key(sources, row, key), 0};
   };
   Lookup upcoming = find_entry(0), later = find_entry(1);
@@ -134,9 +143,9 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   find_page(sources, row, upcoming);
   later = find_entry(2);
 
-  Share<kHalf> shares[2];
+  Share<kHalf> shares[kLaneKeys];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kLaneKeys; ++i) {
     shares[i].aim(ready, i * 8 + column, quarter);
 #pragma unroll
     for (int slab = 0; slab < kHalfSlabs; ++slab) shares[i].load(slab, quarter);
@@ -144,37 +153,38 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
 
   for (int block = 0; block < units * kBlocks; ++block) {
     const int unit = block / kBlocks, inside = block % kBlocks, stage = unit % kStages;
+    const int following = (block + 1) % (kBatch * kBlocks);
     const uint32_t present_now = present;
-    if (inside == kBlocks - 1) {
+    if (following == 0) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
       upcoming = later;
       find_page(sources, row, upcoming);
-      later = find_entry(unit + 3);
+      later = find_entry(unit / kBatch + 3);
     }
     constexpr uint32_t kGroups = kHalf == 0 ? ~0u : 0xFFFFFFu;
-    const uint32_t all_scales[2] = {shares[0].scales, shares[1].scales};
-    uint32_t scales[2] = {all_scales[0], all_scales[1]};
-    const bool large =
-        __any_sync(kAllLanes, (large_scales(scales[0] & kGroups) | large_scales(scales[1] & kGroups)) != 0);
-    if (large) {
-      scales[0] = __vminu4(scales[0], kLargestScale * 0x01010101u);
-      scales[1] = __vminu4(scales[1], kLargestScale * 0x01010101u);
-    }
+    uint32_t scales[kLaneKeys], all_scales[kLaneKeys], large_bits = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      shares[i].aim(ready, (inside + 1) % kBlocks * kBlock + i * 8 + column, quarter);
+    for (int i = 0; i < kLaneKeys; ++i) {
+      scales[i] = all_scales[i] = shares[i].scales;
+      large_bits |= large_scales(scales[i] & kGroups);
+      shares[i].aim(ready, following * kBlock + i * 8 + column, quarter);
+    }
+    const bool large = __any_sync(kAllLanes, large_bits != 0);
+    if (large) {
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) scales[i] = __vminu4(scales[i], kLargestScale * 0x01010101u);
     }
     if (inside == 0) {
       if (used >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
       used |= 1 << stage;
-      if (kHalf == 0 && lane == 0) ptx::store_shared(valid + 8 * stage, present_now);
+      if (kHalf == 0 && lane == 0) store_valid(valid + 8 * stage, present_now >> unit % kBatch * kWarpKeys);
     }
     const uint32_t address = tiles + stage * kTileBytes + inside * kBlockBytes;
 #pragma unroll
     for (int slab = 0; slab < kHalfSlabs; ++slab) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kLaneKeys; ++i) {
         uint4 first, second;
         shares[i].unpack(slab, scales[i], first, second);
         shares[i].load(slab, quarter);
@@ -186,7 +196,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     }
     if (large) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) multiply_again<kHalf>(all_scales[i], address + i * 8 * kRowBytes);
+      for (int i = 0; i < kLaneKeys; ++i) multiply_again<kHalf>(all_scales[i], address + i * 8 * kRowBytes);
     }
     if (inside == kBlocks - 1) {
       ptx::fence_async_proxy();

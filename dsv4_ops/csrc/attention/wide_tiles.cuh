@@ -29,7 +29,7 @@ constexpr int kSlabBytes = kUnit * kRowBytes;  // of keys, and of queries: there
 constexpr int kTileBytes = kSlabs * kSlabBytes;
 static_assert(kHeads == kUnit);
 
-constexpr int kProducerWarps = 4;
+constexpr int kProducerWarps = 8;
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kHalfProducers = kProducerWarps / 2 * kWarp;
 constexpr int kThreads = kConsumers + kProducerWarps * kWarp;
@@ -40,6 +40,7 @@ __device__ __forceinline__ constexpr int full_barrier(int stage, int half) { ret
 __device__ __forceinline__ constexpr int empty_barrier(int stage, int half) { return 5 + 2 * stage + half; }
 __device__ __forceinline__ constexpr int weighed_barrier(int stage) { return 9 + stage; }
 constexpr int kConsumersBarrier = 11;
+__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 12 + own; }
 
 // A unit as its warpgroup hands it to both: each thread's part of the weights, and of its two heads the largest score
 // and the sum of the weights.

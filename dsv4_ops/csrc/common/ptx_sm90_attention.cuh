@@ -15,6 +15,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -37,6 +41,9 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(address));
   return value;
 }
+
+// As kRegistersOfThreeWarpgroups of ptx_sm90.cuh, for a CTA of four.
+constexpr int kRegistersOfFourWarpgroups = 4 * 128;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
