@@ -43,67 +43,57 @@ static_assert(kThreads == 4 * kWarpgroup);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Divide, turn and store what a consuming warpgroup has of a row.
-__device__ __forceinline__ void store_output(const SparseAttention& attention, const Output& output, uint32_t row,
-                                             int first_head, int position, int half) {
-  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int head = first_head + thread / kWarp * 16 + lane / 4 + 8 * i;
-    const bool exists = head < attention.heads;
-    const float reciprocal = finish_head(attention, row, head, output.totals[i], half == 0 && lane % 4 == 0);
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
-    __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
-#pragma unroll
-    for (int slab = 0; slab < kHalfSlabs - 1; ++slab) {
-      store_slab(output.sums[slab], i, reciprocal, exists, o + slab * kSlab);
-    }
-    constexpr int kLast = kHalfSlabs - 1;
-    if (half == 0) {
-      store_slab(output.sums[kLast], i, reciprocal, exists, o + kLast * kSlab);
-    } else {
-      const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
-      store_rope_slab(output.sums[kLast], i, reciprocal, exists, turns, o + kLast * kSlab);
-    }
-  }
-}
+// Queries in bf16: 8 slabs of [64 heads][128 bytes].
+struct Queries {
+  RopePart rope;
 
-__device__ __forceinline__ void consume(const SparseAttention& attention, SharedMemory& memory, int own) {
-  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
-  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  const auto queries_of = [&](uint32_t tile) {
-    return Queries(attention, tile / head_tiles, tile % head_tiles * kHeads);
-  };
-  uint4 rope[2];
-  queries_of(blockIdx.x).copy(memory.query);
-  queries_of(blockIdx.x).load_rope(rope);
-  RowKeys keys = keys_of_row(attention.keys, attention.rope, blockIdx.x / head_tiles);
-  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const uint32_t next = min(tile + gridDim.x, work - 1);
-    const int units = (keys.count + kUnit - 1) / kUnit, position = keys.position;
-    finish_queries(memory.query, rope);
-    Output output;
-    output.clear();
-    if (units == 0) queries_of(next).copy(memory.query);
-    for (int first = 0; first < units; first += kStages) {
-      const int last = min(first + kStages, units) - 1;
-      if (first + own <= last) weigh_unit(memory, own);
-      for (int unit = first; unit <= last; ++unit) {
-        const int stage = unit - first;
-        if (stage != own) ptx::named_barrier(weighed_barrier(stage), kConsumers);
-        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
-          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
-          queries_of(next).copy(memory.query);
-        }
-        output.add(memory, stage, own);
+  __device__ __forceinline__ static const __nv_bfloat16* of_row(const SparseAttention& attention, uint32_t row,
+                                                                int first_head) {
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
+    return static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride;
+  }
+
+  // Start copies of all but the rope slab.
+  __device__ __forceinline__ static void copy(const SparseAttention& attention, uint32_t row, int first_head,
+                                              SharedMemory& memory) {
+    const __nv_bfloat16* const q = of_row(attention, row, first_head);
+    const int heads = attention.heads - first_head, column = threadIdx.x % 8;
+#pragma unroll
+    for (int i = 0; i < kHeads; i += kConsumers / 8) {
+      const int head = threadIdx.x / 8 + i;
+      const __nv_bfloat16* const from = q + min(head, heads - 1) * attention.q_stride + column * 8;
+      uint8_t* const to = memory.query + chunk_offset(head, column);
+#pragma unroll
+      for (int slab = 0; slab < kNope / kSlab; ++slab) {
+        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads ? 16 : 0);
       }
     }
-    queries_of(next).load_rope(rope);
-    keys = keys_of_row(attention.keys, attention.rope, next / head_tiles);
-    store_output(attention, output, tile / head_tiles, tile % head_tiles * kHeads, position, own);
   }
-  ptx::cp_async_wait<0>();
-}
+  __device__ __forceinline__ void load(const SparseAttention& attention, uint32_t row, int first_head) {
+    const int heads = attention.heads - first_head, head = threadIdx.x / 4;
+    rope.load(of_row(attention, row, first_head) + min(head, heads - 1) * attention.q_stride + kNope, head < heads);
+  }
+  __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
+
+  // scores [64 heads, 64 keys] = queries . keys of the tile of a stage, the left half of the dimensions first
+  __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, float (&scores)[32]) const {
+    const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
+    const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
+    ptx::pin_registers(scores);
+    ptx::named_barrier(full_barrier(stage, 0), kHandOverThreads);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step) {
+      if (step == kDim / 32) ptx::named_barrier(full_barrier(stage, 1), kHandOverThreads);
+      const int bytes = step / 4 * kSlabBytes + step % 4 * 32;
+      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
+                                      step > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(scores);
+  }
+};
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -118,17 +108,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume(attention, memory, own);
+    consume_rows<Queries>(attention, attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();
-  constexpr int kHalfWarps = kProducerWarps / 2;
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
-  if (warp < kHalfWarps) {
-    produce_rows<0>(attention, memory, warp);
-  } else {
-    produce_rows<1>(attention, memory, warp - kHalfWarps);
-  }
+  produce_rows(attention, memory, __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();

@@ -6,71 +6,38 @@
 // softmax.cuh and products.cuh, with the same order of sums.
 #pragma once
 
+#include "attention/keys.cuh"
 #include "attention/output.cuh"
+#include "attention/wide_output.cuh"
 #include "attention/wide_tiles.cuh"
 #include "common/ptx.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4::wide {
 
-// The queries of a row for the heads from `first_head` on, on their way to shared memory. All consumers.
-struct Queries {
-  const __nv_bfloat16* q;  // of the first head
-  int64_t stride;
-  int heads;  // that exist
+// Sixteen rope dimensions of queries that a thread brings to shared memory, a slab of 64 heads by all consumers.
+struct RopePart {
+  uint4 chunks[2];
 
-  __device__ __forceinline__ Queries(const SparseAttention& attention, int64_t row, int first_head)
-      : q(static_cast<const __nv_bfloat16*>(attention.q) + (row * attention.heads + first_head) * attention.q_stride),
-        stride(attention.q_stride),
-        heads(attention.heads - first_head) {}
-
-  // Start copies of all but the rope slab.
-  __device__ __forceinline__ void copy(uint8_t* query) const {
-    const int column = threadIdx.x % 8;
-#pragma unroll
-    for (int i = 0; i < kHeads; i += kConsumers / 8) {
-      const int head = threadIdx.x / 8 + i;
-      const __nv_bfloat16* const from = q + min(head, heads - 1) * stride + column * 8;
-      uint8_t* const to = query + chunk_offset(head, column);
-#pragma unroll
-      for (int slab = 0; slab < kNope / kSlab; ++slab) {
-        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads ? 16 : 0);
-      }
-    }
-    ptx::cp_async_commit();
-  }
-
-  // Sixteen rope dimensions of this thread.
-  __device__ __forceinline__ void load_rope(uint4 (&rope)[2]) const {
+  __device__ __forceinline__ void load(const __nv_bfloat16* rope, bool exists) {  // of head threadIdx.x / 4
     static_assert(kConsumers == kHeads * kRopeDim / 16);
-    const int head = threadIdx.x / 4;
-    const __nv_bfloat16* const from = q + min(head, heads - 1) * stride + kNope + threadIdx.x % 4 * 16;
-    rope[0] = head < heads ? ptx::load_once(from) : uint4{0, 0, 0, 0};
-    rope[1] = head < heads ? ptx::load_once(from + 8) : uint4{0, 0, 0, 0};
+    const __nv_bfloat16* const from = rope + threadIdx.x % 4 * 16;
+    chunks[0] = exists ? ptx::load_once(from) : uint4{0, 0, 0, 0};
+    chunks[1] = exists ? ptx::load_once(from + 8) : uint4{0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void store(uint8_t* slab) {
+    const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
+    split_pairs(chunks[0], chunks[1]);
+    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk)) = chunks[0];
+    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk + 1)) = chunks[1];
   }
 };
 
-// Then the queries lie where wgmma reads them.
-__device__ __forceinline__ void finish_queries(uint8_t* query, uint4 (&rope)[2]) {
-  const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
-  uint8_t* const to = query + (kSlabs - 1) * kSlabBytes;
-  split_pairs(rope[0], rope[1]);
-  *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk)) = rope[0];
-  *reinterpret_cast<uint4*>(to + chunk_offset(head, chunk + 1)) = rope[1];
+// Copies of queries have arrived, and what all consumers wrote can be read by wgmma.
+__device__ __forceinline__ void meet_with_queries() {
   ptx::cp_async_wait<0>();
   ptx::fence_async_proxy();
   ptx::named_barrier(kConsumersBarrier, kConsumers);
-}
-
-// scores [64 heads, 64 keys] += queries . keys over half of the dimensions
-__device__ __forceinline__ void multiply_half(uint32_t query, uint32_t keys, int half, float (&scores)[32]) {
-  const uint64_t a = ptx::wgmma_descriptor(query, 16, 1024, true), b = ptx::wgmma_descriptor(keys, 16, 1024, true);
-#pragma unroll
-  for (int step = 0; step < kDim / 32; ++step) {
-    const int bytes = (half * kHalfSlabs + step / 4) * kSlabBytes + step % 4 * 32;
-    ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
-                                    half + step > 0);
-  }
 }
 
 // A pair of values, one for each head of a thread.
@@ -139,24 +106,13 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHea
 }
 
 // Scores to weights for the unit of stage `own`, for both warpgroups.
-__device__ __forceinline__ void weigh_unit(SharedMemory& memory, int own) {
-  const uint32_t query = ptx::shared_address(memory.query);
-  const uint32_t keys = ptx::shared_address(memory.keys) + own * kTileBytes;
-  const int thread = threadIdx.x % kWarpgroup;
+template <typename Queries, typename Memory>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own) {
   float scores[32];
-  ptx::pin_registers(scores);
-  ptx::named_barrier(full_barrier(own, 0), kHandOverThreads);
-  ptx::wgmma_fence();
-  multiply_half(query, keys, 0, scores);
-  ptx::wgmma_commit();
-  ptx::named_barrier(full_barrier(own, 1), kHandOverThreads);
-  multiply_half(query, keys, 1, scores);
-  ptx::wgmma_commit();
-  const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
-  ptx::wgmma_wait<0>();
-  ptx::pin_registers(scores);
+  queries.multiply(memory, own, scores);
   OfHeads largest, sum;
-  weigh(scores, valid, largest, sum);
+  weigh(scores, *reinterpret_cast<const uint64_t*>(memory.valid[own]), largest, sum);
+  const int thread = threadIdx.x % kWarpgroup;
   Weighed& weighed = memory.weighed[own];
 #pragma unroll
   for (int i = 0; i < kUnit / 16; ++i) {
@@ -183,7 +139,8 @@ struct Output {
   }
 
   // Add the unit that lies in `stage`, and hand its half of the tile back.
-  __device__ __forceinline__ void add(const SharedMemory& memory, int stage, int half) {
+  template <typename Memory>
+  __device__ __forceinline__ void add(const Memory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
     const Weighed& weighed = memory.weighed[stage];
     const int thread = threadIdx.x % kWarpgroup;
@@ -220,6 +177,50 @@ struct Output {
     }
   }
 };
+
+// A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
+// queries to shared memory and to multiply keys by them.
+template <typename Queries, typename Operands, typename Memory>
+__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention, Memory& memory,
+                                             int own) {
+  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
+  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
+  const auto copy = [&](uint32_t tile) {
+    Queries::copy(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
+    ptx::cp_async_commit();
+  };
+  Queries queries;
+  const auto load = [&](uint32_t tile) { queries.load(operands, tile / head_tiles, tile % head_tiles * kHeads); };
+  copy(blockIdx.x);
+  load(blockIdx.x);
+  RowKeys keys = keys_of_row(attention.keys, attention.rope, blockIdx.x / head_tiles);
+  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
+    const uint32_t next = min(tile + gridDim.x, work - 1);
+    const int units = (keys.count + kUnit - 1) / kUnit, position = keys.position;
+    queries.store(memory);
+    meet_with_queries();
+    Output output;
+    output.clear();
+    if (units == 0) copy(next);
+    for (int first = 0; first < units; first += kStages) {
+      const int last = min(first + kStages, units) - 1;
+      if (first + own <= last) weigh_unit(queries, memory, own);
+      for (int unit = first; unit <= last; ++unit) {
+        const int stage = unit - first;
+        if (stage != own) ptx::named_barrier(weighed_barrier(stage), kConsumers);
+        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
+          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+          copy(next);
+        }
+        output.add(memory, stage, own);
+      }
+    }
+    load(next);
+    keys = keys_of_row(attention.keys, attention.rope, next / head_tiles);
+    store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
+  }
+  ptx::cp_async_wait<0>();
+}
 
 }  // namespace dsv4::wide
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

@@ -1,4 +1,4 @@
-// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, and 16 neighbouring bytes a thread.
+// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, and 16 neighbouring bytes of a lane.
 #pragma once
 
 #include "attention/output.cuh"
@@ -50,6 +50,32 @@ __device__ __forceinline__ void store_rope_slab(const float (&sums)[32], int hea
       words[i] = pack_bf16(turned.x, turned.y);
     }
     if (exists) *reinterpret_cast<uint2*>(o + 16 * group + threadIdx.x % 4 * 4) = {words[0], words[1]};
+  }
+}
+
+// Divide, turn and store what a consuming warpgroup has of a row.
+__device__ __forceinline__ void store_output(const SparseAttention& attention, const float (&sums)[kHalfSlabs][32],
+                                             const Total (&totals)[2], uint32_t row, int first_head, int position,
+                                             int half) {
+  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int head = first_head + thread / kWarp * 16 + lane / 4 + 8 * i;
+    const bool exists = head < attention.heads;
+    const float reciprocal = finish_head(attention, row, head, totals[i], half == 0 && lane % 4 == 0);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
+    __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs - 1; ++slab) {
+      store_slab(sums[slab], i, reciprocal, exists, o + slab * kSlab);
+    }
+    constexpr int kLast = kHalfSlabs - 1;
+    if (half == 0) {
+      store_slab(sums[kLast], i, reciprocal, exists, o + kLast * kSlab);
+    } else {
+      const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
+      store_rope_slab(sums[kLast], i, reciprocal, exists, turns, o + kLast * kSlab);
+    }
   }
 }
 

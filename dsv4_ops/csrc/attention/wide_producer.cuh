@@ -9,6 +9,7 @@
 
 #include "attention/keys.cuh"
 #include "attention/wide_tiles.cuh"
+#include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -118,11 +119,26 @@ __device__ __forceinline__ void store_valid(uint32_t address, uint32_t bits) {
   }
 }
 
-// Write the tiles of a row: half kHalf, and of the half's warps number `pair`. `used` has a bit for each stage in which
-// a tile lies or did.
-template <int kHalf>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const SharedMemory& memory,
-                                        int pair, uint32_t& used) {
+// What the producers of a half have handed over and not yet taken back.
+struct HandedOver {
+  uint32_t stages = 0;    // a bit for each
+  int codes_stage = -1;  // of the tile whose codes lie in memory
+
+  template <int kHalf>
+  __device__ __forceinline__ void take_back(int stage) {
+    if (stages >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
+    stages &= ~(1u << stage);
+  }
+  __device__ __forceinline__ void take_back_codes() {
+    if (codes_stage >= 0) ptx::named_barrier(codes_barrier(codes_stage), kCodesThreads);
+    codes_stage = -1;
+  }
+};
+
+// Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
+template <int kHalf, typename Memory>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
+                                        HandedOver& handed_over) {
   const int lane = threadIdx.x % kWarp, column = lane % 8, quarter = lane / 8;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
@@ -130,6 +146,12 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes +
                          pair * kBlocks * kBlockBytes + chunk_offset(column, 2 * quarter);
   const uint32_t valid = ptx::shared_address(memory.valid) + pair * (kWarpKeys / 8);
+  uint32_t codes = 0, code_scales = 0;  // of this lane's first key
+  if constexpr (Memory::kCodes) {
+    const int key = pair * kWarpKeys + column;
+    codes = ptx::shared_address(memory.codes) + kHalf * kHalfSlabs * kGroupBytes + code_offset(key, quarter);
+    code_scales = ptx::shared_address(memory.scales) + ((kHalf * kHalfSlabs + quarter) * kUnit + key) * 4;
+  }
 
   const auto find_entry = [&](int batch) {
     const int key = (batch * kBatch + lane / kWarpKeys) * kUnit + pair * kWarpKeys + lane % kWarpKeys;
@@ -162,12 +184,12 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       find_page(sources, row, upcoming);
       later = find_entry(unit / kBatch + 3);
     }
-    constexpr uint32_t kGroups = kHalf == 0 ? ~0u : 0xFFFFFFu;
+    constexpr uint32_t kUsedBytes = kHalf == 0 ? ~0u : 0xFFFFFFu;
     uint32_t scales[kLaneKeys], all_scales[kLaneKeys], large_bits = 0;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
       scales[i] = all_scales[i] = shares[i].scales;
-      large_bits |= large_scales(scales[i] & kGroups);
+      large_bits |= large_scales(scales[i] & kUsedBytes);
       shares[i].aim(ready, following * kBlock + i * 8 + column, quarter);
     }
     const bool large = __any_sync(kAllLanes, large_bits != 0);
@@ -176,17 +198,33 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       for (int i = 0; i < kLaneKeys; ++i) scales[i] = __vminu4(scales[i], kLargestScale * 0x01010101u);
     }
     if (inside == 0) {
-      if (used >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
-      used |= 1 << stage;
+      handed_over.take_back<kHalf>(stage);
+      if (Memory::kCodes) handed_over.take_back_codes();
       if (kHalf == 0 && lane == 0) store_valid(valid + 8 * stage, present_now >> unit % kBatch * kWarpKeys);
     }
     const uint32_t address = tiles + stage * kTileBytes + inside * kBlockBytes;
+    if constexpr (Memory::kCodes) {
+#pragma unroll
+      for (int i = 0; i < kLaneKeys; ++i) {
+        const int key = inside * kBlock + i * 8;
+        const float scale = decode_ue8m0(all_scales[i] >> 8 * quarter & 0xFF);
+        if (quarter < kHalfSlabs - kHalf) {
+          ptx::store_shared(code_scales + (stage * kGroups * kUnit + key) * 4, __float_as_uint(scale));
+        }
+      }
+    }
 #pragma unroll
     for (int slab = 0; slab < kHalfSlabs; ++slab) {
 #pragma unroll
       for (int i = 0; i < kLaneKeys; ++i) {
         uint4 first, second;
         shares[i].unpack(slab, scales[i], first, second);
+        if constexpr (Memory::kCodes) {
+          if (slab < kHalfSlabs - kHalf) {
+            const int key = inside * kBlock + i * 8;
+            ptx::store_shared(codes + slab * kGroupBytes + key * 64, shares[i].parts[slab]);
+          }
+        }
         shares[i].load(slab, quarter);
         const int offset = slab * kSlabBytes + i * 8 * kRowBytes;
         ptx::store_shared(address + offset, first);
@@ -201,24 +239,35 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (inside == kBlocks - 1) {
       ptx::fence_async_proxy();
       ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
+      handed_over.stages |= 1u << stage;
+      handed_over.codes_stage = stage;
     }
   }
 }
 
 // All rows of this CTA.
-template <int kHalf>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int pair) {
+template <int kHalf, typename Memory>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  uint32_t used = 0;
+  HandedOver handed_over;
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
-    produce<kHalf>(attention.keys, keys, memory, pair, used);
+    produce<kHalf>(attention.keys, keys, memory, pair, handed_over);
   }
-  // Take back what the consumers hand back.
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    if (used >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
+  for (int stage = 0; stage < kStages; ++stage) handed_over.take_back<kHalf>(stage);
+  if (Memory::kCodes) handed_over.take_back_codes();
+}
+
+// Producing warp number `warp` of the CTA.
+template <typename Memory>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int warp) {
+  constexpr int kHalfWarps = kProducerWarps / 2;
+  if (warp < kHalfWarps) {
+    produce_rows<0>(attention, memory, warp);
+  } else {
+    produce_rows<1>(attention, memory, warp - kHalfWarps);
   }
 }
 

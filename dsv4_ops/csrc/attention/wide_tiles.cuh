@@ -49,12 +49,41 @@ struct Weighed {
   float4 totals[kWarpgroup];
 };
 
+// Of sparse_attention_wide.cu.
 struct SharedMemory {
+  static constexpr bool kCodes = false;
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
   Weighed weighed[kStages];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
 };
 static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
+
+// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. The codes of one tile at a time lie in groups of
+// 64 dimensions [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are
+// for the output and the rope dimensions of scores.
+constexpr int kGroups = kNope / 64;
+constexpr int kGroupBytes = kUnit * 64;
+
+struct MixedMemory {
+  static constexpr bool kCodes = true;
+  alignas(1024) uint8_t keys[kStages * kTileBytes];
+  alignas(1024) uint8_t codes[kGroups * kGroupBytes];
+  alignas(1024) uint8_t query_codes[kGroups * kGroupBytes];
+  alignas(1024) uint8_t query_rope[kSlabBytes];
+  Weighed weighed[kStages];
+  float scales[kStages][kGroups][kUnit];
+  alignas(8) uint8_t valid[kStages][8];
+};
+static_assert(sizeof(MixedMemory) <= 227 * 1024, "what a CTA can have");
+
+// The warpgroup of the stage has multiplied the codes -> all producers.
+__device__ __forceinline__ constexpr int codes_barrier(int stage) { return 14 + stage; }
+constexpr int kCodesThreads = kWarpgroup + 2 * kHalfProducers;
+
+// Byte of chunk `chunk` (0 .. 3) of a row of a group.
+__device__ __forceinline__ uint32_t code_offset(uint32_t row, uint32_t chunk) {
+  return row * 64 + ((chunk ^ row / 2 % 4) * 16);
+}
 
 }  // namespace dsv4::wide
