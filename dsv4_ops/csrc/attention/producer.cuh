@@ -15,19 +15,22 @@
 
 namespace dsv4 {
 
-constexpr int kStages = 2;  // tiles in shared memory
+constexpr int kStages = 2;  // tiles in shared memory, where nothing else is said
 constexpr int kBlock = 8;   // keys of a warp at a time
 constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
 constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a key
 
-// Tiles in shared memory, and how producers and consumers hand them over.
-struct TileMemory {
-  alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(8) uint64_t full[kStages];      // mbarriers: the tile is written
-  uint64_t empty[kStages];                // the tile has been used
-  alignas(8) uint8_t valid[kStages * 8];  // a bit for each key
+// Tiles in shared memory, and how producers and consumers hand them over. Every thread that wrote or read one arrives
+// itself: racecheck does not follow a lane that arrives for its warp.
+template <int kCount>
+struct StagedTiles {
+  alignas(1024) uint8_t keys[kCount * kTileBytes];
+  alignas(8) uint64_t full[kCount];      // mbarriers: the tile is written
+  uint64_t empty[kCount];                // the tile has been used
+  alignas(8) uint8_t valid[kCount * 8];  // a bit for each key
 };
+using TileMemory = StagedTiles<kStages>;
 
 struct Tiles {
   uint8_t* keys;
@@ -51,13 +54,14 @@ struct StageUses {
 };
 static_assert(kStages == 2, "StageUses counts two");
 
-// By all threads of the CTA, first of all.
-__device__ __forceinline__ Tiles start_tiles(TileMemory& memory, int producer_warps, int consumer_warps) {
+// By all threads of the CTA, first of all. A tile is free again after so many arrivals.
+template <int kCount>
+__device__ __forceinline__ Tiles start_tiles(StagedTiles<kCount>& memory, int producer_warps, int consumer_arrivals) {
   const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps);
-      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_warps);
+    for (int stage = 0; stage < kCount; ++stage) {
+      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps * kWarp);
+      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_arrivals);
     }
   }
   __syncthreads();
@@ -122,19 +126,19 @@ __device__ __forceinline__ void multiply_again(uint2 scales, uint8_t* first_chun
   }
 }
 
-// Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages, which has been used for
-// `uses` tiles of other rows before.
-template <int kWarps>
+// Write units first, first + step, .. below `last` of a row's keys, one after the other to stages 0, 1, .. and again 0,
+// each of which has been used for `uses` tiles of other rows before.
+template <int kWarps, int kCount = kStages>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
-                                        int last, int warp, const StageUses& uses) {
+                                        int last, int warp, const StageUses& uses, int step = 1) {
   constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
   constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
-  const int blocks = (last - first) * kBlocks;
+  const int blocks = (last - first + step - 1) / step * kBlocks;
 
   const auto find_entry = [&](int batch) {
     const int block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
-    const int key = (first + block / kBlocks) * kUnit + part * kBlock + column;
+    const int key = (first + block / kBlocks * step) * kUnit + part * kBlock + column;
     return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
   };
   const auto find_page = [&](Lookup& lookup) {
@@ -155,7 +159,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   uint2 scales = *reinterpret_cast<const uint2*>(next.scales);
 
   for (int block = 0; block < blocks; ++block) {
-    const int tile = block / kBlocks, stage = tile % kStages, part = block % kBlocks * kWarps + warp;
+    const int tile = block / kBlocks, stage = tile % kCount, part = block % kBlocks * kWarps + warp;
     const int following = block + 1, source = following % kBatch * kBlock;
     const uint32_t valid = present >> block % kBatch * kBlock & 0xFF;
     if (following % kBatch == 0) {
@@ -172,7 +176,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (large)
       scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
 
-    const uint32_t use = uses.of(stage) + tile / kStages;
+    const uint32_t use = uses.of(stage) + tile / kCount;
     if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
     const int key = part * kBlock + column;
     uint8_t* const keys = tiles.keys + stage * kTileBytes;
@@ -200,8 +204,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
     if (block % kBlocks == kBlocks - 1) {
       ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(tiles.full_barrier(stage));
+      ptx::mbarrier_arrive(tiles.full_barrier(stage));
     }
     scales = next_scales;
   }

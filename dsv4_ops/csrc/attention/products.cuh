@@ -9,29 +9,31 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4 {
 
-// The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads.
+// The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads. All
+// that a thread copies is under way at once.
 template <int kHeads>
 __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t stride, int heads, uint8_t* query,
                                              int thread, int threads) {
+  const auto place = [&](int head, int chunk) {
+    return query + chunk / 8 * kHeads * kRowBytes + chunk_offset(head, chunk % 8);
+  };
   const auto load = [&](int head, int chunk) {
     return head < heads ? ptx::load_once(q + head * stride + chunk * 8) : uint4{0, 0, 0, 0};
   };
-  const auto store = [&](int head, int chunk, uint4 value) {
-    const uint32_t slab = chunk / 8 * kHeads * kRowBytes;
-    *reinterpret_cast<uint4*>(query + slab + chunk_offset(head, chunk % 8)) = value;
-  };
-#pragma unroll 7
   for (int i = thread; i < kHeads * kNopeChunks; i += threads) {
     const int head = i / kNopeChunks, chunk = i % kNopeChunks;
-    store(head, chunk, load(head, chunk));
+    const bool exists = head < heads;
+    ptx::cp_async_16(place(head, chunk), exists ? q + head * stride + chunk * 8 : q, exists ? 16 : 0);
   }
+  ptx::cp_async_commit();
   for (int i = thread; i < kHeads * 4; i += threads) {
     const int head = i / 4, chunk = kNopeChunks + i % 4 * 2;
     uint4 first = load(head, chunk), second = load(head, chunk + 1);
     split_pairs(first, second);
-    store(head, chunk, first);
-    store(head, chunk + 1, second);
+    *reinterpret_cast<uint4*>(place(head, chunk)) = first;
+    *reinterpret_cast<uint4*>(place(head, chunk + 1)) = second;
   }
+  ptx::cp_async_wait<0>();
 }
 
 // scores [64 keys, kHeads] = keys . queries, under way until waited for
