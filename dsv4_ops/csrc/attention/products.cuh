@@ -36,20 +36,26 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
   ptx::cp_async_wait<0>();
 }
 
-// scores [64 keys, kHeads] = keys . queries, under way until waited for
-template <int kHeads>
-__device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
+// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those before; under way until waited
+// for.
+template <int kHeads, int kFirst, int kLast>
+__device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
   const uint64_t b = ptx::wgmma_descriptor(query, 16, 1024, true);
   ptx::pin_registers(scores);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) {
+  for (int step = kFirst * 4; step < kLast * 4; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
     ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
                                      ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();
+}
+
+template <int kHeads>
+__device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
+  multiply_slabs<kHeads, 0, kSlabs>(keys, query, scores);
 }
 
 // output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for

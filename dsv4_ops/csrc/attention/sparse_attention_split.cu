@@ -15,8 +15,7 @@
 // weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
 // (producer.cuh). Shared memory: two tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
 //
-// add_units_kernel: one or two consuming warpgroups of up to 32 heads each, four producing warps, and one that has
-// weights copied. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals; there are 6 to 10 of them, so
+// add_units_kernel: one or two consuming warpgroups of up to 32 heads each, and four producing warps. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals; there are 6 to 10 of them, so
 // that two CTAs fit an SM.
 //
 // What bounds it is latency, not bytes or flops: a chain of wait, position, index, page, key (each a round trip to L2),
@@ -45,9 +44,11 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
+constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile: the scores of one while the next is unpacked
+
 template <int kHeads>
 struct WeighMemory {
-  TileMemory tiles;
+  StagedTiles<kStages, kParts> tiles;
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
   float largest[4 * kHeads];
   float sum[4 * kHeads];
@@ -87,47 +88,78 @@ struct UnitWeights {
   }
 };
 
-// The producing warps of add_units_kernel: one slab of all keys. Lane l of warp w has keys 8w + l % 8 and that 32
-// further on of each unit, and of a key 16 dimensions, quarter l / 8. Several keys are under way at once, and while they
-// are, those after them are looked up.
+// Where add_units_kernel gets what it adds up.
+struct WeighedUnits {
+  float* partials;
+  int64_t first;  // unit of the row
+  int padded, first_head;
+
+  // One thread: weights and totals of a unit, for the heads of this CTA.
+  template <typename Memory>
+  __device__ __forceinline__ void copy(Memory& memory, int unit) const {
+    constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
+    typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
+    const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
+    const UnitWeights from(partials, padded, first + unit);
+    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
+    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.weights(first_head), kWeightBytes, full);
+    ptx::cp_async_bulk(ptx::shared_address(stage.totals), from.totals(first_head), kTotalBytes, full);
+  }
+};
+
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of a
+// block and quarter l / 8 of its dimensions; it keeps 128 bytes under way, of eight blocks, or of four of the rope slab.
+// Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
-__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory, int units,
-                                            int slab, int warp) {
-  constexpr int kBlocks = kUnit / (kGatherWarps * kBlock), kBatch = kRope ? 3 : 6, kPieces = kRope ? 2 : 1;
+__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
+                                            const WeighedUnits& weighed, int units, int slab, int warp) {
+  using Keys = WarpKeys<kGatherWarps>;
+  constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
+  constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
-  const int blocks = units * kBlocks;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
-  Lookup upcoming[kBatch];
-  const auto look_up = [&](int first) {
+  const Keys own(0, units, 1, warp);
+  Lookup upcoming[kLookups], later[kLookups];
+  KeyPlace places[kLookups];
+  int batches = 0;  // looked up
+  const auto look_ahead = [&] {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int block = first + i, part = block % kBlocks * kGatherWarps + warp;
-      const int key = block / kBlocks * kUnit + part * kBlock + column;
-      upcoming[i] = Lookup{key, entry_of_key(sources, row, key), 0};
+    for (int i = 0; i < kLookups; ++i) {
+      places[i] = place_of(sources, row, upcoming[i]);
+      upcoming[i] = later[i];
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (upcoming[i].entry >= 0) upcoming[i].page = *page_of(sources, row, upcoming[i]);
-    }
+    for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
   };
-  look_up(0);
-  for (int first = 0; first < blocks; first += kBatch) {
-    uint4 parts[kBatch][kPieces];
-    uint32_t scales[kBatch];
+  uint4 parts[kUnderWay][kPieces];
+  uint32_t scales[kUnderWay];
+  const auto load = [&](int i) {
+    const KeyPlace& place = places[i / kBatch];
+    const int source = i % kBatch * kBlock + column;
+    const uint8_t* const data = from_lane(place.data, source) + (kRope ? kNope + quarter * 32 : slab * 64 + quarter * 16);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const KeyPlace place = place_of(sources, row, upcoming[i]);
-      const uint8_t* const address = place.data + (kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16);
+    for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
+    scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
+  };
+  for (int i = 0; i < kLookups; ++i) upcoming[i] = own.find_entry(sources, row, batches++);
+  for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+  for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
+  look_ahead();
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(address + piece * 16);
-      scales[i] = kRope ? 0 : place.scales[slab];
-    }
-    look_up(first + kBatch);
+  for (int i = 0; i < kUnderWay; ++i) load(i);
+
+  for (int first = 0; first < own.blocks; first += kUnderWay) {
+    look_ahead();
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kUnderWay; ++i) {
       const int block = first + i, unit = block / kBlocks, stage = unit % Memory::kDepth, use = unit / Memory::kDepth;
-      if (block >= blocks) break;
-      if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(empty + 8 * stage, (use - 1) & 1);
+      if (block >= own.blocks) break;
+      if (block % kBlocks == 0 && use > 0) {
+        ptx::mbarrier_wait(empty + 8 * stage, (use - 1) & 1);
+        if (warp == 0 && lane == 0) weighed.copy(memory, unit);
+      }
       uint4 a, b;
       if constexpr (kRope) {
         a = parts[i][0];
@@ -140,6 +172,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
           multiply_chunk(b, second_factor(scales[i]));
         }
       }
+      load(i);
       const int key = (block % kBlocks * kGatherWarps + warp) * kBlock + column;
       uint8_t* const keys = memory.stages[stage].keys;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
@@ -149,23 +182,6 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
         ptx::mbarrier_arrive(full + 8 * stage);
       }
     }
-  }
-}
-
-// One warp: weights and totals of all units for the heads of this CTA. Lane s has stage s.
-template <typename Memory>
-__device__ __forceinline__ void copy_weights(const SparseAttention& attention, Memory& memory, int64_t first_unit,
-                                             int units, int padded, int first_head) {
-  constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
-  const int stage = threadIdx.x % kWarp;
-  if (stage >= Memory::kDepth) return;
-  const uint32_t full = ptx::shared_address(memory.full + stage), empty = ptx::shared_address(memory.empty + stage);
-  for (int unit = stage, use = 0; unit < units; unit += Memory::kDepth, ++use) {
-    if (use > 0) ptx::mbarrier_wait(empty, (use - 1) & 1);
-    const UnitWeights from(attention.partials, padded, first_unit + unit);
-    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
-    ptx::cp_async_bulk(ptx::shared_address(memory.stages[stage].weights), from.weights(first_head), kWeightBytes, full);
-    ptx::cp_async_bulk(ptx::shared_address(memory.stages[stage].totals), from.totals(first_head), kTotalBytes, full);
   }
 }
 
@@ -230,33 +246,51 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
   auto& memory = *reinterpret_cast<WeighMemory<kHeads>*>(memory_start);
   constexpr int kProducerWarps = 8;
   const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, kWarpgroup);
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-
   const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t row = blockIdx.x / head_tiles, first_head = blockIdx.x % head_tiles * kHeads;
   const int first = blockIdx.y, step = gridDim.y, thread = threadIdx.x;
-  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);  // the same in all lanes, and known to be
-  if (warpgroup == 0) {
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
-    load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride,
-                         attention.q_stride, attention.heads - first_head, memory.query, thread, kWarpgroup);
-  }
-  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
-  const int row_units = (keys.count + kUnit - 1) / kUnit;
-  if (first >= row_units) return;
-  if (warpgroup != 0) {
-    produce<kProducerWarps>(attention.keys, keys, tiles, first, row_units, threadIdx.x / kWarp - 4, StageUses(), step);
+  const int32_t* const position = position_of(attention.rope, row);
+  const int guess = guess_position(attention.rope, position);
+  const bool producer = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0;  // known to be the same in all lanes
+  RowKeys keys = keys_of_row(attention.keys, attention.rope, row, guess);
+  WarpKeys<kProducerWarps> own(first, units_of_row(keys), step, threadIdx.x / kWarp - 4);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+
+  if (producer) {
+    const int actual = ptx::load_relaxed(position);
+    FirstLookups lookups(attention.keys, keys, own);
+    if (actual != guess) {
+      keys = keys_of_row(attention.keys, attention.rope, row, actual);
+      own = WarpKeys<kProducerWarps>(first, units_of_row(keys), step, own.warp);
+      lookups = FirstLookups(attention.keys, keys, own);
+    }
+    if (own.blocks > 0) {
+      produce<kProducerWarps, kStages, kParts>(attention.keys, keys, tiles, own, lookups, StageUses());
+    }
     return;
   }
+  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row));
+  if (first >= row_units) return;
+  const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
+  load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
+                       attention.heads - first_head, memory.query, thread, kWarpgroup);
   ptx::fence_async_proxy();
   ptx::named_barrier(kBarrier, kWarpgroup);
+  const uint32_t query = ptx::shared_address(memory.query);
   for (int unit = first, tile = 0; unit < row_units; unit += step, ++tile) {
-    const int stage = tile % kStages;
+    const int stage = tile % kStages, parity = tile / kStages & 1;
+    const uint32_t tile_keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
     float scores[kHeads / 2], own_largest = -INFINITY;
-    ptx::mbarrier_wait(tiles.full_barrier(stage), tile / kStages & 1);
-    multiply_queries<kHeads>(ptx::shared_address(tiles.keys) + stage * kTileBytes, ptx::shared_address(memory.query),
-                             scores);
+    static_assert(kParts == 4 && kSlabs == 8, "two slabs a part");
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts), parity);
+    multiply_slabs<kHeads, 0, 2>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 1), parity);
+    multiply_slabs<kHeads, 2, 4>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 2), parity);
+    multiply_slabs<kHeads, 4, 6>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 3), parity);
+    multiply_slabs<kHeads, 6, 8>(tile_keys, query, scores);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
@@ -276,7 +310,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
 }
 
 template <int kHeads, int kGroups>
-constexpr int kAddThreads = kGroups * kWarpgroup + (kGatherWarps + 1) * kWarp;
+constexpr int kAddThreads = kGroups * kWarpgroup + kGatherWarps * kWarp;
 
 template <int kHeads, int kGroups>
 __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
@@ -296,17 +330,15 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
   const uint32_t row = blockIdx.x / head_tiles;
   const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
-  const int row_units = (keys.count + kUnit - 1) / kUnit;
+  const int row_units = units_of_row(keys);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
+  const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
-    if (gatherer == kGatherWarps) {
-      ptx::wait_for_predecessors();
-      copy_weights(attention, memory, static_cast<int64_t>(row) * units, row_units, padded, first_head);
-    } else if (slab == kSlabs - 1) {
-      gather_slab<true>(attention.keys, keys, memory, row_units, slab, gatherer);
+    if (slab == kSlabs - 1) {
+      gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     } else {
-      gather_slab<false>(attention.keys, keys, memory, row_units, slab, gatherer);
+      gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     }
     return;
   }
@@ -316,6 +348,7 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
+  if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
   constexpr int kTogether = Memory::kAll >= 32 ? 1 : 4;  // as many as registers allow
   float output[kHeads / 2];
   Total total;
@@ -351,7 +384,9 @@ int choose_tile(const SparseAttention& attention, int64_t count, int processors)
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
-  const auto groups = static_cast<unsigned>(std::clamp<int64_t>(processors / tiles, 1, units));
+  // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
+  const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
+  const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
   const Launch at{dim3(tiles, groups), dim3(kWeighThreads), stream, sizeof(WeighMemory<kHeads>)};
   return launch_kernel(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
