@@ -13,14 +13,27 @@
 // indices) may be read in front of its own wait. Only weights lie behind it.
 //
 // weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
-// (producer.cuh). Shared memory: two tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
+// (producer.cuh), which hand over a tile in four parts, so that the scores of one are computed while the next is
+// unpacked. Positions are guessed in front of the wait; after it the first lookups do not wait for the real ones. A CTA
+// has one unit, or, where those of all rows would be more than SMs, as few as makes up for that. Shared memory: two
+// tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
 //
-// add_units_kernel: one or two consuming warpgroups of up to 32 heads each, and four producing warps. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals; there are 6 to 10 of them, so
-// that two CTAs fit an SM.
+// add_units_kernel: 384 threads: one or two consuming warpgroups of up to 32 heads each, the other warps gather keys. A
+// stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals, which are copied as one; there are 6 to 10 of
+// them, so that two CTAs fit an SM.
 //
-// What bounds it is latency, not bytes or flops: a chain of wait, position, index, page, key (each a round trip to L2),
-// unpacking (800 issue slots of each SM quarter a unit), 32 dependent wgmma, reductions over the warps of a warpgroup,
-// the end of a kernel, weights, 4 wgmma a unit, and output.
+// What bounds it is latency, not bytes or flops. In the order of time, with what is under way at once in one step:
+//
+//   weigh_units_kernel   wait | position, index | page | key | a quarter of a tile unpacked (200 issue slots of each SM
+//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights |
+//                        sums of four warps | end of the kernel
+//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a unit,
+//                        in order | denominator | output through shared memory
+//
+// The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
+// gathering warps bound the second kernel, with 60 instructions for 8 keys. With 16 rows of 64 heads and 640 keys the
+// first has 80 CTAs; 104 of the 128 of the second find room on other SMs, the last 24 start when the first ends, their
+// keys still to come.
 #include <algorithm>
 
 #include "attention/output.cuh"
@@ -30,8 +43,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kWeighThreads = 3 * kWarpgroup;
-constexpr int kGatherWarps = 4;  // of add_units_kernel
+constexpr int kThreads = 3 * kWarpgroup;
 [[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
 constexpr int kHeadBytes = kUnit * 2 + sizeof(float2);  // of a unit, handed from one kernel to the other
 
@@ -58,6 +70,7 @@ struct WeighMemory {
 template <int kHeads, int kGroups>
 struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
+  [[maybe_unused]] static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {
     alignas(1024) uint8_t keys[kSlabBytes];
@@ -113,7 +126,7 @@ struct WeighedUnits {
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
-  using Keys = WarpKeys<kGatherWarps>;
+  using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
   constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
@@ -173,7 +186,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
         }
       }
       load(i);
-      const int key = (block % kBlocks * kGatherWarps + warp) * kBlock + column;
+      const int key = (block % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
       uint8_t* const keys = memory.stages[stage].keys;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + 1)) = b;
@@ -239,7 +252,7 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <int kHeads>
-__global__ void __launch_bounds__(kWeighThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     weigh_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -310,10 +323,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
 }
 
 template <int kHeads, int kGroups>
-constexpr int kAddThreads = kGroups * kWarpgroup + kGatherWarps * kWarp;
-
-template <int kHeads, int kGroups>
-__global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
+__global__ void __launch_bounds__(kThreads, 2)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -321,7 +331,7 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
   auto& memory = *reinterpret_cast<Memory*>(memory_start);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Memory::kDepth; ++stage) {
-      ptx::mbarrier_init(ptx::shared_address(memory.full + stage), kGatherWarps * kWarp + 1);
+      ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
     }
   }
@@ -349,7 +359,7 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
   ptx::launch_dependents();
 
   if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
-  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 4;  // as many as registers allow
+  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
   float output[kHeads / 2];
   Total total;
   fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
@@ -381,22 +391,30 @@ int choose_tile(const SparseAttention& attention, int64_t count, int processors)
   return 64;
 }
 
+// An SM has to be idle to change how its memory is shared out, so both kernels ask for the same.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_in_turn(void (*kernel)(Parameters...), const Launch& at, Arguments... arguments) {
+  const auto division = cudaFuncAttributePreferredSharedMemoryCarveout;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, division, cudaSharedmemCarveoutMaxShared);
+  return status == cudaSuccess ? launch_kernel(kernel, at, arguments...) : status;
+}
+
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
   // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
   const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
-  const Launch at{dim3(tiles, groups), dim3(kWeighThreads), stream, sizeof(WeighMemory<kHeads>)};
-  return launch_kernel(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
+  const Launch at{dim3(tiles, groups), dim3(kThreads), stream, sizeof(WeighMemory<kHeads>)};
+  return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
 template <int kHeads, int kGroups>
 cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t stream) {
   using Memory = AddMemory<kHeads, kGroups>;
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
-  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads<kHeads, kGroups>), stream, sizeof(Memory)};
-  return launch_kernel(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
+  const Launch at{dim3(tiles, kSlabs), dim3(kThreads), stream, sizeof(Memory)};
+  return launch_in_turn(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
 }
 
 }  // namespace
