@@ -1,17 +1,17 @@
 // Sparse attention with scores from FP8 products: queries and keys are multiplied as the E4M3 codes that they are, rope
 // dimensions and output in bf16. Otherwise sparse_attention_wide.cu, whose warpgroups, hand-overs and fold these are.
 //
-// Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64 heads
-// x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the tensor
-// cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the rounding
-// of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are added.
+// Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64
+// heads x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the
+// tensor cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the
+// rounding of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are added.
 //
-// Shared memory, 217 KB: two tiles of keys in bf16 2 x 64 KB, for the output; codes of one tile 28 KB; queries 28 + 8 KB;
-// of two units weights 8 KB, totals 2 KB and scales 1.8 KB each. There is room for the codes of one tile only: a tile is
-// written once the one before it has its scores.
+// Shared memory, 217 KB: two tiles of keys in bf16 2 x 64 KB, for the output; codes of one tile 28 KB; queries 28 and
+// 8 KB; of two units weights 8 KB, totals 2 KB and scales 1.8 KB each. There is room for the codes of one tile only: a
+// tile is written once the one before it has its scores.
 //
-// Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and 1024;
-// shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
+// Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and
+// 1024; shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
 #include <algorithm>
 
 #include "attention/mixed_attention.h"

@@ -1,9 +1,9 @@
 // The consuming warpgroups of sparse_attention_wide.cu: queries, scores, weights, output sums.
 //
 // Heads lie on the outer dimension of both products, so a thread has two heads, row and row + 8 of the layout of
-// ptx::wgmma, and shares them with the three other lanes of its quad: largest score and sum of weights need two shuffles
-// and no barrier, and the weights are operands of the second product as they lie in registers. The arithmetic is that of
-// softmax.cuh and products.cuh, with the same order of sums.
+// ptx::wgmma, and shares them with the three other lanes of its quad: largest score and sum of weights need two
+// shuffles and no barrier, and the weights are operands of the second product as they lie in registers. The arithmetic
+// is that of softmax.cuh and products.cuh, with the same order of sums.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -90,7 +90,8 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHea
     for (int block = 0; block < 2; ++block) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float kept = upper ? sums[2 + block][i] : sums[block][i], sent = upper ? sums[block][i] : sums[2 + block][i];
+        const float low = sums[block][i], high = sums[2 + block][i];
+        const float kept = upper ? high : low, sent = upper ? low : high;
         sums[block][i] = __fadd_rn(kept, __shfl_xor_sync(kAllLanes, sent, 2));
       }
     }

@@ -1,10 +1,10 @@
 // The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
 //
-// A warp has one half of the dimensions and takes blocks of 16 keys: lane l has keys l % 8 and l % 8 + 8, and of every
-// group of 64 dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store
-// fills all banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the
-// registers. Keys are looked up a tile at a time, a lane for each of the warp's 32: their indices two tiles ahead, their
-// pages one tile ahead.
+// A warp has one half of the dimensions and takes blocks of 8 keys: lane l has key l % 8, and of every group of 64
+// dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store fills all
+// banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the registers: all
+// warps together have 18 KB under way. Keys are looked up for two tiles at a time, a lane for each of the warp's keys:
+// their indices two batches ahead, their pages one batch ahead.
 #pragma once
 
 #include "attention/keys.cuh"
