@@ -4,7 +4,8 @@
 // Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64
 // heads x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the
 // tensor cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the
-// rounding of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are added.
+// rounding of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are
+// added.
 //
 // Shared memory, 217 KB: two tiles of keys in bf16 2 x 64 KB, for the output; codes of one tile 28 KB; queries 28 and
 // 8 KB; of two units weights 8 KB, totals 2 KB and scales 1.8 KB each. There is room for the codes of one tile only: a
