@@ -114,14 +114,19 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
   OfHeads largest, sum;
   weigh(scores, *reinterpret_cast<const uint64_t*>(memory.valid[own]), largest, sum);
   const int thread = threadIdx.x % kWarpgroup;
-  Weighed& weighed = memory.weighed[own];
+  // What lay there is no longer read by any warp.
+  if constexpr (Memory::kCodes) ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
 #pragma unroll
-  for (int i = 0; i < kUnit / 16; ++i) {
-    const float* const eight = scores + 8 * i;
-    weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
-                                  pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
+  for (int copy = 0; copy < Memory::kCopies; ++copy) {
+    Weighed& weighed = memory.weighed(own, copy);
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; ++i) {
+      const float* const eight = scores + 8 * i;
+      weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
+                                    pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
+    }
+    weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
   }
-  weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
   ptx::named_barrier_arrive(weighed_barrier(own), kConsumers);
 }
 
@@ -141,9 +146,9 @@ struct Output {
 
   // Add the unit that lies in `stage`, and hand its half of the tile back.
   template <typename Memory>
-  __device__ __forceinline__ void add(const Memory& memory, int stage, int half) {
+  __device__ __forceinline__ void add(Memory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
-    const Weighed& weighed = memory.weighed[stage];
+    const Weighed& weighed = memory.weighed(stage, half);
     const int thread = threadIdx.x % kWarpgroup;
     uint4 weights[kUnit / 16];
 #pragma unroll
