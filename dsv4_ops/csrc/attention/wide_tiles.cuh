@@ -64,9 +64,9 @@ struct SharedMemory {
 static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
 
 // Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. Those of a tile lie in groups of 64 dimensions
-// [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are for the output
-// and the rope dimensions of scores. Once a unit has its scores, its weights lie where its codes were: a copy in each
-// half, so that what a warpgroup hands back is what it has read.
+// [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are for the
+// output and the rope dimensions of scores. Once a unit has its scores, its weights lie where its codes were: a copy in
+// each half, so that what a warpgroup hands back is what it has read.
 constexpr int kGroups = kNope / 64;
 constexpr int kGroupBytes = kUnit * 64;
 
