@@ -41,6 +41,8 @@ constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
 static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
 static_assert(kThreads == 4 * kWarpgroup);
 
+constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Queries in bf16: 8 slabs of [64 heads][128 bytes].
@@ -97,6 +99,7 @@ struct Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
+template <bool kRunning>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<Queries>(attention, attention, memory, own);
+    consume_rows<kRunning ? Fold::kRunning : Fold::kApart, Queries>(attention, attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();
@@ -124,7 +127,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  return launch_kernel(sparse_attention_wide_kernel, at, attention);
+  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<true>
+                                                          : sparse_attention_wide_kernel<false>,
+                       at, attention);
 }
 
 }  // namespace dsv4
