@@ -24,6 +24,10 @@ class Traffic:
     bf16_flops: int = 0  # of those whose operands are exact in bf16, or sums of bf16 parts
     fp32_flops: int = 0  # of what has to keep fp32
 
+    @property
+    def flops(self) -> int:
+        return self.fp8_flops + self.bf16_flops + self.fp32_flops
+
     def __add__(self, other: "Traffic") -> "Traffic":
         pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
         return Traffic(*(mine + its for mine, its in pairs))

@@ -18,6 +18,8 @@ from benchmarks.decode_gpu import markdown as decode_gpu_table
 from benchmarks.evaluation_loss import markdown as evaluation_table
 from benchmarks.record import RESULTS
 from benchmarks.result import markdown as kernel_table
+from benchmarks.result import named, product_markdown
+from benchmarks.targets import COLD_TARGETS
 from docs import op_chart
 from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
 from dsv4_ops import ops
@@ -104,6 +106,21 @@ ratio of the warm ones. All cases that were timed are in
 {f"{gpu_provenance(record)} {record.get('note', '')}".rstrip()}"""
 
 
+def products() -> str:
+    """The section on products with cold weights; nothing before they were measured."""
+    record = op_chart.load()
+    if record is None or not named(record, COLD_TARGETS):
+        return ""
+    return f"""## Matrix products and experts on an H200
+
+Microseconds of one call whose weights are not in L2, which is what a decode step finds: a layer's weights are read once
+a step. T is the number of tokens. Rates are of the cold time, peers' where they were measured cold.
+
+{product_markdown(record)}
+
+{gpu_provenance(record)}"""
+
+
 def decode_gpu() -> str:
     """The section on a decode step of four layers on an H200; nothing before it was measured."""
     path = RESULTS / "decode_flash4_h200.json"
@@ -149,6 +166,7 @@ REGIONS = {
     "evaluation": lambda: results("evaluation_loss", evaluation_table),
     "decode": lambda: results("decode_cpu", decode_table),
     "kernels": kernels,
+    "products": products,
     "decode-gpu": decode_gpu,
 }
 
