@@ -50,6 +50,12 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
 
+// cp.async.ca: 8 bytes from global to shared memory, both at multiples of 8.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
+}
+
 // cp.async.commit_group: the copies of this thread since the last commit are one group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
