@@ -252,9 +252,9 @@ __device__ __forceinline__ void add_warps(const MixArguments& at, Shared& shared
         value < kOutputs ? &shared.products[buffer][0][token][value]
                          : &shared.squares[buffer][0][token][value - kOutputs];
     const int distance = value < kOutputs ? kTokens * kOutputs : kTokens * kSquareSums;
-    float total = sums[0];
+    float total = 0.0f;
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) total += sums[warp * distance];
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp * distance];
     if (!starts_chunk) total = shared.groups[tile][i] + total;
     if (!ends_chunk) {
       shared.groups[tile][i] = total;

@@ -69,18 +69,17 @@ struct Sums {
 };
 
 template <int kMmas>
-__device__ __forceinline__ void add(const Sums<kMmas>& more, bool first, Sums<kMmas>& sums) {
-  const auto add_to = [&](float& sum, float value) { sum = first ? value : sum + value; };
+__device__ __forceinline__ void add(const Sums<kMmas>& more, Sums<kMmas>& sums) {
 #pragma unroll
   for (int m = 0; m < kMmas; ++m) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) add_to(sums.products[m][tile][i], more.products[m][tile][i]);
+      for (int i = 0; i < 4; ++i) sums.products[m][tile][i] += more.products[m][tile][i];
     }
   }
 #pragma unroll
-  for (int i = 0; i < 2 * kMmas; ++i) add_to(sums.squares[i], more.squares[i]);
+  for (int i = 0; i < 2 * kMmas; ++i) sums.squares[i] += more.squares[i];
 }
 
 // The products and squares of a unit. `x`: its first 16 bytes; `fragments`: this lane's first.
@@ -195,13 +194,13 @@ __global__ void __launch_bounds__(kThreads, 2) hc_mix_many_kernel(const MixArgum
   __syncthreads();
 
   // 3. split by split
-  Sums<kMmas> group;
+  Sums<kMmas> group = {};
   int buffer = 0;
 #pragma unroll 1
   for (int split = first_split; split < last_split; ++split, buffer ^= kFragments) {
     const bool more = split + 1 < last_split;
     fn += kSplitColumns;
-    Sums<kMmas> sums;
+    Sums<kMmas> sums = {};
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       ptx::cp_async_wait<kAhead - 1>();
@@ -211,11 +210,11 @@ __global__ void __launch_bounds__(kThreads, 2) hc_mix_many_kernel(const MixArgum
       float values[kCount];
       if (more && unit < kItems) load_item(at, fn, unit, values);
       const uint4* const of_unit = fragments + buffer + unit * kParts * kTiles * 32 + lane;
-      add(multiply<kMmas>(ring + unit % kSlots * kUnitChunks, of_unit), unit == 0, sums);
+      add(multiply<kMmas>(ring + unit % kSlots * kUnitChunks, of_unit), sums);
       if (more && unit < kItems) store_item(unit, values, own + (buffer ^ kFragments));
     }
     x += kSplitColumns;
-    add(sums, split == first_split, group);
+    add(sums, group);
     if (more) __syncthreads();
   }
   store_sums(at, token, group);
