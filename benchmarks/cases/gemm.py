@@ -88,6 +88,14 @@ def linear(form: str, name: str, tokens: int, rows: int, columns: int) -> Case:
     )  # fmt: skip
 
 
+def fp32_linear(name: str, tokens: int, rows: int, columns: int) -> Case:
+    return Case(
+        "linear_fp32", tokens, f"{name} {rows} x {columns}",
+        Traffic(2 * (tokens + rows) * columns, 4 * tokens * rows, bf16_flops=2 * tokens * rows * columns),
+        lambda i: (i.normal(tokens, columns), i.normal(rows, columns, scale=columns**-0.5)),
+    )  # fmt: skip
+
+
 def grouped_linear(form: str, w: Widths, tokens: int) -> Case:
     groups, rank = w.o_groups, w.o_lora_rank
     columns, rows = w.num_attention_heads * w.head_dim // groups, groups * rank
@@ -107,14 +115,7 @@ def cases(w: Widths, tokens: int) -> Iterator[Case]:
                 yield linear(form, name, tokens, rows, columns)
         yield grouped_linear(form, w, tokens)
     for name, rows, columns in fp32_products(w, tokens):
-        read = 2 * (tokens + rows) * columns
-        yield Case(
-            "linear_fp32", tokens, f"{name} {rows} x {columns}",
-            Traffic(read, 4 * tokens * rows, bf16_flops=2 * tokens * rows * columns),
-            lambda i, rows=rows, columns=columns: (
-                i.normal(tokens, columns), i.normal(rows, columns, scale=columns**-0.5)
-            ),
-        )  # fmt: skip
+        yield fp32_linear(name, tokens, rows, columns)
 
 
 def experts(i: Inputs, form: str, w: Widths, count: int) -> tuple[torch.Tensor, ...]:
