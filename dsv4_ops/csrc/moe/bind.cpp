@@ -119,7 +119,7 @@ class Arguments {
     call_.rows("w1", w1, alignment);
     call_.rows("w3", w3, alignment);
     call_.rows("w2", w2, alignment);
-    const int64_t bytes = workspace_of(moe).size;
+    const int64_t bytes = workspace_bytes(moe);
     if (bytes > 0) {
       const std::string wanted = "at least " + std::to_string(bytes) + " uint8 at a multiple of 16 bytes";
       STD_TORCH_CHECK(workspace.has_value(), "dsv4::", op_, ": workspace must be ", wanted, ", got None");

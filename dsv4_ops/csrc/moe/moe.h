@@ -14,6 +14,8 @@
 //   h        [pairs, inner]  activation dtype   after SwiGLU and the route weight
 //   results  [pairs, d]      activation dtype   what w2 makes of it; the sum over the slots reads it
 //   steps    [pairs]         fp32               global scale of h, where it is quantised in memory (plain, NVFP4)
+//
+// A prefill has a map of its own (prefill_dispatch.cpp).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -58,7 +60,7 @@ struct Moe {
 
   MoeWeight w1, w3, w2;  // [inner, d], [inner, d], [d, inner] of every expert
   float* y;              // tokens rows of d, contiguous
-  uint8_t* workspace;    // workspace_size bytes
+  uint8_t* workspace;    // workspace_bytes
 };
 
 struct MoeWorkspace {
@@ -92,6 +94,9 @@ cudaError_t launch_moe(const Moe& moe, cudaStream_t stream);
 // where has_wide_rows. It must not serve decode steps (up to 64 tokens): their rows keep their bits in every batch.
 bool prefill_serves(const Moe& moe);
 cudaError_t launch_moe_prefill(const Moe& moe, cudaStream_t stream);
+
+// Bytes of workspace that whoever serves a call needs.
+int64_t workspace_bytes(const Moe& moe);
 
 // Products and SwiGLU: h and results in the workspace.
 cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream);
