@@ -99,6 +99,13 @@ __device__ __forceinline__ float rcp_approx_ftz(float value) {
   return result;
 }
 
+// rsqrt.approx.ftz.f32: 1 / sqrt(value) within 2^-22.9 of itself.
+__device__ __forceinline__ float rsqrt_approx_ftz(float value) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // cvt.rn.satfinite.e4m3x2.f32: nearest even, saturating at 448; NaN gives 0x7F. `low` goes to bits 0..7.
 __device__ __forceinline__ uint16_t cvt_e4m3x2(float low, float high) {
   uint16_t codes;

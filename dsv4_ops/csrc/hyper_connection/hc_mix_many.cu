@@ -9,8 +9,8 @@
 //
 // Shared memory:
 //   fragments of a split  [8 units][3 parts][3 tiles][32 lanes] x 16 bytes = 36 KiB, for groups twice
-//   x                     [4 warps] x 8 KiB: units of [tokens][32 columns], 64 bytes a token, in which the 16-byte chunk
-//                         c of token t lies at c ^ (t / 2 % 4), so that ldmatrix meets every bank once
+//   x                     [4 warps] x 8 KiB: units of [tokens][32 columns], 64 bytes a token, of which the 16-byte
+//                         chunk c of token t lies at c ^ (t / 2 % 4), so that ldmatrix meets every bank once
 //
 // A unit of 32 tokens, 1024 elements, takes 36 mma, 64 instructions for squares, 28 adds, 9 reads of fragments, 4 of x,
 // and fn for the next split about 60: less time than its 2 KiB take from memory. Floor: the bytes of x.

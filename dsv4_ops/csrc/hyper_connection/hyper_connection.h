@@ -1,8 +1,9 @@
 // Launchers of the family `hyper_connection`; shapes and dtypes are those of dsv4_ops/ops/hyper_connection.py and
 // hyper_connection_quant.py.
 //
-// An op that computes `pre` is two launches, with hc_post in front three where the first cannot do it. hc_mix adds up products of columns; hc_collapse adds those sums, and ends
-// in what the op returns. Between them, for every token, `workspace` holds
+// An op that computes `pre` is two launches, and hc_post in front of them where hc_mix cannot do that. hc_mix adds up
+// products of columns; hc_collapse adds those sums, and ends in what the op returns. Between them, for every token,
+// `workspace` holds
 //
 //   partial [tokens, chunks, outputs + 4] fp32: n products of `pre`, 4 sums of squares, the other products
 //

@@ -4,9 +4,9 @@
 // fp32 streams are three. Products of parts are exact (those below 2^-28 are left out) and are added in fp32, smallest
 // first.
 //
-// The order of a sum. A unit is 32 columns of one stream: a chain of mma for a token and an output. The units of a split
-// (for n = 4: 8, 2 of each stream) are added to 0 in order, so are the splits of a group, and hc_collapse adds the
-// groups. Squares are added the same way, in kSquareSums sums by column. Which warp adds what does not matter.
+// The order of a sum. A unit is 32 columns of one stream: a chain of mma for a token and an output. The units of a
+// split (for n = 4: 8, 2 of each stream) are added to 0 in order, so are the splits of a group, and hc_collapse adds
+// the groups. Squares are added the same way, in kSquareSums sums by column. Which warp adds what does not matter.
 //
 // A lane's share of a unit is what ldmatrix gives it: columns 2 q and 2 q + 1 of each 8, q = lane % 4.
 #pragma once
