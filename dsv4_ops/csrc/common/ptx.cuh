@@ -120,6 +120,19 @@ __device__ __forceinline__ __half2 cvt_half2(uint16_t e4m3x2) {
   return *reinterpret_cast<__half2*>(&halves);
 }
 
+// cvt.rn.f16x2.e4m3x2 of both halves of a word: pairs (0, 1) and (2, 3). Taken apart by mov, the upper half costs no
+// shift.
+__device__ __forceinline__ void cvt_half2x2(uint32_t (&pairs)[2], uint32_t e4m3x4) {
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(pairs[0]), "=r"(pairs[1])
+      : "r"(e4m3x4));
+}
+
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a * b for a warp's 16x16 and 16x8 tiles. With row = lane /
 // 4 and pair = 2 * (lane % 4), a lane holds a (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8) and b
 // (pair, row), (pair + 8, row), each with its right (b: lower) neighbour in the high half, and d (row, pair),

@@ -40,32 +40,39 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
   return row * kTileRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
-// One warp starts to copy a tile: `rows` rows (what is beyond them is zeroed) that lie `pitch` bytes apart, of each the
-// `bytes` bytes (a multiple of 16; zeros beyond) from `source` on. The caller commits.
+// One warp starts to copy a tile: `rows` rows (what is beyond them is zeroed) that lie `pitch` bytes apart, of each
+// `bytes` bytes (a multiple of 16; zeros beyond). `source` is where the lane's part of the tile begins: row lane / 8,
+// chunk lane % 8. The caller commits.
 __device__ __forceinline__ void copy_tile(uint8_t* tile, const uint8_t* source, int64_t pitch, int rows, int bytes,
                                           int lane) {
-  const int chunk = lane % kTileChunks;
+  constexpr int kRowsAtOnce = 32 / kTileChunks;
+  const int chunk = lane % kTileChunks, row = lane / kTileChunks;
+  const bool inside = chunk * 16 < bytes;
 #pragma unroll
-  for (int i = 0; i < kTileRows; i += 32 / kTileChunks) {
-    const int row = i + lane / kTileChunks;
-    const bool there = row < rows && chunk * 16 < bytes;
-    const uint8_t* const address = there ? source + row * pitch + chunk * 16 : source;
-    ptx::cp_async_16(tile + tile_offset(row, chunk), address, there ? 16 : 0);
+  for (int i = 0; i < kTileRows; i += kRowsAtOnce) {
+    ptx::cp_async_16(tile + tile_offset(row + i, chunk), source, inside && row + i < rows ? 16 : 0);
+    source += kRowsAtOnce * pitch;
   }
 }
 
-// Chunks `chunk` and chunk + 1 of a tile.
+// The same of a whole tile at `offset` (a multiple of 128) in shared memory; `four_rows` is four times the pitch.
+__device__ __forceinline__ void copy_whole_tile(uint8_t* shared, int offset, const uint8_t* source, int64_t four_rows,
+                                                int lane) {
+  const int even = offset + tile_offset(lane / kTileChunks, lane % kTileChunks);  // rows 0 .. 3 and 8 .. 11
+  const int odd = (even ^ 64) + 512;                                             // rows 4 .. 7 and 12 .. 15
+  ptx::cp_async_16(shared + even, source, 16);
+  ptx::cp_async_16(shared + odd, source + four_rows, 16);
+  ptx::cp_async_16(shared + even + 1024, source + 2 * four_rows, 16);
+  ptx::cp_async_16(shared + odd + 1024, source + 3 * four_rows, 16);
+}
+
+// Chunks `chunk` (even) and chunk + 1 of a tile.
 __device__ __forceinline__ void load_chunks(uint32_t (&words)[4], const uint8_t* tile, int chunk, int lane) {
   ptx::ldmatrix_x4(words, tile + tile_offset(lane % kTileRows, chunk + lane / kTileRows));
 }
 
 // Four E4M3 codes -> pairs (0, 1) and (2, 3) in f16.
-__device__ __forceinline__ void e4m3_halves(uint32_t (&halves)[2], uint32_t codes) {
-  const __half2 low = ptx::cvt_half2(static_cast<uint16_t>(codes));
-  const __half2 high = ptx::cvt_half2(static_cast<uint16_t>(codes >> 16));
-  halves[0] = reinterpret_cast<const uint32_t&>(low);
-  halves[1] = reinterpret_cast<const uint32_t&>(high);
-}
+__device__ __forceinline__ void e4m3_halves(uint32_t (&halves)[2], uint32_t codes) { ptx::cvt_half2x2(halves, codes); }
 
 // Eight E2M1 codes -> pairs (0, 4), (1, 5), (2, 6), (3, 7) in f16, each worth 2^-14 of its code: sign, two bits of
 // exponent and one of mantissa in the places of those of f16, whose subnormal stands for the code 0.5.

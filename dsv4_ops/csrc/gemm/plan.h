@@ -48,7 +48,7 @@ inline int ranges_of(Format format, const Product& product) {
   return ranges;
 }
 
-// Whether the kernels of stream.cuh can copy the operands: 16 bytes of a row at a time, 4 of FP4 scales.
+// Whether the kernels of stream.cuh take the operands: 16 bytes of a row are copied at a time, 4 of FP4 scales.
 inline bool can_stream(Format format, const Product& p) {
   const int64_t bytes = format == Format::kDense ? 2 : 1;
   const auto aligned = [](const void* data, int64_t distance, int64_t to) {
@@ -57,7 +57,9 @@ inline bool can_stream(Format format, const Product& p) {
   if (p.k == 0 || p.k % shape_of(format).weight_align != 0) return false;
   if (!aligned(p.x, p.x_stride * bytes, 16) || !aligned(p.weight, p.weight_stride * bytes, 16)) return false;
   if (format == Format::kDense) return p.x_dtype == Dtype::kBf16 && p.weight_dtype == Dtype::kBf16;
-  return format == Format::kFp8 || aligned(p.weight_scale, p.weight_scale_stride, 4);
+  // A warp's rows, 16 or 32 of a group, lie in one block of FP8 scales.
+  if (format == Format::kFp8) return p.groups == 1 || p.rows % 32 == 0;
+  return aligned(p.weight_scale, p.weight_scale_stride, 4);
 }
 
 // Up to 16 tokens a CTA holds all ranges of its rows; beyond, a range of more rows, and another launch adds the ranges.

@@ -42,6 +42,9 @@ struct Stream {
   int pieces;          // of a weight row
   int tiles;           // of a CTA's rows, in a group
   int tiles_of_cta;
+  int row_bytes;       // of the weight
+  int whole_pieces;    // of a row
+  int64_t row_pitch;   // bytes from one to the next
   int window;          // pieces of a range whose x is in shared memory
   int x_pitch;         // bytes of a token in a window
   int x_groups;        // scale groups of x in a window
@@ -73,7 +76,8 @@ class StreamingProduct {
     return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * kTokens * stream.x_groups);
   }
 
-  __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared) : s(stream), p(stream.product) {
+  __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared_memory)
+      : s(stream), p(stream.product), shared(shared_memory) {
     lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     ranges_here = kSplit ? 1 : s.ranges;
@@ -84,26 +88,26 @@ class StreamingProduct {
     begin = first_piece(range);
     end = first_piece(range + 1);
     tile_end = min(s.tiles, (static_cast<int>(blockIdx.x) + 1) * s.tiles_of_cta);
-    next_tile = blockIdx.x * s.tiles_of_cta;
-    next_piece = begin;
-    ring = shared + warp * kStages * kStageBytes;
-    sums = reinterpret_cast<float*>(shared + kRingBytes);
-    x = shared + kFixedBytes;
-    x_scales = reinterpret_cast<float*>(x + ranges_here * s.tokens * s.x_pitch);
+    ring = warp * kStages * kStageBytes;
+    x_scales = kFixedBytes + ranges_here * s.tokens * s.x_pitch;
+    load_lane = tile_offset(lane % kTileRows, lane / kTileRows);
+    x_lane = kFixedBytes + range_here * s.tokens * s.x_pitch + lane / 8 % 2 * 16;
+    start_tile(blockIdx.x * s.tiles_of_cta);
+    start_scales(blockIdx.x * s.tiles_of_cta);
   }
 
   // What does not depend on the kernels before: the first pieces of the weight and their scales.
   __device__ __forceinline__ void prefetch() {
 #pragma unroll 1
-    for (int stage = 0; stage < kStages; ++stage) copy_next(stage);
-    load_block_scales(blockIdx.x * s.tiles_of_cta, begin);
+    for (int stage = 0; stage < kStages; ++stage) copy_next(ring + stage * kStageBytes);
+    load_block_scale();
   }
 
   __device__ __forceinline__ void run() {
     const int longest = (s.pieces + s.ranges - 1) / s.ranges;
     const int windows = (longest + s.window - 1) / s.window;
     const int first_tile = blockIdx.x * s.tiles_of_cta;
-    int stage = 0;
+    int stage = ring;
     for (int tile = first_tile; tile < tile_end; ++tile) {
       clear(total);
       for (int window = 0; window < windows; ++window) {
@@ -116,10 +120,11 @@ class StreamingProduct {
         for (int piece = begin + window * s.window; piece < last; ++piece) {
           ptx::cp_async_wait<kStages - 1>();
           __syncwarp();
-          multiply(ring + stage * kStageBytes, tile, piece, piece - begin - window * s.window);
+          multiply(stage, piece - begin - window * s.window);
           __syncwarp();
           copy_next(stage);
-          stage = stage + 1 == kStages ? 0 : stage + 1;
+          stage += kStageBytes;
+          if (stage == ring + kStages * kStageBytes) stage = ring;
         }
       }
       if (ranges_here > 1) {
@@ -155,78 +160,87 @@ class StreamingProduct {
 
   // ---- Weights ----
 
-  // Start to copy the warp's next piece, if there is one, into `stage`; one group of copies either way.
+  // The first piece of a tile is the next to copy.
+  __device__ __forceinline__ void start_tile(int tile) {
+    next_tile = tile;
+    next_piece = begin;
+    const int row = row_of(tile);
+    next_rows = min(kTiles * kTileRows, static_cast<int>(p.rows) - row);
+    const int64_t first = blockIdx.z * p.rows + (next_rows > 0 ? row : 0);
+    next_source = static_cast<const uint8_t*>(p.weight) + (first + lane / kTileChunks) * s.row_pitch +
+                  begin * kTileRowBytes + lane % kTileChunks * 16;
+    if constexpr (kShape.scale_bytes > 0) {
+      next_scales = static_cast<const uint8_t*>(p.weight_scale) + first * p.weight_scale_stride +
+                    begin * kShape.scale_bytes;
+    }
+  }
+
+  // Start to copy the warp's next piece, if there is one, to `stage`; one group of copies either way.
   __device__ __forceinline__ void copy_next(int stage) {
-    if (next_tile < tile_end && begin < end) {
-      constexpr int kBytes = kFormat == Format::kDense ? 2 : 1;
-      const int row_bytes = static_cast<int>(packed(p.k) * kBytes) - next_piece * kTileRowBytes;
+    if (next_tile < tile_end) {
+      const bool whole = next_piece < s.whole_pieces && next_rows == kTiles * kTileRows;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        const int row = row_of(next_tile) + m * kTileRows;
-        const int rows = min(kTileRows, static_cast<int>(p.rows) - row);
-        const int64_t first = blockIdx.z * p.rows + (rows > 0 ? row : 0);
-        const uint8_t* const source =
-            static_cast<const uint8_t*>(p.weight) + first * p.weight_stride * kBytes + next_piece * kTileRowBytes;
-        uint8_t* const target = ring + stage * kStageBytes + m * kTileBytes;
-        copy_tile(target, source, p.weight_stride * kBytes, rows, row_bytes, lane);
-        if constexpr (kShape.scale_bytes > 0) copy_scales(stage, m, first, rows);
+        const uint8_t* const source = next_source + m * kTileRows * s.row_pitch;
+        if (whole) {
+          copy_whole_tile(shared, stage + m * kTileBytes, source, 4 * s.row_pitch, lane);
+        } else {
+          copy_tile(shared + stage + m * kTileBytes, source, s.row_pitch, next_rows - m * kTileRows,
+                    s.row_bytes - next_piece * kTileRowBytes, lane);
+        }
       }
-      if (++next_piece == end) {
-        next_piece = begin;
-        ++next_tile;
+      if constexpr (kShape.scale_bytes > 0) {
+        copy_scales(shared + stage + kTiles * kTileBytes);
+        next_scales += kShape.scale_bytes;
       }
+      next_source += kTileRowBytes;
+      if (++next_piece == end) start_tile(next_tile + 1);
     }
     ptx::cp_async_commit();
   }
 
   // The FP4 scales of a piece, four bytes a copy.
-  __device__ __forceinline__ void copy_scales(int stage, int m, int64_t first, int rows) {
-    constexpr int kCopies = kShape.scale_bytes / 4;  // of a row
+  __device__ __forceinline__ void copy_scales(uint8_t* target) {
+    constexpr int kCopies = kShape.scale_bytes / 4, kRows = 32 / kCopies;  // copies of a row, rows at a time
     constexpr int kGroup = kShape.piece_values / kShape.scale_bytes;
-    const int row_bytes = static_cast<int>(p.k) / kGroup - next_piece * kShape.scale_bytes;
-    const uint8_t* const source =
-        static_cast<const uint8_t*>(p.weight_scale) + first * p.weight_scale_stride + next_piece * kShape.scale_bytes;
-    uint8_t* const target = scales_of(stage) + m * kScaleBytes;
+    const int byte = lane % kCopies * 4;
+    const bool inside = next_piece * kShape.scale_bytes + byte < static_cast<int>(p.k) / kGroup;
+    const uint8_t* source = next_scales + lane / kCopies * p.weight_scale_stride + byte;
 #pragma unroll
-    for (int i = lane; i < kTileRows * kCopies; i += 32) {
-      const int row = i / kCopies, byte = i % kCopies * 4;
-      const bool there = row < rows && byte < row_bytes;
-      ptx::cp_async_4(target + row * kShape.scale_bytes + byte,
-                      there ? source + row * p.weight_scale_stride + byte : source, there ? 4 : 0);
+    for (int row = lane / kCopies, i = 0; i < kTiles * kTileRows; i += kRows) {
+      ptx::cp_async_4(target + (row + i) * kShape.scale_bytes + byte, source, inside && row + i < next_rows ? 4 : 0);
+      source += kRows * p.weight_scale_stride;
     }
   }
 
-  __device__ __forceinline__ uint8_t* scales_of(int stage) const {
-    return ring + stage * kStageBytes + kTiles * kTileBytes;
+  // ---- The scale of an FP8 block: its bits are loaded a piece ahead ----
+
+  __device__ __forceinline__ void start_scales(int tile) {
+    if constexpr (kFormat == Format::kFp8) {
+      scale_tile = tile;
+      scale_piece = begin;
+      const int64_t row = blockIdx.z * p.rows + min(static_cast<int64_t>(row_of(tile)), p.rows - 1);
+      next_scales = static_cast<const uint8_t*>(p.weight_scale) +
+                    (row / 128 * p.weight_scale_stride + begin) * (p.fp32_weight_scale ? 4 : 1);
+    }
   }
 
-  // The scales of the FP8 blocks of `piece` for the lane's rows; they are loaded a piece ahead.
-  __device__ __forceinline__ void load_block_scales(int tile, int piece) {
+  // The bits for the next piece.
+  __device__ __forceinline__ void load_block_scale() {
     if constexpr (kFormat == Format::kFp8) {
-      if (piece == end) {
-        piece = begin;
-        ++tile;
+      if (scale_tile >= tile_end) return;
+      if (p.fp32_weight_scale) {
+        block_scale = *reinterpret_cast<const uint32_t*>(next_scales);
+        next_scales += 4;
+      } else {
+        block_scale = *next_scales;
+        next_scales += 1;
       }
-      if (tile >= tile_end || begin >= end) return;
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t row = row_of(tile) + m * kTileRows + half * 8 + lane / 4;
-          const int64_t at = (blockIdx.z * p.rows + min(row, p.rows - 1)) / 128 * p.weight_scale_stride + piece;
-          block_scales[m][half] = p.fp32_weight_scale ? static_cast<const float*>(p.weight_scale)[at]
-                                                      : decode_ue8m0(static_cast<const uint8_t*>(p.weight_scale)[at]);
-        }
-      }
+      if (++scale_piece == end) start_scales(scale_tile + 1);
     }
   }
 
   // ---- x ----
-
-  // Elements of a row as they are stored.
-  __device__ __forceinline__ static int64_t packed(int64_t k) {
-    return kFormat == Format::kMxfp4 ? k / 2 : kFormat == Format::kNvfp4 ? k / 2 : k;
-  }
 
   // x of pieces `offset` .. of every range of the CTA: codes (E4M3) or values (f16, bf16), and the scales of codes.
   __device__ __forceinline__ void stage_x(int offset) {
@@ -241,7 +255,7 @@ class StreamingProduct {
         const int token = i / units, unit = i % units;
         const int64_t k = (static_cast<int64_t>(first) * kUnits + unit) * kUnitValues;
         const bool there = unit < valid && k < p.k;
-        stage_unit(x + (here * s.tokens + token) * s.x_pitch, unit, x_row(token), k, there);
+        stage_unit(shared + kFixedBytes + (here * s.tokens + token) * s.x_pitch, unit, x_row(token), k, there);
       }
       if constexpr (kFormat == Format::kFp8 || kFormat == Format::kMxfp4) {
         const int group0 = first * (kShape.piece_values / p.x_group), groups = static_cast<int>(p.k) / p.x_group;
@@ -249,7 +263,7 @@ class StreamingProduct {
           const int token = i % kTokens, group = group0 + i / kTokens;
           const bool there = token < s.tokens && group < groups;
           const float scale = there ? decode_ue8m0(p.x_scale[x_row(token) * p.x_scale_stride + group]) : 0.0f;
-          x_scales[here * s.x_groups * kTokens + i] = scale;
+          reinterpret_cast<float*>(shared + x_scales)[here * s.x_groups * kTokens + i] = scale;
         }
       }
     }
@@ -291,19 +305,23 @@ class StreamingProduct {
 
   // ---- Products ----
 
+  // Chunks `chunk` (even) and chunk + 1 of tile m of the stage.
+  __device__ __forceinline__ void load_weights(uint32_t (&words)[4], int stage, int m, int chunk) const {
+    ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
+  }
+
   // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights' fragments.
   // Tokens that are not there repeat the last one; nobody stores their sums.
   __device__ __forceinline__ void load_x(uint32_t (&words)[kTokenTiles][2], int chunk) const {
-    const uint8_t* const base = x + range_here * s.tokens * s.x_pitch;
+    const uint8_t* const base = shared + x_lane + chunk * 16;
     if constexpr (kTokenTiles == 1) {
-      const int token = min(lane % 8, s.tokens - 1);
-      ptx::ldmatrix_x2(words[0], base + token * s.x_pitch + (chunk + lane / 8 % 2) * 16);
+      ptx::ldmatrix_x2(words[0], base + min(lane % 8, s.tokens - 1) * s.x_pitch);
     } else {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; n += 2) {
         const int token = min(n * 8 + lane / 16 * 8 + lane % 8, s.tokens - 1);
         uint32_t four[4];
-        ptx::ldmatrix_x4(four, base + token * s.x_pitch + (chunk + lane / 8 % 2) * 16);
+        ptx::ldmatrix_x4(four, base + token * s.x_pitch);
         words[n][0] = four[0], words[n][1] = four[1], words[n + 1][0] = four[2], words[n + 1][1] = four[3];
       }
     }
@@ -311,7 +329,8 @@ class StreamingProduct {
 
   // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
   __device__ __forceinline__ void promote(const Sums& part, const float (&weight_scales)[kTiles][2], int group) {
-    const float* const scales = x_scales + (range_here * s.x_groups + group) * kTokens + lane % 4 * 2;
+    const int first = (range_here * s.x_groups + group) * kTokens + lane % 4 * 2;
+    const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + first;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 of_x = *reinterpret_cast<const float2*>(scales + n * 8);
@@ -326,19 +345,17 @@ class StreamingProduct {
     }
   }
 
-  // A piece of the warp's rows: `tile` and `piece` in the weight, `offset` in the window of x.
-  __device__ __forceinline__ void multiply(const uint8_t* stage, int tile, int piece, int offset) {
+  // A piece of the warp's rows, the `offset`th in the window of x.
+  __device__ __forceinline__ void multiply(int stage, int offset) {
     if constexpr (kFormat == Format::kFp8) {
-      float scales[kTiles][2];
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) scales[m][0] = block_scales[m][0], scales[m][1] = block_scales[m][1];
-      load_block_scales(tile, piece + 1);
+      const float scale = p.fp32_weight_scale ? __uint_as_float(block_scale) : decode_ue8m0(block_scale);
+      load_block_scale();
       if (p.x_group == 128) {
-        multiply_fp8<4>(stage, scales, offset);
+        multiply_fp8<4>(stage, scale, offset);
       } else if (p.x_group == 64) {
-        multiply_fp8<2>(stage, scales, offset);
+        multiply_fp8<2>(stage, scale, offset);
       } else {
-        multiply_fp8<1>(stage, scales, offset);
+        multiply_fp8<1>(stage, scale, offset);
       }
     } else if constexpr (kFormat == Format::kMxfp4) {
       multiply_mxfp4(stage, offset);
@@ -351,7 +368,7 @@ class StreamingProduct {
 
   // kSteps pairs of chunks are a scale group of x.
   template <int kSteps>
-  __device__ __forceinline__ void multiply_fp8(const uint8_t* stage, const float (&scales)[kTiles][2], int offset) {
+  __device__ __forceinline__ void multiply_fp8(int stage, float scale, int offset) {
     constexpr int kGroups = kTileChunks / 2 / kSteps;
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
@@ -365,12 +382,15 @@ class StreamingProduct {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           uint32_t words[4];
-          load_chunks(words, stage + m * kTileBytes, chunk, lane);
+          load_weights(words, stage, m, chunk);
           e4m3_fragment(a[m][0], words[0], words[1]);
           e4m3_fragment(a[m][1], words[2], words[3]);
         }
         multiply_codes(part, a, x_words);
       }
+      float scales[kTiles][2];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) scales[m][0] = scales[m][1] = scale;
       promote(part, scales, offset * kGroups + group);
     }
   }
@@ -390,15 +410,15 @@ class StreamingProduct {
     }
   }
 
-  __device__ __forceinline__ void multiply_mxfp4(const uint8_t* stage, int offset) {
+  __device__ __forceinline__ void multiply_mxfp4(int stage, int offset) {
     constexpr int kGroup = 32;
-    const uint8_t* const scales = stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes;
+    const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes;
     const int groups_of_scale = p.x_group / kGroup;  // 1, 2 or 4
 #pragma unroll(kSplit ? 1 : 4)
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_chunks(words[m], stage + m * kTileBytes, 2 * pair, lane);
+      for (int m = 0; m < kTiles; ++m) load_weights(words[m], stage, m, 2 * pair);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int chunk = 2 * pair + j;  // of the weight: a group of 32 values, and two chunks of x
@@ -422,13 +442,13 @@ class StreamingProduct {
     }
   }
 
-  __device__ __forceinline__ void multiply_nvfp4(const uint8_t* stage, int offset) {
-    const uint8_t* const scales = stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes + lane % 4 / 2;
+  __device__ __forceinline__ void multiply_nvfp4(int stage, int offset) {
+    const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes + lane % 4 / 2;
 #pragma unroll(kSplit ? 1 : 4)
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_chunks(words[m], stage + m * kTileBytes, 2 * pair, lane);
+      for (int m = 0; m < kTiles; ++m) load_weights(words[m], stage, m, 2 * pair);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int chunk = 2 * pair + j;  // 32 values: two groups of 16, of lanes 0, 1 and 2, 3 of a row
@@ -455,13 +475,13 @@ class StreamingProduct {
     }
   }
 
-  __device__ __forceinline__ void multiply_dense(const uint8_t* stage, int offset) {
+  __device__ __forceinline__ void multiply_dense(int stage, int offset) {
 #pragma unroll
     for (int chunk = 0; chunk < kTileChunks; chunk += 2) {
       uint32_t b[kTokenTiles][2], a[kTiles][4];
       load_x(b, offset * kTileChunks + chunk);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_chunks(a[m], stage + m * kTileBytes, chunk, lane);
+      for (int m = 0; m < kTiles; ++m) load_weights(a[m], stage, m, chunk);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -475,7 +495,7 @@ class StreamingProduct {
   // Add the ranges of the CTA's rows and store them. `buffer` alternates: who writes to it has passed the barrier of the
   // tile between, behind which nobody reads it.
   __device__ __forceinline__ void add_and_store(int tile, int buffer) {
-    float* const all = sums + buffer * kSumFloats;
+    float* const all = reinterpret_cast<float*>(shared + kRingBytes) + buffer * kSumFloats;
     float* const mine = all + (range_here * subtiles + subtile) * kTokens * kSumPitch;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
@@ -521,12 +541,15 @@ class StreamingProduct {
 
   const Stream& s;
   const Product& p;
+  uint8_t* shared;
   int lane, subtile, subtiles, range, range_here, ranges_here;
   int begin, end;                        // pieces of the warp's range
-  int tile_end, next_tile, next_piece;   // the next piece to copy
-  uint8_t *ring, *x;
-  float *sums, *x_scales;
-  float block_scales[kTiles][2];
+  int tile_end;
+  int next_tile, next_piece, next_rows;  // the next piece to copy, and how many rows of the tile there are
+  const uint8_t *next_source, *next_scales;  // the lane's first 16 bytes of it, and the scales
+  int scale_tile, scale_piece;  // the piece whose FP8 scale is loaded next
+  uint32_t block_scale;
+  int ring, load_lane, x_lane, x_scales;  // offsets in shared memory: the warp's, the lane's in a stage and in x; of all
   Sums total;
 };
 
@@ -548,6 +571,11 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
   const int64_t columns = split ? plan.ranges : 1;
   plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, kSms));
+  const int64_t bytes = kFormat == Format::kDense ? 2 : 1;
+  plan.row_bytes = static_cast<int>(kFormat == Format::kMxfp4 || kFormat == Format::kNvfp4 ? product.k / 2
+                                                                                         : product.k * bytes);
+  plan.row_pitch = product.weight_stride * bytes;
+  plan.whole_pieces = plan.row_bytes / kTileRowBytes;
   int window = static_cast<int>(ceil_divide(plan.pieces, plan.ranges));
   while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
     window = (window + 1) / 2;
