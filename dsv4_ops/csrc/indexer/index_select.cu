@@ -41,7 +41,6 @@ constexpr uint32_t kFew = 256;  // keys that are ranked against each other
 constexpr int kLeastRoom = 16384;  // keys in shared memory
 constexpr int kMostRoom = 49152;
 constexpr int kAhead = 4;
-constexpr int kMostThreads = 512;
 
 // The bin with the wanted rank, keys above it and in it.
 struct Cut {
@@ -86,8 +85,10 @@ struct Range {
 };
 
 // Over all threads; a barrier, after which the CTA also sees what was written to shared memory.
+template <int kThreads>
 __device__ __forceinline__ Range merge(Range own, Exchange& exchange) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  constexpr int warps = kThreads / kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint32_t below = __reduce_min_sync(kAllLanes, own.below), high = __reduce_max_sync(kAllLanes, own.high);
   if (lane == 0) {
     exchange.of_warp[0][warp] = below;
@@ -122,17 +123,29 @@ struct ScoreBins {
   }
 };
 
+// visit(score, i) for each of `count` scores in shared memory, a multiple of 4.
+template <int kThreads, typename Visit>
+__device__ __forceinline__ void for_each_four(const float* scores, int count, Visit visit) {
+#pragma unroll 4
+  for (int i = 4 * threadIdx.x; i < count; i += 4 * kThreads) visit(*reinterpret_cast<const float4*>(scores + i), i);
+}
+
 // The bin with the `rank`-th largest. count_bins(histogram) counts; the histogram is zero before and after.
-template <typename Count>
+template <int kThreads, typename Count>
 __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, Exchange& exchange) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  constexpr int kWarps = kThreads / kWarp, kOwn = kBins / kThreads;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   count_bins(exchange.histogram);
   if (threadIdx.x == 0) exchange.few_count = 0;
   __syncthreads();
 
-  const int own = kBins / blockDim.x, first = threadIdx.x * own;
-  uint32_t sum = 0;
-  for (int i = 0; i < own; ++i) sum += exchange.histogram[first + i];
+  uint32_t own[kOwn], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = exchange.histogram[threadIdx.x * kOwn + i];
+    exchange.histogram[threadIdx.x * kOwn + i] = 0;
+    sum += own[i];
+  }
   uint32_t from_here = sum;  // bins of this lane and of higher ones
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -141,31 +154,42 @@ __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, 
   }
   if (lane == 0) exchange.of_warp[0][warp] = from_here;
   __syncthreads();
-  uint32_t above = sum_if(exchange.of_warp[0], lane > warp && lane < warps) + from_here - sum;
-  for (int i = own - 1; i >= 0; --i) {
-    const uint32_t inside = exchange.histogram[first + i];
-    if (above < rank && rank <= above + inside) exchange.cut = {static_cast<uint32_t>(first + i), above, inside};
-    above += inside;
-    exchange.histogram[first + i] = 0;
+  uint32_t above = sum_if(exchange.of_warp[0], lane > warp && lane < kWarps) + from_here - sum;
+  if (above < rank && rank <= above + sum) {
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      if (above < rank && rank <= above + own[i]) {
+        exchange.cut = {static_cast<uint32_t>(threadIdx.x * kOwn + i), above, own[i]};
+      }
+      above += own[i];
+    }
   }
   __syncthreads();
   return exchange.cut;
 }
 
-// The bin with the `rank`-th largest of `count` scores in shared memory.
+// The bin with the `rank`-th largest of `count` scores in shared memory, a multiple of 4.
+template <int kThreads>
 __device__ __forceinline__ Cut find_cut(const float* scores, int count, const ScoreBins& bins, uint32_t rank,
                                         Exchange& exchange) {
   const auto count_bins = [&](uint32_t* histogram) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += blockDim.x) atomicAdd(histogram + min(bins.from(0, scores[i]), kBins), 1u);
+    for_each_four<kThreads>(scores, count, [&](float4 four, int) {
+      atomicAdd(histogram + min(bins.from(0, four.x), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.y), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.z), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.w), kBins), 1u);
+    });
   };
-  return find_cut(count_bins, rank, exchange);
+  return find_cut<kThreads>(count_bins, rank, exchange);
 }
 
 // ---- the map of winners ----
 
+// A byte has the bits of four neighbours, so that whoever looks at four writes a byte and nothing is combined.
+constexpr int kMapWord = 16;  // entries of a word
+
 __device__ __forceinline__ void set_bit(uint32_t* map, uint32_t place) {
-  atomicOr(map + place / 32, 1u << place % 32);
+  atomicOr(map + place / kMapWord, 1u << (place % kMapWord / 4 * 8 + place % 4));
 }
 
 // Put a score of the last bin on the list of those that are ranked.
@@ -176,10 +200,11 @@ __device__ __forceinline__ void put_few(Exchange& exchange, float score, uint32_
 }
 
 // The bits of the `wanted` best on the list, then a barrier.
+template <int kThreads>
 __device__ __forceinline__ void rank_few(uint32_t wanted, uint32_t* map, Exchange& exchange) {
   __syncthreads();
   const uint32_t count = exchange.few_count;
-  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
     const float own = __uint_as_float(exchange.few[i]);
     const uint32_t place = exchange.places[i];
     uint32_t better = 0;
@@ -192,51 +217,61 @@ __device__ __forceinline__ void rank_few(uint32_t wanted, uint32_t* map, Exchang
   __syncthreads();
 }
 
-// The map of those of `count` scores whose bin, less `first`, is not above `most`; visit(score, i) sees them too.
-template <typename Visit>
+// The map of those of `count` scores whose bin, less `first`, is not above `most`, and visit(score, i) for those of bin
+// `first` - 1. `count` is a multiple of 16.
+template <int kThreads, typename Visit>
 __device__ __forceinline__ void make_map(const float* scores, int count, const ScoreBins& bins, uint32_t first,
                                          uint32_t most, uint32_t* map, Visit visit) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll 4
-  for (int i = threadIdx.x; i - lane < count; i += blockDim.x) {
-    const float score = scores[i];
-    const uint32_t from = bins.from(first, score);
-    const uint32_t bits = __ballot_sync(kAllLanes, from <= most);
-    if (lane == 0) map[i / kWarp] = bits;
-    visit(from, score, i);
-  }
+  constexpr uint32_t kBefore = 0xFFFFFFFFu;
+  auto* const bytes = reinterpret_cast<uint8_t*>(map);
+  for_each_four<kThreads>(scores, count, [&](float4 four, int i) {
+    const uint32_t x = bins.from(first, four.x), y = bins.from(first, four.y);
+    const uint32_t z = bins.from(first, four.z), w = bins.from(first, four.w);
+    bytes[i / 4] = (x <= most ? 1 : 0) | (y <= most ? 2 : 0) | (z <= most ? 4 : 0) | (w <= most ? 8 : 0);
+    if (max(max(x, y), max(z, w)) != kBefore) return;
+    if (x == kBefore) visit(four.x, i);
+    if (y == kBefore) visit(four.y, i + 1);
+    if (z == kBefore) visit(four.z, i + 2);
+    if (w == kBefore) visit(four.w, i + 3);
+  });
 }
 
 // write(place, i) for each bit i of a map of `words` words, in order, with places from 0.
-template <typename Write>
+template <int kThreads, typename Write>
 __device__ __forceinline__ void for_each_bit(const uint32_t* map, int words, Write write) {
   const int lane = threadIdx.x % kWarp;
-  for (int first = threadIdx.x - lane; first < words; first += blockDim.x) {
+  for (int first = threadIdx.x - lane; first < words; first += kThreads) {
     uint32_t before = 0;
+#pragma unroll 4
     for (int i = lane; i < first; i += kWarp) before += __popc(map[i]);
     uint32_t word = first + lane < words ? map[first + lane] : 0;
     uint32_t place = __reduce_add_sync(kAllLanes, before) + sum_of_lower_lanes(__popc(word));
-    for (; word != 0; word &= word - 1) write(place++, (first + lane) * 32 + __ffs(word) - 1);
+    for (; word != 0; word &= word - 1) {
+      const int bit = __ffs(word) - 1;
+      write(place++, (first + lane) * kMapWord + bit / 8 * 4 + bit % 8);
+    }
   }
 }
 
 // ---- a row ----
 
 // The first 4 * kAhead keys of each thread's part of a row, requested before it is known how many there are.
+template <int kThreads>
 struct Ahead {
   uint4 keys[kAhead];
 
   __device__ __forceinline__ void load(const uint32_t* from, int room) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int first = 4 * (threadIdx.x + i * blockDim.x);
+      const int first = 4 * (threadIdx.x + i * kThreads);
       if (first < room) keys[i] = *reinterpret_cast<const uint4*>(from + first);
     }
   }
 };
 
 // `count` keys to shared memory as scores. Whole tiles of keys exist, zeros where there is no entry: these become NaN.
-__device__ __forceinline__ Range fetch(const Ahead& ahead, const uint32_t* from, int count, float* to) {
+template <int kThreads>
+__device__ __forceinline__ Range fetch(const Ahead<kThreads>& ahead, const uint32_t* from, int count, float* to) {
   Range range;
   const auto put = [&](int first, uint4 four) {
     range.add(four.x);
@@ -248,22 +283,22 @@ __device__ __forceinline__ Range fetch(const Ahead& ahead, const uint32_t* from,
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    const int first = 4 * (threadIdx.x + i * blockDim.x);
+    const int first = 4 * (threadIdx.x + i * kThreads);
     if (first < count) put(first, ahead.keys[i]);
   }
 #pragma unroll 4
-  for (int first = 4 * (threadIdx.x + kAhead * blockDim.x); first < count; first += 4 * blockDim.x) {
+  for (int first = 4 * (threadIdx.x + kAhead * kThreads); first < count; first += 4 * kThreads) {
     put(first, *reinterpret_cast<const uint4*>(from + first));
   }
   return range;
 }
 
-// The largest key of every 2^merged neighbouring groups as a score, and NaN up to a multiple of 32.
-__device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, float* to) {
-  const int count = (groups + (1 << merged) - 1) >> merged;
+// The largest key of every 2^merged neighbouring groups as a score, and NaN up to a multiple of 16.
+template <int kThreads>
+__device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, int count, float* to) {
   Range range;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < (count + 31) / 32 * 32; i += blockDim.x) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kThreads) {
     uint32_t largest = 0;
     for (int j = i << merged; j < min((i + 1) << merged, groups); ++j) largest = max(largest, maxima[j]);
     range.add(largest);
@@ -286,28 +321,28 @@ struct Selection {
 // Dynamic shared memory.
 struct Shared {
   float* scores;   // [room]
-  uint32_t* map;   // [room / 32]
+  uint32_t* map;   // [room / 16]
   int32_t* list;   // [room / 16] of groups; only where a row does not fit
 };
 
 // A row of seen <= room entries; false if it takes select_from_memory.
-__device__ __forceinline__ bool select_short(const Ahead& ahead, const uint32_t* row_keys, int seen, int k,
+template <int kThreads>
+__device__ __forceinline__ bool select_short(const Ahead<kThreads>& ahead, const uint32_t* row_keys, int seen, int k,
                                              const Shared& shared, int32_t* picks, Exchange& exchange) {
   const int count = (seen + kTile - 1) / kTile * kTile;
-  const ScoreBins bins(merge(fetch(ahead, row_keys, count, shared.scores), exchange));
+  const ScoreBins bins(merge<kThreads>(fetch(ahead, row_keys, count, shared.scores), exchange));
   if (!bins.usable()) return false;
-  const Cut cut = find_cut(shared.scores, count, bins, k, exchange);
+  const Cut cut = find_cut<kThreads>(shared.scores, count, bins, k, exchange);
   if (cut.inside > kFew) return false;
-  const auto visit = [&](uint32_t from, float score, int i) {
-    if (from == 0xFFFFFFFFu) put_few(exchange, score, i);
-  };
-  make_map(shared.scores, count, bins, cut.bin + 1, kBins - 1 - cut.bin, shared.map, visit);
-  rank_few(k - cut.above, shared.map, exchange);
-  for_each_bit(shared.map, count / 32, [=](uint32_t place, int i) { picks[place] = i; });
+  make_map<kThreads>(shared.scores, count, bins, cut.bin + 1, kBins - 1 - cut.bin, shared.map,
+                     [&](float score, int i) { put_few(exchange, score, i); });
+  rank_few<kThreads>(k - cut.above, shared.map, exchange);
+  for_each_bit<kThreads>(shared.map, count / kMapWord, [=](uint32_t place, int i) { picks[place] = i; });
   return true;
 }
 
 // A longer row; false if it takes select_from_memory.
+template <int kThreads>
 __device__ __forceinline__ bool select_long(const Selection& in, const uint32_t* row_keys, const uint32_t* maxima,
                                             int seen, int k, const Shared& shared, int32_t* picks,
                                             Exchange& exchange) {
@@ -317,24 +352,28 @@ __device__ __forceinline__ bool select_long(const Selection& in, const uint32_t*
   while ((groups - 1) >> merged >= in.room) ++merged;
   const int count = ((groups - 1) >> merged) + 1;
   if (count <= k) return false;
-  const ScoreBins bins(merge(fetch_maxima(maxima, groups, merged, shared.scores), exchange));
+  const int padded = (count + kMapWord - 1) / kMapWord * kMapWord;
+  const ScoreBins bins(
+      merge<kThreads>(fetch_maxima<kThreads>(maxima, groups, merged, padded, shared.scores), exchange));
   if (!bins.usable()) return false;
-  const Cut cut = find_cut(shared.scores, count, bins, k, exchange);
+  const Cut cut = find_cut<kThreads>(shared.scores, padded, bins, k, exchange);
   const int found = cut.above + cut.inside;
   if (found > in.room / kGroup >> merged) return false;
-  make_map(shared.scores, count, bins, cut.bin, kBins - 1 - cut.bin, shared.map, [](uint32_t, float, int) {});
+  const uint32_t most = kBins - 1 - cut.bin;
+  make_map<kThreads>(shared.scores, padded, bins, cut.bin, most, shared.map, [](float, int) {});
   __syncthreads();
-  for_each_bit(shared.map, (count + 31) / 32, [&](uint32_t place, int group) { shared.list[place] = group; });
+  for_each_bit<kThreads>(shared.map, padded / kMapWord,
+                         [&](uint32_t place, int group) { shared.list[place] = group; });
   __syncthreads();
 
   // 2. their entries in the bin of the k-th or above; an entry's place is that in the groups of the list
-  const int bits = 4 + merged, most = in.room / 2;
+  const int bits = 4 + merged, room = in.room / 2;
   const auto entry_of = [&](int place) { return shared.list[place >> bits] << bits | (place & ((1 << bits) - 1)); };
   float* const candidates = shared.scores;
-  auto* const places = reinterpret_cast<int32_t*>(shared.scores + most);
+  auto* const places = reinterpret_cast<int32_t*>(shared.scores + room);
   Range range;
 #pragma unroll 4
-  for (int place = 4 * threadIdx.x; place < found << bits; place += 4 * blockDim.x) {
+  for (int place = 4 * threadIdx.x; place < found << bits; place += 4 * kThreads) {
     const int entry = entry_of(place);
     if (entry >= tiles_end) continue;
     const uint4 four = *reinterpret_cast<const uint4*>(row_keys + entry);
@@ -342,30 +381,36 @@ __device__ __forceinline__ bool select_long(const Selection& in, const uint32_t*
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float score = from_ordered(keys[i]);
-      if (bins.from(cut.bin, score) > kBins - 1 - cut.bin) continue;
+      if (bins.from(cut.bin, score) > most) continue;
       range.add(keys[i]);
       const int to = atomicAdd(&exchange.candidates, 1u);
-      if (to >= most) continue;
+      if (to >= room) continue;
       candidates[to] = score;
       places[to] = place + i;
     }
   }
-  const int words = ((found << bits) + 31) / 32;
-  for (int i = threadIdx.x; i < words; i += blockDim.x) shared.map[i] = 0;
+  const int words = (found << bits) / kMapWord;
+  for (int i = threadIdx.x; i < words; i += kThreads) shared.map[i] = 0;
 
   // 3. the best of these
-  const ScoreBins fine(merge(range, exchange));
+  const ScoreBins fine(merge<kThreads>(range, exchange));
   const int some = exchange.candidates;
-  if (some > most || !fine.usable()) return false;
-  const Cut last = find_cut(candidates, some, fine, k, exchange);
+  if (some > room || !fine.usable()) return false;
+  const auto count_bins = [&](uint32_t* histogram) {
+    for (int i = threadIdx.x; i < some; i += kThreads) atomicAdd(histogram + min(fine.from(0, candidates[i]), kBins), 1u);
+  };
+  const Cut last = find_cut<kThreads>(count_bins, k, exchange);
   if (last.inside > kFew) return false;
-  for (int i = threadIdx.x; i < some; i += blockDim.x) {
+  for (int i = threadIdx.x; i < some; i += kThreads) {
     const uint32_t from = fine.from(last.bin, candidates[i]);
-    if (from == 0) put_few(exchange, candidates[i], places[i]);
-    else if (from < kBins) set_bit(shared.map, places[i]);
+    if (from == 0) {
+      put_few(exchange, candidates[i], places[i]);
+    } else if (from < kBins) {
+      set_bit(shared.map, places[i]);
+    }
   }
-  rank_few(k - last.above, shared.map, exchange);
-  for_each_bit(shared.map, words, [&](uint32_t place, int i) { picks[place] = entry_of(i); });
+  rank_few<kThreads>(k - last.above, shared.map, exchange);
+  for_each_bit<kThreads>(shared.map, words, [&](uint32_t place, int i) { picks[place] = entry_of(i); });
   return true;
 }
 
@@ -386,24 +431,25 @@ struct Threshold {
   uint32_t key, ties;
 };
 
+template <int kThreads>
 __device__ __forceinline__ Threshold find_threshold(const uint32_t* keys, int seen, int k, Exchange& exchange) {
   Range own;
-  for (int i = 4 * threadIdx.x; i < seen; i += 4 * blockDim.x) {
+  for (int i = 4 * threadIdx.x; i < seen; i += 4 * kThreads) {
     visit_four(keys, i, [&](uint32_t key, int) { own.add(key); });
   }
   __syncthreads();  // exchange.of_warp may still be read
-  const Range range = merge(own, exchange);
+  const Range range = merge<kThreads>(own, exchange);
   uint32_t low = range.below + 1, high = range.high, rank = k;
   while (true) {  // every round leaves the keys of one bin, [low, high]
     const int shift = max(32 - kBinBits - __clz(high - low), 0);
     const auto count_bins = [&](uint32_t* histogram) {
-      for (int i = 4 * threadIdx.x; i < seen; i += 4 * blockDim.x) {
+      for (int i = 4 * threadIdx.x; i < seen; i += 4 * kThreads) {
         visit_four(keys, i, [&](uint32_t key, int) {
           if (key >= low && key <= high) atomicAdd(histogram + ((key - low) >> shift), 1u);
         });
       }
     };
-    const Cut cut = find_cut(count_bins, rank, exchange);
+    const Cut cut = find_cut<kThreads>(count_bins, rank, exchange);
     rank -= cut.above;
     low += cut.bin << shift;
     if (shift == 0) return {low, rank};
@@ -411,11 +457,12 @@ __device__ __forceinline__ Threshold find_threshold(const uint32_t* keys, int se
   }
 }
 
+template <int kThreads>
 __device__ __forceinline__ void select_from_memory(const uint32_t* keys, int seen, int k, int32_t* picks,
                                                    Exchange& exchange) {
-  const Threshold threshold = find_threshold(keys, seen, k, exchange);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int fours = (seen + 3) / 4, part = (fours + blockDim.x - 1) / blockDim.x;  // of the row: a thread's
+  const Threshold threshold = find_threshold<kThreads>(keys, seen, k, exchange);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int fours = (seen + 3) / 4, part = (fours + kThreads - 1) / kThreads;  // of the row: a thread's
   const int begin = 4 * min(static_cast<int>(threadIdx.x) * part, fours), end = min(begin + 4 * part, 4 * fours);
   uint32_t greater = 0, equal = 0;
   for (int i = begin; i < end; i += 4) {
@@ -430,8 +477,8 @@ __device__ __forceinline__ void select_from_memory(const uint32_t* keys, int see
     exchange.of_warp[1][warp] = equal_before + equal;
   }
   __syncthreads();
-  greater_before += sum_if(exchange.of_warp[0], lane < warp && lane < warps);
-  equal_before += sum_if(exchange.of_warp[1], lane < warp && lane < warps);
+  greater_before += sum_if(exchange.of_warp[0], lane < warp);
+  equal_before += sum_if(exchange.of_warp[1], lane < warp);
   if (greater + equal == 0) return;
   uint32_t place = greater_before + min(equal_before, threshold.ties);
   for (int i = begin; i < end; i += 4) {
@@ -443,13 +490,14 @@ __device__ __forceinline__ void select_from_memory(const uint32_t* keys, int see
   }
 }
 
-__global__ void __launch_bounds__(kMostThreads, 2)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     index_select_kernel(Selection in, ScoreSink sink, int32_t* indices) {
   __shared__ Exchange exchange;
   extern __shared__ __align__(16) float select_shared[];
   auto* const map = reinterpret_cast<uint32_t*>(select_shared + in.room);
-  const Shared shared{select_shared, map, reinterpret_cast<int32_t*>(map + in.room / 32)};
-  for (int i = threadIdx.x; i <= kBins; i += blockDim.x) exchange.histogram[i] = 0;
+  const Shared shared{select_shared, map, reinterpret_cast<int32_t*>(map + in.room / kMapWord)};
+  for (int i = threadIdx.x; i <= kBins; i += kThreads) exchange.histogram[i] = 0;
   if (threadIdx.x == 0) exchange.candidates = 0;
   const int64_t row = blockIdx.x, token = in.first_token + row;
   const int32_t* const position = in.positions + token / in.tokens * in.positions_stride + token % in.tokens;
@@ -457,25 +505,19 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   int32_t* const picks = indices + token * in.k;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
-  Ahead ahead;
+  Ahead<kThreads> ahead;
   ahead.load(row_keys, in.room);
   const int seen = visible_entries(*position, in.ratio, in.capacity), k = in.k;
 
   if (seen <= k) {
-    for (int i = threadIdx.x; i < k; i += blockDim.x) picks[i] = i < seen ? i : -1;
+    for (int i = threadIdx.x; i < k; i += kThreads) picks[i] = i < seen ? i : -1;
     return;
   }
-  const bool done =
-      seen <= in.room
-          ? select_short(ahead, row_keys, seen, k, shared, picks, exchange)
-          : select_long(in, row_keys, sink.maxima + row * (sink.stride / kGroup), seen, k, shared, picks, exchange);
-  if (!done) select_from_memory(row_keys, seen, k, picks, exchange);
-}
-
-// Where multiprocessors have several rows each, those of a few thousand keys take few threads: see the top.
-int threads_of(int64_t rows, int capacity) {
-  if (rows <= 132 || capacity > 16384) return kMostThreads;
-  return capacity <= 4096 ? 128 : 256;
+  const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
+  const bool done = seen <= in.room
+                        ? select_short<kThreads>(ahead, row_keys, seen, k, shared, picks, exchange)
+                        : select_long<kThreads>(in, row_keys, maxima, seen, k, shared, picks, exchange);
+  if (!done) select_from_memory<kThreads>(row_keys, seen, k, picks, exchange);
 }
 
 }  // namespace
@@ -494,9 +536,14 @@ cudaError_t launch_select(const IndexScoring& scoring, const ScoreSink& sink, in
   const int room = keys_in_shared_memory(capacity, k);
   const Selection selection{scoring.positions, scoring.positions_stride, scoring.tokens, scoring.ratio, capacity,
                             first_token,       k,                        room};
-  const size_t shared = sizeof(uint32_t) * (room + room / 32 + (wants_maxima(capacity, k) ? room / kGroup : 0));
-  const Launch at{dim3(static_cast<unsigned>(rows)), dim3(threads_of(rows, capacity)), stream, shared};
-  return launch_kernel(index_select_kernel, at, selection, sink, indices);
+  const size_t shared = sizeof(uint32_t) * (room + room / kMapWord + (wants_maxima(capacity, k) ? room / kGroup : 0));
+  const auto launch = [&](auto kernel, int threads) {
+    return launch_kernel(kernel, {dim3(static_cast<unsigned>(rows)), dim3(threads), stream, shared}, selection, sink,
+                         indices);
+  };
+  // Where multiprocessors have several rows each, those of a few thousand keys take few threads: see the top.
+  if (rows <= 132 || capacity > 16384) return launch(index_select_kernel<512>, 512);
+  return capacity > 4096 ? launch(index_select_kernel<256>, 256) : launch(index_select_kernel<128>, 128);
 }
 
 }  // namespace dsv4
