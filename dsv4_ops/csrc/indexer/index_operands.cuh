@@ -136,78 +136,141 @@ __device__ __forceinline__ void store_query(uint8_t* queries, int all_rows, int 
   }
 }
 
+// ---- weights and relu ----
+
+// Twice relu, or relu: the first takes the pipe of additions, the second that of comparisons, which has half its rate.
+// FP8 takes both in turn, the weights of the second sort doubled and sums halved at the end: exact. Products of FP8 are
+// finite or NaN; with -inf, which FP4 may give, the first would be NaN.
+template <IndexForm kForm>
+constexpr bool kDoubles = kForm == IndexForm::kFp8;
+
+template <IndexForm kForm, bool kOdd>
+__device__ __forceinline__ float relu(float product) {
+  return kDoubles<kForm> && !kOdd ? product + fabsf(product) : ptx::max_nan(product, 0.0f);
+}
+
+// A thread's 16 heads of a token lie together: those of part t = 0 .. 3 are 8 * i + 2 * t and the next, i = 0 .. 7.
+template <IndexForm kForm>
+__device__ __forceinline__ void store_weight(float* weights, int row, int head, float weight) {
+  const bool odd = head % 2;
+  weights[row * kHeads + head % 8 / 2 * 16 + head / 8 * 2 + odd] = kDoubles<kForm> && odd ? 2.0f * weight : weight;
+}
+
 // ---- keys ----
 
-// Where a thread's two keys of a tile lie: rows `row` and `row` + 8.
-struct KeyPlaces {
-  int32_t page[2];
-  int slot[2];
+// How a thread copies its parts of a tile, of keys `row` and `row` + 8, to its slots of a stage. Find() reads the block
+// table and may come long before copy().
+//
+// Pages of one tile: every tile that a row sees is a page that exists, so nothing is looked at but the page's number.
+template <IndexForm kForm>
+struct TilePages {
+  using F = Format<kForm>;
+  using Places = int32_t;  // the page
+
+  const int32_t* table;  // of the sequence
+  const uint8_t* keys;   // the thread's parts in page 0
+  const uint8_t* scales;
+  int64_t page_stride;
+  int last_tile;
+
+  __device__ __forceinline__ TilePages(const IndexScoring& in, const Divisor&, int64_t sequence, int capacity, int row,
+                                       int part, int scale_row)
+      : table(in.keys.table + sequence * in.keys.table_stride),
+        keys(in.keys.data + row * F::kKeyBytes + 16 * part),
+        scales(in.keys.data + kTile * F::kKeyBytes +
+               (kForm == IndexForm::kFp8 ? row + 8 * scale_row : row) * F::kScaleBytes),
+        page_stride(in.keys.page_stride),
+        last_tile((capacity - 1) / kTile) {}
+
+  __device__ __forceinline__ Places find(int tile) const { return tile <= last_tile ? table[tile] : 0; }
+
+  __device__ __forceinline__ void copy(Places page, int, int, uint8_t* slot, uint8_t* scale_slot) const {
+    const int64_t offset = page * page_stride;
+#pragma unroll
+    for (int i = 0; i < F::kParts; ++i) {
+      const int half = i / (F::kParts / 2), part = i % (F::kParts / 2) * 4;
+      ptx::cp_async_16(slot + i * kWarpgroup * 16, keys + offset + half * 8 * F::kKeyBytes + 16 * part, 16);
+    }
+#pragma unroll
+    for (int i = 0; i < F::kScales; ++i) {
+      ptx::cp_async_4(scale_slot + i * kWarpgroup * 4, scales + offset + i * 8 * F::kScaleBytes, 4);
+    }
+  }
 };
 
-struct KeyReader {
+// Pages of any size.
+template <IndexForm kForm>
+struct AnyPages {
+  using F = Format<kForm>;
+  struct Places {  // of the two keys
+    int32_t page[2];
+    int slot[2];
+  };
+
   const IndexScoring& in;
   const Divisor& page_size;
-  int64_t table;     // of the sequence
-  int capacity;
-  int row;           // of the tile
-  int part;          // t
+  const int32_t* table;
+  int capacity, row, part, scale_row;
 
-  __device__ __forceinline__ KeyPlaces find(int tile) const {
-    KeyPlaces places;
+  __device__ __forceinline__ AnyPages(const IndexScoring& in, const Divisor& page_size, int64_t sequence, int capacity,
+                                      int row, int part, int scale_row)
+      : in(in),
+        page_size(page_size),
+        table(in.keys.table + sequence * in.keys.table_stride),
+        capacity(capacity),
+        row(row),
+        part(part),
+        scale_row(scale_row) {}
+
+  __device__ __forceinline__ Places find(int tile) const {
+    Places places;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int entry = min(tile * kTile + row + 8 * i, capacity - 1), page = page_size.divide(entry);
       places.slot[i] = entry - page * in.keys.page_size;
-      places.page[i] = in.keys.table[table + page];
+      places.page[i] = table[page];
     }
     return places;
   }
-};
 
-// Copy a thread's parts of a tile to its slots; zeros for entries from `seen` on.
-template <IndexForm kForm>
-__device__ __forceinline__ void copy_keys(const KeyReader& reader, const KeyPlaces& places, int tile, int seen,
-                                          int scale_row, uint8_t* stage) {
-  using F = Format<kForm>;
-  const int thread = threadIdx.x % kWarpgroup;
-  const uint8_t* keys[2];
-  const uint8_t* scales[2];
-  int bytes[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool exists = tile * kTile + reader.row + 8 * i < seen;
-    bytes[i] = exists ? 16 : 0;
-    const uint8_t* const page = reader.in.keys.data + (exists ? places.page[i] * reader.in.keys.page_stride : 0);
-    keys[i] = page + static_cast<int64_t>(places.slot[i]) * F::kKeyBytes;
-    scales[i] = page + static_cast<int64_t>(reader.in.keys.page_size) * F::kKeyBytes + places.slot[i] * F::kScaleBytes;
-  }
-#pragma unroll
-  for (int i = 0; i < F::kParts; ++i) {
-    const int half = i / (F::kParts / 2), part = reader.part + i % (F::kParts / 2) * 4;
-    ptx::cp_async_16(stage + (i * kWarpgroup + thread) * 16, keys[half] + 16 * part, bytes[half]);
-  }
-  uint8_t* const words = stage + kWarpgroup * 16 * F::kParts;
-  if constexpr (kForm == IndexForm::kFp8) {
-    ptx::cp_async_4(words + thread * 4, scale_row ? scales[1] : scales[0], (scale_row ? bytes[1] : bytes[0]) / 4);
-  } else {
+  // Zeros for entries from `seen` on.
+  __device__ __forceinline__ void copy(const Places& places, int tile, int seen, uint8_t* slot,
+                                       uint8_t* scale_slot) const {
+    const uint8_t* keys[2];
+    const uint8_t* scales[2];
+    int bytes[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      ptx::cp_async_4(words + (i * kWarpgroup + thread) * 4, scales[i], bytes[i] / 4);
+      const bool exists = tile * kTile + row + 8 * i < seen;
+      bytes[i] = exists ? 16 : 0;
+      const uint8_t* const page = in.keys.data + (exists ? places.page[i] * in.keys.page_stride : 0);
+      keys[i] = page + static_cast<int64_t>(places.slot[i]) * F::kKeyBytes + 16 * part;
+      scales[i] = page + static_cast<int64_t>(in.keys.page_size) * F::kKeyBytes + places.slot[i] * F::kScaleBytes;
+    }
+#pragma unroll
+    for (int i = 0; i < F::kParts; ++i) {
+      const int half = i / (F::kParts / 2);
+      ptx::cp_async_16(slot + i * kWarpgroup * 16, keys[half] + i % (F::kParts / 2) * 64, bytes[half]);
+    }
+    if constexpr (kForm == IndexForm::kFp8) {
+      ptx::cp_async_4(scale_slot, scale_row ? scales[1] : scales[0], (scale_row ? bytes[1] : bytes[0]) / 4);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ptx::cp_async_4(scale_slot + i * kWarpgroup * 4, scales[i], bytes[i] / 4);
     }
   }
-}
+};
 
-// A thread's share of a tile as the first operand of all k steps, and its scale (FP8).
+// A thread's share of a tile as the first operand of all k steps, and the factor of its sums over heads.
 template <IndexForm kForm>
 struct KeyOperand {
   uint32_t values[Format<kForm>::kSteps][4];
   float scale;
 
-  __device__ __forceinline__ void load(const uint8_t* stage, int part) {
+  __device__ __forceinline__ void load(const uint8_t* slot, const uint8_t* scale_slot, int part) {
     using F = Format<kForm>;
-    const int thread = threadIdx.x % kWarpgroup;
-    const auto* const parts = reinterpret_cast<const uint4*>(stage) + thread;
-    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kWarpgroup * 16 * F::kParts) + thread;
+    const auto* const parts = reinterpret_cast<const uint4*>(slot);
+    const auto* const words = reinterpret_cast<const uint32_t*>(scale_slot);
     if constexpr (kForm == IndexForm::kFp8) {
 #pragma unroll
       for (int i = 0; i < F::kParts; ++i) {
@@ -218,7 +281,7 @@ struct KeyOperand {
         values[step + 1][half] = four.z;
         values[step + 1][half + 2] = four.w;
       }
-      scale = __uint_as_float(words[0]);
+      scale = __uint_as_float(words[0]) * (kDoubles<kForm> ? 0.5f : 1.0f);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -35,10 +35,11 @@ constexpr int kMultiprocessors = 132;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the bytes of a panel.
+// acc = keys * queries over all of k, to be waited for; `queries` is the descriptor of the first step, `panel` the bytes
+// of a panel.
 template <IndexForm kForm, int kN>
-__device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
-                                         uint32_t panel) {
+__device__ __forceinline__ void start_product(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
+                                              uint32_t panel) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Format<kForm>::kSteps; ++step) {
@@ -50,22 +51,32 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<
     }
   }
   ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::pin_registers(acc);
 }
 
+// A thread's 16 weights of a token.
+struct Weights {
+  float4 fours[4];
+
+  __device__ __forceinline__ void load(const float* weights, int row, int part) {
+    const auto* const from = reinterpret_cast<const float4*>(weights + row * kHeads + part * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fours[i] = from[i];
+  }
+};
+
 // Sum over a thread's 16 heads of w * relu for its two keys, for the token whose columns start at acc[kFirst].
-template <int kFirst, int kCount>
-__device__ __forceinline__ float2 sum_heads(const float (&acc)[kCount], const float* weights, int part) {
+template <IndexForm kForm, int kFirst, int kCount>
+__device__ __forceinline__ float2 sum_heads(const float (&acc)[kCount], const Weights& weights) {
   float2 low{0.0f, 0.0f}, high{0.0f, 0.0f};  // even and odd columns
 #pragma unroll
   for (int block = 0; block < kHeads / 8; ++block) {
-    const float2 w = *reinterpret_cast<const float2*>(weights + block * 8 + part * 2);
+    const float4 four = weights.fours[block / 2];
+    const float2 w = block % 2 ? float2{four.z, four.w} : float2{four.x, four.y};
     const int i = kFirst + block * 4;
-    low.x = __fmaf_rn(w.x, ptx::max_nan(acc[i], 0.0f), low.x);
-    low.y = __fmaf_rn(w.y, ptx::max_nan(acc[i + 1], 0.0f), low.y);
-    high.x = __fmaf_rn(w.x, ptx::max_nan(acc[i + 2], 0.0f), high.x);
-    high.y = __fmaf_rn(w.y, ptx::max_nan(acc[i + 3], 0.0f), high.y);
+    low.x = __fmaf_rn(w.x, relu<kForm, false>(acc[i]), low.x);
+    low.y = __fmaf_rn(w.y, relu<kForm, true>(acc[i + 1]), low.y);
+    high.x = __fmaf_rn(w.x, relu<kForm, false>(acc[i + 2]), high.x);
+    high.y = __fmaf_rn(w.y, relu<kForm, true>(acc[i + 3]), high.y);
   }
   return {low.x + low.y, high.x + high.y};
 }
@@ -118,48 +129,52 @@ struct QueryBatch {
   }
 };
 
-// What a lane writes of the product of a tile with the queries of one row or two.
-struct LaneOutput {
-  int row;         // of the block
-  int entry;
-  int upper;       // the key is the upper one of the thread's two
+// Sums over a thread's heads for its two keys and the one or two rows of a product, and what its lane will write.
+template <bool kPaired>
+struct Sums {
+  float2 rows[kPaired ? 2 : 1];
   float scale;     // of the key
+  int row;         // of the block; from `rows` of the block on: none
+  int entry;
   int64_t offset;  // in the sink
 };
 
-// From the product of a tile with the queries of `row` (kPaired: and the row behind it) to scores, keys and maxima.
-// Lanes exchange sums until each has one score; what belongs to a row that does not exist is dropped.
+// From sums to scores, keys and maxima. Lanes exchange sums until each has one score.
 template <bool kPaired>
-__device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads : kHeads / 2], const float* weights,
-                                           const int* seen_by, int row, int rows, int capacity, const LaneOutput& own,
-                                           const ScoreSink& sink) {
+__device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper, const int* seen_by, int rows,
+                                           int capacity, const ScoreSink& sink) {
   const int lane = threadIdx.x % kWarp, part = lane % 4;
-  float2 sums = sum_heads<0>(acc, weights + row * kHeads, part);
+  float2 both = sums.rows[0];
   float score;
   if constexpr (kPaired) {
-    const float2 others = sum_heads<kHeads / 2>(acc, weights + (row + 1) * kHeads, part);
     const bool second = part % 2;
-    sums = {exchange(sums.x, others.x, second, 1), exchange(sums.y, others.y, second, 1)};
-    score = exchange(sums.x, sums.y, own.upper, 2);
+    both = {exchange(both.x, sums.rows[1].x, second, 1), exchange(both.y, sums.rows[1].y, second, 1)};
+    score = exchange(both.x, both.y, upper, 2);
   } else {
-    score = exchange(sums.x, sums.y, own.upper, 1);
+    score = exchange(both.x, both.y, upper, 1);
     score += __shfl_xor_sync(kAllLanes, score, 2);
   }
-  const bool exists = own.row < rows && (kPaired || part < 2);
+  const bool exists = sums.row < rows && (kPaired || part < 2);
   uint32_t key = 0;
-  if (exists) key = put_score(sink, own.offset, own.entry, capacity, score * own.scale, own.entry < seen_by[own.row]);
-  if (sink.maxima == nullptr) return;
-#pragma unroll
-  for (int distance = kPaired ? 2 : 1; distance < kWarp; distance *= 2) {  // over the lanes of one row
-    key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
+  if (exists) {
+    const bool seen = sums.entry < seen_by[sums.row];
+    key = put_score(sink, sums.offset, sums.entry, capacity, score * sums.scale, seen);
   }
-  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[own.offset / kGroup] = key;
+  if (sink.maxima == nullptr) return;
+  if constexpr (kPaired) {  // over the lanes of one row
+    const uint32_t even = __reduce_max_sync(kAllLanes, part % 2 ? 0 : key);
+    const uint32_t odd = __reduce_max_sync(kAllLanes, part % 2 ? key : 0);
+    key = part % 2 ? odd : even;
+  } else {
+    key = __reduce_max_sync(kAllLanes, key);
+  }
+  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[sums.offset / kGroup] = key;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-// kPaired: two tokens a product, else a block has one token.
-template <IndexForm kForm, bool kPaired>
+// kPaired: two tokens a product, else a block has one token. Pages: how keys are found.
+template <IndexForm kForm, bool kPaired, typename Pages>
 __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, kPaired ? 1 : 2)
     index_scores_tensor_kernel(IndexScoring in, ScoreTask task, ScoreSink sink, Divisor page_size) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -177,12 +192,14 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   const int row = threadIdx.x % kWarpgroup / kWarp * kGroup + lane / 4;
   const int upper = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * upper
-  const KeyReader reader{in, page_size, block.sequence * in.keys.table_stride, task.capacity, row, part};
+  const Pages pages(in, page_size, block.sequence, task.capacity, row, part, upper);
 
   uint8_t* const queries = shared;
   auto* const weights = reinterpret_cast<float*>(queries + all_rows * kHeads * 128 * F::kPanels);
   auto* const seen_by = reinterpret_cast<int*>(weights + all_rows * kHeads);
-  uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes;
+  uint8_t* const slots = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes +
+                         threadIdx.x % kWarpgroup * 16;
+  uint8_t* const scale_slots = slots + kWarpgroup * 16 * F::kParts - threadIdx.x % kWarpgroup * 12;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
@@ -193,9 +210,9 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   for (int i = 0; i < block.rows; ++i) {
     seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
   }
-  KeyPlaces places[kReady];
+  typename Pages::Places places[kReady];
 #pragma unroll
-  for (int i = 0; i < kReady; ++i) places[i] = reader.find(first_tile + i * stride);
+  for (int i = 0; i < kReady; ++i) places[i] = pages.find(first_tile + i * stride);
   const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
   QueryBatch<kForm> batch;
   batch.load(in, block, threadIdx.x, query_parts);
@@ -207,7 +224,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
     const int tile = first_tile + i * stride;
-    if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, upper, stages + i * kStageBytes);
+    if (i < tiles) pages.copy(places[i], tile, seen, slots + i * kStageBytes, scale_slots + i * kStageBytes);
     ptx::cp_async_commit();
   }
   const int step = batch.kParts * blockDim.x;
@@ -216,7 +233,9 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
     batch.load(in, block, first + step, query_parts);
   }
   for (int i = threadIdx.x; i < all_rows * kHeads; i += blockDim.x) {
-    weights[i] = i < block.rows * kHeads ? in.w[(block.token + i / kHeads) * in.w_stride + i % kHeads] : 0.0f;
+    const int token = i / kHeads, head = i % kHeads;
+    const float weight = token < block.rows ? in.w[(block.token + token) * in.w_stride + head] : 0.0f;
+    store_weight<kForm>(weights, token, head, weight);
   }
   if (threadIdx.x < all_rows) {
     const bool exists = threadIdx.x < block.rows;
@@ -229,28 +248,42 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
   const uint32_t panel = all_rows * kHeads * 128;
   const int64_t sink_row = block.token - task.first_token;
-  KeyPlaces next = reader.find(first_tile + kReady * stride);
+  typename Pages::Places next = pages.find(first_tile + kReady * stride);
+  Weights own_weights;
+  if constexpr (!kPaired) own_weights.load(weights, 0, part);
+  Sums<kPaired> sums{};
+  sums.row = kMostRows;
   for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
-    uint8_t* const own_stage = stages + stage * kStageBytes;
+    uint8_t* const slot = slots + stage * kStageBytes;
+    uint8_t* const scale_slot = scale_slots + stage * kStageBytes;
     KeyOperand<kForm> keys;
     ptx::cp_async_wait<kReady - 1>();
-    keys.load(own_stage, part);
+    keys.load(slot, scale_slot, part);
     if (i + kReady < tiles) {
-      copy_keys<kForm>(reader, next, tile + kReady * stride, seen, upper, own_stage);
-      next = reader.find(tile + (kReady + 1) * stride);
+      pages.copy(next, tile + kReady * stride, seen, slot, scale_slot);
+      next = pages.find(tile + (kReady + 1) * stride);
     }
     ptx::cp_async_commit();
     stage = stage + 1 == kReady ? 0 : stage + 1;
-    LaneOutput own{kPaired ? part % 2 : 0, tile * kTile + row + 8 * upper, upper, keys.scale, 0};
-    own.offset = (sink_row + own.row) * sink.stride + own.entry;
     for (int first = 0; first < all_rows; first += kN / kHeads) {
       float acc[kN / 2];
-      multiply<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
-      put_scores<kPaired>(acc, weights, seen_by, first, block.rows, task.capacity, own, sink);
-      own.row += kN / kHeads;
-      own.offset += kN / kHeads * sink.stride;
+      start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
+      put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);  // of the product before
+      sums.scale = keys.scale;
+      sums.row = kPaired ? first + part % 2 : 0;
+      sums.entry = tile * kTile + row + 8 * upper;
+      sums.offset = (sink_row + sums.row) * sink.stride + sums.entry;
+      if constexpr (kPaired) own_weights.load(weights, first, part);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(acc);
+      sums.rows[0] = sum_heads<kForm, 0>(acc, own_weights);
+      if constexpr (kPaired) {
+        own_weights.load(weights, first + 1, part);
+        sums.rows[1] = sum_heads<kForm, kHeads / 2>(acc, own_weights);
+      }
     }
   }
+  put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
@@ -309,7 +342,7 @@ Costs costs_of(int rows) {
   return {kMostWarpgroups<kForm, kPaired>, 2, tile, 900.0, 64};
 }
 
-template <IndexForm kForm, bool kPaired>
+template <IndexForm kForm, bool kPaired, typename Pages>
 cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
   const Costs costs = costs_of<kForm, kPaired>(task.rows);
   task.slices = slices_of(task.blocks, task.tiles, costs);
@@ -318,8 +351,18 @@ cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink&
   const auto shared = static_cast<size_t>(SharedMap<kForm>::bytes(all_rows, warpgroups, kStages<kPaired>));
   const Launch at{dim3(static_cast<unsigned>(static_cast<int64_t>(task.blocks) * task.slices)),
                   dim3(warpgroups * kWarpgroup), stream, shared};
-  return launch_kernel(index_scores_tensor_kernel<kForm, kPaired>, at, scoring, task, sink,
+  return launch_kernel(index_scores_tensor_kernel<kForm, kPaired, Pages>, at, scoring, task, sink,
                        Divisor(scoring.keys.page_size));
+}
+
+template <IndexForm kForm>
+cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
+  if (scoring.keys.page_size == kTile) {
+    return task.rows == 1 ? launch<kForm, false, TilePages<kForm>>(scoring, task, sink, stream)
+                          : launch<kForm, true, TilePages<kForm>>(scoring, task, sink, stream);
+  }
+  return task.rows == 1 ? launch<kForm, false, AnyPages<kForm>>(scoring, task, sink, stream)
+                        : launch<kForm, true, AnyPages<kForm>>(scoring, task, sink, stream);
 }
 
 bool is_multiple(const void* pointer, int64_t stride, int64_t bytes) {
@@ -345,12 +388,8 @@ int rows_of_tensor_block(IndexForm form, int tokens) {
 
 cudaError_t launch_scores_tensor(IndexForm form, const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink,
                                  cudaStream_t stream) {
-  if (form == IndexForm::kFp8) {
-    return task.rows == 1 ? launch<IndexForm::kFp8, false>(scoring, task, sink, stream)
-                          : launch<IndexForm::kFp8, true>(scoring, task, sink, stream);
-  }
-  return task.rows == 1 ? launch<IndexForm::kFp4, false>(scoring, task, sink, stream)
-                        : launch<IndexForm::kFp4, true>(scoring, task, sink, stream);
+  return form == IndexForm::kFp8 ? launch<IndexForm::kFp8>(scoring, task, sink, stream)
+                                 : launch<IndexForm::kFp4>(scoring, task, sink, stream);
 }
 
 }  // namespace dsv4
