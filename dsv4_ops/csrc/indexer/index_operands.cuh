@@ -12,6 +12,7 @@
 
 #include "common/divisor.cuh"
 #include "common/ptx.cuh"
+#include "common/reduce.cuh"
 #include "indexer/scoring.h"
 
 namespace dsv4 {
@@ -158,38 +159,49 @@ __device__ __forceinline__ void store_weight(float* weights, int row, int head, 
 
 // ---- keys ----
 
+// The value, by way of a shuffle, behind which ptxas cannot look: it stays in a register instead of being computed anew
+// for each tile.
+__device__ __forceinline__ int keep(int value) { return __shfl_sync(kAllLanes, value, threadIdx.x % kWarp); }
+
+__device__ __forceinline__ const uint8_t* keep(const uint8_t* address) {
+  const auto bits = reinterpret_cast<uint64_t>(address);
+  const uint64_t high = static_cast<uint32_t>(keep(static_cast<int>(bits >> 32)));
+  return reinterpret_cast<const uint8_t*>(high << 32 | static_cast<uint32_t>(keep(static_cast<int>(bits))));
+}
+
 // How a thread copies its parts of a tile, of keys `row` and `row` + 8, to its slots of a stage. Find() reads the block
 // table and may come long before copy().
 //
-// Pages of one tile: every tile that a row sees is a page that exists, so nothing is looked at but the page's number.
+// Pages of one tile, less than 2^32 bytes apart: every tile that a row sees is a page that exists, so nothing is looked
+// at but the page's number.
 template <IndexForm kForm>
 struct TilePages {
   using F = Format<kForm>;
-  using Places = int32_t;  // the page
+  using Places = uint32_t;  // the page
 
   const int32_t* table;  // of the sequence
   const uint8_t* keys;   // the thread's parts in page 0
   const uint8_t* scales;
-  int64_t page_stride;
-  int last_tile;
+  uint32_t page_stride;
+  int tiles;  // of the capacity
 
   __device__ __forceinline__ TilePages(const IndexScoring& in, const Divisor&, int64_t sequence, int capacity, int row,
                                        int part, int scale_row)
       : table(in.keys.table + sequence * in.keys.table_stride),
-        keys(in.keys.data + row * F::kKeyBytes + 16 * part),
-        scales(in.keys.data + kTile * F::kKeyBytes +
-               (kForm == IndexForm::kFp8 ? row + 8 * scale_row : row) * F::kScaleBytes),
-        page_stride(in.keys.page_stride),
-        last_tile((capacity - 1) / kTile) {}
+        keys(keep(in.keys.data + row * F::kKeyBytes + 16 * part)),
+        scales(keep(in.keys.data + kTile * F::kKeyBytes +
+                    (kForm == IndexForm::kFp8 ? row + 8 * scale_row : row) * F::kScaleBytes)),
+        page_stride(static_cast<uint32_t>(in.keys.page_stride)),
+        tiles(capacity / kTile) {}
 
-  __device__ __forceinline__ Places find(int tile) const { return tile <= last_tile ? table[tile] : 0; }
+  __device__ __forceinline__ Places find(int tile) const { return tile < tiles ? table[tile] : 0; }
 
   __device__ __forceinline__ void copy(Places page, int, int, uint8_t* slot, uint8_t* scale_slot) const {
-    const int64_t offset = page * page_stride;
+    const uint64_t offset = static_cast<uint64_t>(page) * page_stride;
 #pragma unroll
     for (int i = 0; i < F::kParts; ++i) {
       const int half = i / (F::kParts / 2), part = i % (F::kParts / 2) * 4;
-      ptx::cp_async_16(slot + i * kWarpgroup * 16, keys + offset + half * 8 * F::kKeyBytes + 16 * part, 16);
+      ptx::cp_async_16(slot + i * kWarpgroup * 16, keys + offset + (half * 8 * F::kKeyBytes + 16 * part), 16);
     }
 #pragma unroll
     for (int i = 0; i < F::kScales; ++i) {

@@ -157,7 +157,7 @@ __device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper
   const bool exists = sums.row < rows && (kPaired || part < 2);
   uint32_t key = 0;
   if (exists) {
-    const bool seen = sums.entry < seen_by[sums.row];
+    const bool seen = sums.entry < (kPaired ? seen_by[sums.row] : *seen_by);
     key = put_score(sink, sums.offset, sums.entry, capacity, score * sums.scale, seen);
   }
   if (sink.maxima == nullptr) return;
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   uint8_t* const queries = shared;
   auto* const weights = reinterpret_cast<float*>(queries + all_rows * kHeads * 128 * F::kPanels);
   auto* const seen_by = reinterpret_cast<int*>(weights + all_rows * kHeads);
-  uint8_t* const slots = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes +
-                         threadIdx.x % kWarpgroup * 16;
-  uint8_t* const scale_slots = slots + kWarpgroup * 16 * F::kParts - threadIdx.x % kWarpgroup * 12;
+  uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows);
+  const int first_slot = keep(warpgroup * kReady * kStageBytes + threadIdx.x % kWarpgroup * 16);
+  const int first_scale_slot = keep(first_slot + kWarpgroup * 16 * F::kParts - threadIdx.x % kWarpgroup * 12);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
@@ -224,7 +224,8 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
     const int tile = first_tile + i * stride;
-    if (i < tiles) pages.copy(places[i], tile, seen, slots + i * kStageBytes, scale_slots + i * kStageBytes);
+    uint8_t* const stage = stages + i * kStageBytes;
+    if (i < tiles) pages.copy(places[i], tile, seen, stage + first_slot, stage + first_scale_slot);
     ptx::cp_async_commit();
   }
   const int step = batch.kParts * blockDim.x;
@@ -253,9 +254,12 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   if constexpr (!kPaired) own_weights.load(weights, 0, part);
   Sums<kPaired> sums{};
   sums.row = kMostRows;
+  const int own_row = kPaired ? part % 2 : 0;
+  int entry = first_tile * kTile + row + 8 * upper;
+  int64_t tile_offset = (sink_row + own_row) * sink.stride + entry;
   for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
-    uint8_t* const slot = slots + stage * kStageBytes;
-    uint8_t* const scale_slot = scale_slots + stage * kStageBytes;
+    uint8_t* const slot = stages + stage + first_slot;
+    uint8_t* const scale_slot = stages + stage + first_scale_slot;
     KeyOperand<kForm> keys;
     ptx::cp_async_wait<kReady - 1>();
     keys.load(slot, scale_slot, part);
@@ -264,15 +268,17 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
       next = pages.find(tile + (kReady + 1) * stride);
     }
     ptx::cp_async_commit();
-    stage = stage + 1 == kReady ? 0 : stage + 1;
+    stage = stage == (kReady - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    int64_t offset = tile_offset;
     for (int first = 0; first < all_rows; first += kN / kHeads) {
       float acc[kN / 2];
       start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
       put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);  // of the product before
       sums.scale = keys.scale;
-      sums.row = kPaired ? first + part % 2 : 0;
-      sums.entry = tile * kTile + row + 8 * upper;
-      sums.offset = (sink_row + sums.row) * sink.stride + sums.entry;
+      sums.row = first + own_row;
+      sums.entry = entry;
+      sums.offset = offset;
+      offset += 2 * sink.stride;
       if constexpr (kPaired) own_weights.load(weights, first, part);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(acc);
@@ -282,6 +288,8 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
         sums.rows[1] = sum_heads<kForm, kHeads / 2>(acc, own_weights);
       }
     }
+    entry += stride * kTile;
+    tile_offset += stride * kTile;
   }
   put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
 
@@ -357,7 +365,7 @@ cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink&
 
 template <IndexForm kForm>
 cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
-  if (scoring.keys.page_size == kTile) {
+  if (scoring.keys.page_size == kTile && scoring.keys.page_stride <= UINT32_MAX) {
     return task.rows == 1 ? launch<kForm, false, TilePages<kForm>>(scoring, task, sink, stream)
                           : launch<kForm, true, TilePages<kForm>>(scoring, task, sink, stream);
   }
