@@ -29,7 +29,6 @@ template <>
 struct Format<IndexForm::kFp8> {
   static constexpr int kKeyBytes = 128;      // of a key in the pool
   static constexpr int kScaleBytes = 4;
-  static constexpr int kQueryBytes = 128;    // of a head in the pool of queries
   static constexpr int kPanels = 1;          // of 128 bytes, that a head has in shared memory
   static constexpr int kSteps = 4;           // of 32 bytes of k
   static constexpr int kParts = 4;           // 16-byte parts of keys that a thread takes of a tile
@@ -41,7 +40,6 @@ template <>
 struct Format<IndexForm::kFp4> {
   static constexpr int kKeyBytes = 64;
   static constexpr int kScaleBytes = 4;
-  static constexpr int kQueryBytes = 64;
   static constexpr int kPanels = 2;
   static constexpr int kSteps = 8;
   static constexpr int kParts = 2;
@@ -89,53 +87,58 @@ __device__ __forceinline__ __nv_bfloat162 decode_scale(uint32_t byte) {
 
 // ---- queries ----
 
-// 16 bytes of a head on their way to shared memory; all zero for a row that does not exist.
-struct QueryPart {
-  uint4 codes;
-  uint32_t scale;
-};
-
+// Half a head on its way to shared memory: the channels of half the steps. Zero for a row that does not exist. Of the
+// four parts (16 bytes of FP8, the halves of four groups of FP4) a chunk of 16 bytes of a line takes a word each, so a
+// thread that has all four writes whole chunks.
 template <IndexForm kForm>
-__device__ __forceinline__ QueryPart load_query(const IndexScoring& in, int64_t token, int rows, int index) {
-  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
-  const int part = index % kParts, head = index / kParts % kHeads, row = index / kParts / kHeads;
-  QueryPart loaded{};
-  if (row >= rows) return loaded;
-  const int64_t line = (token + row) * kHeads + head;
-  loaded.codes = *reinterpret_cast<const uint4*>(in.q + line * in.q_stride + 16 * part);
-  if constexpr (kForm == IndexForm::kFp4) loaded.scale = in.scales[line * in.scales_stride + part];
-  return loaded;
-}
+struct QueryHalf {
+  uint32_t words[4][kForm == IndexForm::kFp8 ? 4 : 2];
+  uint32_t scales[kForm == IndexForm::kFp4 ? 4 : 1];
 
-// Word `place` of k step `step` of a head's line.
-template <IndexForm kForm>
-__device__ __forceinline__ uint32_t* query_word(uint8_t* queries, int all_rows, int line, int step, int place) {
-  const int panel = step / 4, byte = (step % 4 * 32 + place * 4) ^ (line % 8 * 16);
-  return reinterpret_cast<uint32_t*>(queries + (panel * all_rows * kHeads + line) * 128 + byte);
-}
-
-template <IndexForm kForm>
-__device__ __forceinline__ void store_query(uint8_t* queries, int all_rows, int index, const QueryPart& loaded) {
-  constexpr int kParts = Format<kForm>::kQueryBytes / 16;
-  const int part = index % kParts, line = index / kParts;
-  const uint32_t words[4] = {loaded.codes.x, loaded.codes.y, loaded.codes.z, loaded.codes.w};
-  if constexpr (kForm == IndexForm::kFp8) {
+  // Number `index` of those of `rows` tokens from `token` on.
+  __device__ __forceinline__ void load(const IndexScoring& in, int64_t token, int rows, int index) {
+    const int half = index % 2, line = index / 2;
+    const bool exists = line < rows * kHeads;
+    const int64_t head = token * kHeads + line;
+    const uint8_t* const q = in.q + head * in.q_stride + half * (kForm == IndexForm::kFp8 ? 64 : 8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *query_word<kForm>(queries, all_rows, line, part / 4 * 2 + i / 2, i % 2 * 4 + part % 4) = words[i];
-    }
-  } else {
-    const __nv_bfloat162 scale = decode_scale(loaded.scale);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        *query_word<kForm>(queries, all_rows, line, 2 * i + pair / 2, pair % 2 * 4 + part) =
-            decode_pair(words[i], pair, scale);
+    for (int part = 0; part < 4; ++part) {
+      if constexpr (kForm == IndexForm::kFp8) {
+        const uint4 four = exists ? *reinterpret_cast<const uint4*>(q + 16 * part) : uint4{};
+        words[part][0] = four.x;
+        words[part][1] = four.y;
+        words[part][2] = four.z;
+        words[part][3] = four.w;
+      } else {
+        const uint2 two = exists ? *reinterpret_cast<const uint2*>(q + 16 * part) : uint2{};
+        words[part][0] = two.x;
+        words[part][1] = two.y;
+        scales[part] = exists ? in.scales[head * in.scales_stride + part] : 0;
       }
     }
   }
-}
+
+  __device__ __forceinline__ void store(uint8_t* queries, int all_rows, int index) const {
+    const int half = index % 2, line = index / 2;
+    const auto put = [&](uint8_t* panel, int chunk, uint4 four) {
+      *reinterpret_cast<uint4*>(panel + line * 128 + (chunk ^ line % 8) * 16) = four;
+    };
+    if constexpr (kForm == IndexForm::kFp8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) put(queries, half * 4 + i, {words[0][i], words[1][i], words[2][i], words[3][i]});
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        uint32_t four[4];
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          four[part] = decode_pair(words[part][i / 4], i % 4, decode_scale(scales[part]));
+        }
+        put(queries + half * all_rows * kHeads * 128, i, {four[0], four[1], four[2], four[3]});
+      }
+    }
+  }
+};
 
 // ---- weights and relu ----
 
@@ -194,7 +197,10 @@ struct TilePages {
         page_stride(static_cast<uint32_t>(in.keys.page_stride)),
         tiles(capacity / kTile) {}
 
-  __device__ __forceinline__ Places find(int tile) const { return tile < tiles ? table[tile] : 0; }
+  // Not a plain load: those of the first stages shall be under way together, and nvcc would move them to their copies.
+  __device__ __forceinline__ Places find(int tile) const {
+    return tile < tiles ? static_cast<uint32_t>(ptx::load_relaxed(table + tile)) : 0;
+  }
 
   __device__ __forceinline__ void copy(Places page, int, int, uint8_t* slot, uint8_t* scale_slot) const {
     const uint64_t offset = static_cast<uint64_t>(page) * page_stride;

@@ -105,30 +105,6 @@ struct Block {
   }
 };
 
-// Parts of queries that a thread loads together.
-template <IndexForm kForm>
-struct QueryBatch {
-  static constexpr int kParts = 4;
-  QueryPart parts[kParts];
-
-  // Those with numbers first, first + blockDim.x, ... of `count`.
-  __device__ __forceinline__ void load(const IndexScoring& in, const Block& block, int first, int count) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < count) parts[i] = load_query<kForm>(in, block.token, block.rows, index);
-    }
-  }
-
-  __device__ __forceinline__ void store(uint8_t* queries, int all_rows, int first, int count) const {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < count) store_query<kForm>(queries, all_rows, index, parts[i]);
-    }
-  }
-};
-
 // Sums over a thread's heads for its two keys and the one or two rows of a product, and what its lane will write.
 template <bool kPaired>
 struct Sums {
@@ -207,31 +183,32 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const int32_t* const positions = in.positions + block.sequence * in.positions_stride + block.first_row;
   int seen = 0;  // by any row
 #pragma unroll 4
-  for (int i = 0; i < block.rows; ++i) {
+  for (int i = 0; i < (kPaired ? block.rows : 1); ++i) {
     seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
   }
   typename Pages::Places places[kReady];
 #pragma unroll
   for (int i = 0; i < kReady; ++i) places[i] = pages.find(first_tile + i * stride);
-  const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
-  QueryBatch<kForm> batch;
-  batch.load(in, block, threadIdx.x, query_parts);
-  const int end_tile = (seen + kTile - 1) / kTile;
-  if (seen <= task.enough || (sink.scores == nullptr && slice >= end_tile)) return;
+  const int halves = all_rows * kHeads * 2;
+  QueryHalf<kForm> query;
+  query.load(in, block.token, block.rows, threadIdx.x);
+  __syncwarp();  // ptxas leaves the loads above it, all under way at once
+  const int all_tiles = (seen + kTile - 1) / kTile;
+  const bool idle = seen <= task.enough || (sink.scores == nullptr && slice >= all_tiles);
+  const int end_tile = idle ? 0 : all_tiles;
 
   // 3. the first keys on their way, queries in place
-  const int tiles = max(end_tile - first_tile + stride - 1, 0) / stride;  // of this warpgroup
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
     const int tile = first_tile + i * stride;
     uint8_t* const stage = stages + i * kStageBytes;
-    if (i < tiles) pages.copy(places[i], tile, seen, stage + first_slot, stage + first_scale_slot);
+    if (tile < end_tile) pages.copy(places[i], tile, seen, stage + first_slot, stage + first_scale_slot);
     ptx::cp_async_commit();
   }
-  const int step = batch.kParts * blockDim.x;
-  for (int first = threadIdx.x; first < query_parts; first += step) {
-    batch.store(queries, all_rows, first, query_parts);
-    batch.load(in, block, first + step, query_parts);
+  if (idle) return;
+  for (int i = threadIdx.x; i < halves; i += static_cast<int>(blockDim.x)) {
+    query.store(queries, all_rows, i);
+    query.load(in, block.token, block.rows, i + static_cast<int>(blockDim.x));
   }
   for (int i = threadIdx.x; i < all_rows * kHeads; i += blockDim.x) {
     const int token = i / kHeads, head = i % kHeads;
@@ -240,7 +217,8 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   }
   if (threadIdx.x < all_rows) {
     const bool exists = threadIdx.x < block.rows;
-    seen_by[threadIdx.x] = exists ? visible_entries(positions[threadIdx.x], in.ratio, task.capacity) : 0;
+    const int own = exists && kPaired ? visible_entries(positions[threadIdx.x], in.ratio, task.capacity) : seen;
+    seen_by[threadIdx.x] = exists ? own : 0;
   }
   ptx::fence_async_proxy();
   __syncthreads();
@@ -257,13 +235,14 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const int own_row = kPaired ? part % 2 : 0;
   int entry = first_tile * kTile + row + 8 * upper;
   int64_t tile_offset = (sink_row + own_row) * sink.stride + entry;
-  for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
+  int tile = first_tile;
+  for (int stage = 0; tile < end_tile; tile += stride) {
     uint8_t* const slot = stages + stage + first_slot;
     uint8_t* const scale_slot = stages + stage + first_scale_slot;
     KeyOperand<kForm> keys;
     ptx::cp_async_wait<kReady - 1>();
     keys.load(slot, scale_slot, part);
-    if (i + kReady < tiles) {
+    if (tile + kReady * stride < end_tile) {
       pages.copy(next, tile + kReady * stride, seen, slot, scale_slot);
       next = pages.find(tile + (kReady + 1) * stride);
     }
@@ -295,7 +274,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
-  for (int tile = first_tile + tiles * stride; tile < task.tiles; tile += stride) {
+  for (; tile < task.tiles; tile += stride) {
     for (int i = threadIdx.x % kWarpgroup; i < block.rows * kTile; i += kWarpgroup) {
       const int entry = tile * kTile + i % kTile;
       if (entry < task.capacity) sink.scores[(sink_row + i / kTile) * sink.stride + entry] = kUnseen;
