@@ -32,7 +32,9 @@ def add_bench(commands) -> None:
     parser.set_defaults(run=run_bench)
     parser.add_argument("--filter", metavar="REGEX", help="only cases whose `operator case` matches, see --list")
     parser.add_argument("--model", choices=("flash", "pro", "both"), default="both", help="widths (default both)")
-    parser.add_argument("--tokens", metavar="T,T,...", help="tokens of a call (default 1,16,128,4096)")
+    parser.add_argument(
+        "--tokens", metavar="T,T,...", help="tokens of a call (default: those of the family, see --list)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer replays: noisier numbers")
     parser.add_argument("--list", action="store_true", help="print the operators and cases, time nothing")
     parser.add_argument(
@@ -66,10 +68,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
 def select(arguments: argparse.Namespace) -> "list[Case]":
     """The cases that the arguments ask for."""
     from benchmarks.cases import all_cases
-    from benchmarks.shapes import MODELS, TOKENS
+    from benchmarks.shapes import MODELS
     from model.errors import UserError
 
-    tokens = TOKENS if arguments.tokens is None else parse_tokens(arguments.tokens)
+    tokens = None if arguments.tokens is None else parse_tokens(arguments.tokens)
     cases = all_cases(MODELS[arguments.model], tokens)
     if arguments.filter is None:
         return [case for case in cases if arguments.list or not case.is_reference]
