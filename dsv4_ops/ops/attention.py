@@ -23,10 +23,9 @@ from dsv4_ops.registry import Inline, define, describe, expect
 
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
 UNIT = 64  # keys that csrc/attention adds to a row's result in one step
-# Units of a row are computed apart for at most so many rows x heads, at least so many units, at most so many bytes.
-SPLIT_VECTORS = 512
-SPLIT_UNITS = 4
-SPLIT_BYTES = 2**26
+# Two kernels share out the units and dimensions of a row for at most so many rows x tiles of 64 heads, so many bytes.
+SPLIT_TILES = 64
+SPLIT_BYTES = 2**27
 
 Keys = tuple[Tensor, Tensor]  # keys [B, N, D] seen by all rows or [B, S, N, D] of each row; visible [B, S, N] bool
 
@@ -217,15 +216,15 @@ def alloc_attention(q: Tensor, *others) -> tuple[Tensor, Tensor]:
 
 
 def partials(q: Tensor, keys: int) -> Tensor:
-    """Room for the results of single units of keys, where few rows see many `keys`: different CTAs then compute them.
+    """Room for the weights of all `keys` of few rows, handed from CTAs that have some keys to CTAs that have some dims.
 
-    Otherwise nothing, and a CTA goes through all units of a row. The result has the same bits.
+    Otherwise nothing, and a CTA does all of a row and tile of heads. The result has the same bits.
     """
-    rows, heads = q.shape[0] * q.shape[1], -(-q.shape[2] // 16) * 16 if q.shape[2] > 8 else 8
-    units = -(-keys // UNIT)
-    floats = rows * heads * units * (q.shape[3] + 2)
-    few = rows * heads <= SPLIT_VECTORS and units >= SPLIT_UNITS and 4 * floats <= SPLIT_BYTES
-    return q.new_empty(floats if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
+    rows, heads = q.shape[0] * q.shape[1], q.shape[2]
+    padded = next((tile for tile in (8, 16, 32) if heads <= tile), -(-heads // 64) * 64)
+    size = rows * padded * -(-keys // UNIT) * (UNIT * 2 + 8)  # bf16 weights, the largest score and the sum in fp32
+    few = rows * -(-heads // 64) <= SPLIT_TILES and size <= SPLIT_BYTES
+    return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
 
 def partials_window(q: Tensor, *others) -> Tensor:

@@ -1,6 +1,6 @@
 """Sparse attention on the GPU against its reference, at every boundary of positions, pages and keys.
 
-Bits do not depend on how the work is cut: heads of a CTA and whether a CTA has one unit of 64 keys or all of them
+Bits do not depend on how the work is cut: heads of a CTA, and whether a CTA has all of a row or two kernels share it out,
 follow from the number of rows, so a row alone and the row in a batch take different ways to the same bits.
 """
 

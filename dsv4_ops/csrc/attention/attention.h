@@ -57,12 +57,13 @@ inline int64_t key_capacity(const KeySources& keys) {
 // Whether the tensor-core kernel of this GPU takes these operands; all others go to the plain kernel.
 bool on_tensor_cores(const SparseAttention& attention);
 
-// Floats of workspace with which the units of a row are computed by different CTAs; the results have the same bits
-// without.
+// Floats of workspace with which few rows are computed by many CTAs; the results have the same bits without.
 int64_t partial_floats(const SparseAttention& attention);
 
-// On tensor cores, and its form with tiles of 64 heads on a GPU of so many SMs.
+// On tensor cores, and its forms for few rows, which needs attention.partials, and with tiles of 64 heads, on a GPU of
+// so many SMs.
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream);
+cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream);
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream);
 
 // Any form.

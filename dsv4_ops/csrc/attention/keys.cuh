@@ -22,11 +22,10 @@ __device__ __forceinline__ int ring_entries(const KeySources& keys) {
   return keys.window_pool.max_pages * keys.window_pool.page_size;
 }
 
-// Reads the row's position: only after the wait.
-__device__ __forceinline__ RowKeys keys_of_row(const KeySources& keys, const Rope& rope, uint32_t row) {
+__device__ __forceinline__ RowKeys keys_of_row(const KeySources& keys, const Rope& rope, uint32_t row, int position) {
   RowKeys found;
   found.sequence = row / rope.tokens;
-  found.position = *position_of(rope, row);
+  found.position = position;
   found.window_keys = max(0, min(found.position + 1, keys.window));
   found.first_entry = found.window_keys > 0 ? (found.position - found.window_keys + 1) % ring_entries(keys) : 0;
   int compressed = keys.k;
@@ -38,6 +37,13 @@ __device__ __forceinline__ RowKeys keys_of_row(const KeySources& keys, const Rop
   found.indices = keys.indices == nullptr ? nullptr : keys.indices + row * keys.indices_stride;
   return found;
 }
+
+// Reads the row's position: only after the wait.
+__device__ __forceinline__ RowKeys keys_of_row(const KeySources& keys, const Rope& rope, uint32_t row) {
+  return keys_of_row(keys, rope, row, *position_of(rope, row));
+}
+
+__device__ __forceinline__ int units_of_row(const RowKeys& row) { return (row.count + kUnit - 1) / kUnit; }
 
 // Entry of key number `key`, in the window pool if that is below window_keys, else in the compressed pool; negative:
 // none.

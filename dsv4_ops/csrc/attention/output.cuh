@@ -83,13 +83,22 @@ __device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16
   }
 }
 
-// Head number `head` of the tile, by the thread that has its total: the reciprocal of its denominator, and its lse
-// stored.
-__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head,
+// The sink of head number `head`: a parameter of the model.
+__device__ __forceinline__ float sink_of(const SparseAttention& attention, int head) {
+  return head < attention.heads ? attention.sink[head] : 0.0f;
+}
+
+// Head number `head`, by the thread that has its total: the reciprocal of its denominator, and its lse stored.
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head, float sink,
                                              const Total& total, bool store_lse) {
   if (head >= attention.heads) return 0.0f;
   if (store_lse) attention.lse[row * attention.heads + head] = log_sum_exp(total);
-  return reciprocal_of_denominator(total, attention.sink[head]);
+  return reciprocal_of_denominator(total, sink);
+}
+
+__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head,
+                                             const Total& total, bool store_lse) {
+  return finish_head(attention, row, head, sink_of(attention, head), total, store_lse);
 }
 
 template <int kHeads>

@@ -15,19 +15,23 @@
 
 namespace dsv4 {
 
-constexpr int kStages = 2;  // tiles in shared memory
+constexpr int kStages = 2;  // tiles in shared memory, where nothing else is said
 constexpr int kBlock = 8;   // keys of a warp at a time
 constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
 constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a key
 
-// Tiles in shared memory, and how producers and consumers hand them over.
-struct TileMemory {
-  alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(8) uint64_t full[kStages];      // mbarriers: the tile is written
-  uint64_t empty[kStages];                // the tile has been used
-  alignas(8) uint8_t valid[kStages * 8];  // a bit for each key
+// Tiles in shared memory, and how producers and consumers hand them over. Every thread that wrote or read one arrives
+// itself: racecheck does not follow a lane that arrives for its warp.
+// A tile may be handed over in kParts of 8 / kParts slabs.
+template <int kCount, int kParts = 1>
+struct StagedTiles {
+  alignas(1024) uint8_t keys[kCount * kTileBytes];
+  alignas(8) uint64_t full[kCount * kParts];  // mbarriers: the part of the tile is written
+  uint64_t empty[kCount];                     // the tile has been used
+  alignas(8) uint8_t valid[kCount * 8];       // a bit for each key
 };
+using TileMemory = StagedTiles<kStages>;
 
 struct Tiles {
   uint8_t* keys;
@@ -35,6 +39,7 @@ struct Tiles {
   uint32_t full;
   uint32_t empty;
 
+  // With parts: of stage * kParts + part
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
@@ -51,14 +56,16 @@ struct StageUses {
 };
 static_assert(kStages == 2, "StageUses counts two");
 
-// By all threads of the CTA, first of all.
-__device__ __forceinline__ Tiles start_tiles(TileMemory& memory, int producer_warps, int consumer_warps) {
+// By all threads of the CTA, first of all. A tile is free again after so many arrivals.
+template <int kCount, int kParts>
+__device__ __forceinline__ Tiles start_tiles(StagedTiles<kCount, kParts>& memory, int producer_warps,
+                                             int consumer_arrivals) {
   const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps);
-      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_warps);
+    for (int part = 0; part < kCount * kParts; ++part) {
+      ptx::mbarrier_init(tiles.full_barrier(part), producer_warps * kWarp);
     }
+    for (int stage = 0; stage < kCount; ++stage) ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_arrivals);
   }
   __syncthreads();
   return tiles;
@@ -122,31 +129,53 @@ __device__ __forceinline__ void multiply_again(uint2 scales, uint8_t* first_chun
   }
 }
 
-// Write tiles first .. last - 1 of a row's keys; tile t goes to stage (t - first) % kStages, which has been used for
-// `uses` tiles of other rows before.
+// The keys of a producing warp, 32 at a time: those of four blocks, of units first, first + step, .. below `last`.
 template <int kWarps>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
-                                        int last, int warp, const StageUses& uses) {
-  constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
-  constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
-  const int blocks = (last - first) * kBlocks;
+struct WarpKeys {
+  static constexpr int kBlocks = kUnit / (kWarps * kBlock);  // of a warp in a tile
+  static constexpr int kBatch = kWarp / kBlock;              // blocks whose keys are looked up together
+  int first, step, blocks, warp;
 
-  const auto find_entry = [&](int batch) {
-    const int block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
-    const int key = (first + block / kBlocks) * kUnit + part * kBlock + column;
+  __device__ __forceinline__ WarpKeys(int first, int last, int step, int warp)
+      : first(first), step(step), blocks((last - first + step - 1) / step * kBlocks), warp(warp) {}
+
+  __device__ __forceinline__ Lookup find_entry(const KeySources& sources, const RowKeys& row, int batch) const {
+    const int lane = threadIdx.x % kWarp, block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
+    const int key = (first + block / kBlocks * step) * kUnit + part * kBlock + lane % kBlock;
     return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
-  };
-  const auto find_page = [&](Lookup& lookup) {
-    if (lookup.entry >= 0) lookup.page = *page_of(sources, row, lookup);
-  };
-  Lookup upcoming = find_entry(0), later = find_entry(1);
-  find_page(upcoming);
+  }
+};
+
+__device__ __forceinline__ void find_page(const KeySources& sources, const RowKeys& row, Lookup& lookup) {
+  if (lookup.entry >= 0) lookup.page = *page_of(sources, row, lookup);
+}
+
+// The lookups of a warp's first two batches, the first with its pages.
+struct FirstLookups {
+  Lookup upcoming, later;
+
+  template <int kWarps>
+  __device__ __forceinline__ FirstLookups(const KeySources& sources, const RowKeys& row, const WarpKeys<kWarps>& keys)
+      : upcoming(keys.find_entry(sources, row, 0)), later(keys.find_entry(sources, row, 1)) {
+    find_page(sources, row, upcoming);
+  }
+};
+
+// Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0, each of which has been used for
+// `uses` tiles of other rows before.
+template <int kWarps, int kCount, int kParts>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles,
+                                        const WarpKeys<kWarps>& own, const FirstLookups& lookups,
+                                        const StageUses& uses) {
+  constexpr int kBlocks = WarpKeys<kWarps>::kBlocks, kBatch = WarpKeys<kWarps>::kBatch, kPart = kSlabs / kParts;
+  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int blocks = own.blocks, warp = own.warp;
+  Lookup upcoming = lookups.upcoming, later = lookups.later;
   KeyPlace ready = place_of(sources, row, upcoming);
   uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
   upcoming = later;
-  find_page(upcoming);
-  later = find_entry(2);
+  find_page(sources, row, upcoming);
+  later = own.find_entry(sources, row, 2);
 
   KeyPlace next{from_lane(ready.data, column), from_lane(ready.scales, column)};
   uint4 parts[kLoads];
@@ -155,15 +184,15 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   uint2 scales = *reinterpret_cast<const uint2*>(next.scales);
 
   for (int block = 0; block < blocks; ++block) {
-    const int tile = block / kBlocks, stage = tile % kStages, part = block % kBlocks * kWarps + warp;
+    const int tile = block / kBlocks, stage = tile % kCount, part = block % kBlocks * kWarps + warp;
     const int following = block + 1, source = following % kBatch * kBlock;
     const uint32_t valid = present >> block % kBatch * kBlock & 0xFF;
     if (following % kBatch == 0) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
       upcoming = later;
-      find_page(upcoming);
-      later = find_entry(following / kBatch + 2);
+      find_page(sources, row, upcoming);
+      later = own.find_entry(sources, row, following / kBatch + 2);
     }
     next = {from_lane(ready.data, source + column), from_lane(ready.scales, source + column)};
     const uint2 next_scales = *reinterpret_cast<const uint2*>(next.scales);
@@ -172,12 +201,18 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (large)
       scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
 
-    const uint32_t use = uses.of(stage) + tile / kStages;
+    const uint32_t use = uses.of(stage) + tile / kCount;
     if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
     const int key = part * kBlock + column;
     uint8_t* const keys = tiles.keys + stage * kTileBytes;
     uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);
     uint8_t* const second_chunk = keys + chunk_offset(key, 2 * quarter + 1);
+    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
+    const auto hand_over = [&](int slabs) {
+      ptx::fence_async_proxy();
+      ptx::mbarrier_arrive(tiles.full_barrier(stage * kParts + slabs / kPart - 1));
+    };
+    const bool last_block = block % kBlocks == kBlocks - 1;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       uint4 a, b;
@@ -195,16 +230,23 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
       *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
       __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+      if (kParts > 1 && (slab + 1) % kPart == 0 && last_block && !large) hand_over(slab + 1);
     }
     if (large) multiply_again(all_scales, first_chunk, second_chunk);
-    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
-    if (block % kBlocks == kBlocks - 1) {
-      ptx::fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(tiles.full_barrier(stage));
+    if (last_block && (kParts == 1 || large)) {
+#pragma unroll
+      for (int slabs = kPart; slabs <= kSlabs; slabs += kPart) hand_over(slabs);
     }
     scales = next_scales;
   }
+}
+
+// The same for units first .. last - 1, from the first lookup on.
+template <int kWarps, int kCount = kStages>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
+                                        int last, int warp, const StageUses& uses) {
+  const WarpKeys<kWarps> own(first, last, 1, warp);
+  produce<kWarps, kCount, 1>(sources, row, tiles, own, FirstLookups(sources, row, own), uses);
 }
 
 }  // namespace dsv4

@@ -9,45 +9,53 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4 {
 
-// The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads.
+// The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads. All
+// that a thread copies is under way at once.
 template <int kHeads>
 __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t stride, int heads, uint8_t* query,
                                              int thread, int threads) {
+  const auto place = [&](int head, int chunk) {
+    return query + chunk / 8 * kHeads * kRowBytes + chunk_offset(head, chunk % 8);
+  };
   const auto load = [&](int head, int chunk) {
     return head < heads ? ptx::load_once(q + head * stride + chunk * 8) : uint4{0, 0, 0, 0};
   };
-  const auto store = [&](int head, int chunk, uint4 value) {
-    const uint32_t slab = chunk / 8 * kHeads * kRowBytes;
-    *reinterpret_cast<uint4*>(query + slab + chunk_offset(head, chunk % 8)) = value;
-  };
-#pragma unroll 7
   for (int i = thread; i < kHeads * kNopeChunks; i += threads) {
     const int head = i / kNopeChunks, chunk = i % kNopeChunks;
-    store(head, chunk, load(head, chunk));
+    const bool exists = head < heads;
+    ptx::cp_async_16(place(head, chunk), exists ? q + head * stride + chunk * 8 : q, exists ? 16 : 0);
   }
+  ptx::cp_async_commit();
   for (int i = thread; i < kHeads * 4; i += threads) {
     const int head = i / 4, chunk = kNopeChunks + i % 4 * 2;
     uint4 first = load(head, chunk), second = load(head, chunk + 1);
     split_pairs(first, second);
-    store(head, chunk, first);
-    store(head, chunk + 1, second);
+    *reinterpret_cast<uint4*>(place(head, chunk)) = first;
+    *reinterpret_cast<uint4*>(place(head, chunk + 1)) = second;
   }
+  ptx::cp_async_wait<0>();
 }
 
-// scores [64 keys, kHeads] = keys . queries, under way until waited for
-template <int kHeads>
-__device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
+// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those before; under way until waited
+// for.
+template <int kHeads, int kFirst, int kLast>
+__device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
   const uint64_t b = ptx::wgmma_descriptor(query, 16, 1024, true);
   ptx::pin_registers(scores);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) {
+  for (int step = kFirst * 4; step < kLast * 4; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
     ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
                                      ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();
+}
+
+template <int kHeads>
+__device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
+  multiply_slabs<kHeads, 0, kSlabs>(keys, query, scores);
 }
 
 // output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for

@@ -121,6 +121,8 @@ struct Steps {
   float before[kColumns<kHeads>], unit[kColumns<kHeads>];
   bool rescale = false;  // `before` is not 1 everywhere in this warp
 
+  Steps() = default;
+
   __device__ __forceinline__ Steps(float (&references)[kColumns<kHeads>], const float (&largest)[kColumns<kHeads>]) {
 #pragma unroll
     for (int column = 0; column < kColumns<kHeads>; ++column) {

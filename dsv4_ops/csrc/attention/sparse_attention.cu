@@ -8,19 +8,23 @@
 //
 // The result of a row is a fold over its units: each has its own largest score, weights exp2(score - largest) in bf16,
 // sum and output from zero, which are then added to what came before by one FMA (softmax.cuh). So the bits of a row are
-// the same whether one CTA goes through all units, or a CTA computes each and add_units_kernel folds them; and whether
-// a CTA has 8 heads or 64. That choice alone depends on the number of rows:
+// the same whether one CTA goes through all units, or the units are weighed by different CTAs; and whether a CTA has 8
+// heads or 64. Who does what depends on the number of rows:
 //
-//   tile of heads  the smallest of 16, 32 and 64 (8 where there are 8) that gives each CTA an SM of its own
-//   split          one unit a CTA where few rows would leave most SMs idle: where ops/attention.py gives a workspace
+//   few rows       two kernels, sparse_attention_split.cu: where ops/attention.py gives a workspace
+//   otherwise      this kernel with the smallest tile of 16 or 32 heads (8 where there are 8) that gives each CTA an SM
+//                  of its own
+//   many           sparse_attention_wide.cu: 64 heads a CTA
 //
-// sparse_attention_kernel: a CTA owns kHeads heads of one row, and all of its units or one. 384 threads, one CTA an SM:
+// sparse_attention_kernel: a CTA owns kHeads heads of one row and all of its units. 384 threads, one CTA an SM:
 //
 //   warpgroup 0      queries, scores, weights, output: output in kHeads / 2 x 8 registers
 //   warpgroups 1, 2  producers: gather, unpack, write tiles (producer.cuh)
 //
-// Shared memory: two tiles of keys 2 x 64 KB; queries kHeads KB, in the end the staged output; weights kHeads x 128
-// bytes; largest scores and sums of each warp.
+// Shared memory: tiles of keys of 64 KB, 3 for up to 16 heads and 2 for 32; queries kHeads KB, in the end the staged
+// output; weights kHeads x 128 bytes; largest scores and sums of each warp. With three tiles, the scores of a unit are
+// computed while the one before is weighed and a third is written; with two, the consumers would hold both while
+// producers idle, so they take one unit at a time.
 //
 // Cost of a unit in cycles of an SM for kHeads = 16 (32). Shared memory, at 128 bytes a cycle, is what bounds it:
 //
@@ -28,8 +32,6 @@
 //   unpacking          8 instructions for 4 codes, 400 a warp and 8 keys with all else: 800 of each SM quarter
 //   shared memory      write K 512, read K twice 1024, read Q and weights 256 (512): 1800 (2050)
 //   tensor cores       512 (1024)
-//
-// add_units_kernel: a CTA owns 64 dimensions of kHeads heads of a row and reads 260 bytes a head and unit.
 #include "attention/output.cuh"
 #include "attention/products.cuh"
 #include "common/launch.cuh"
@@ -41,31 +43,17 @@ constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;  // of a thread
 static_assert(2 * kProducerRegisters + kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
 [[maybe_unused]] constexpr int kBarrier = 1;      // of the consuming warpgroup
-constexpr int kSplitHeads = 16;  // heads of a CTA that has one unit
+template <int kHeads>
+constexpr int kRing = kHeads <= 16 ? 3 : 2;  // tiles
 
 template <int kHeads>
 struct SharedMemory {
   static constexpr int kQueryBytes = (kHeads * kStagingStride<kDim> + 1023) / 1024 * 1024;
-  TileMemory tiles;
+  StagedTiles<kRing<kHeads>> tiles;
   alignas(1024) uint8_t query[kQueryBytes];  // 8 slabs of [kHeads][128 bytes]; in the end the output as [kHeads][512]
   alignas(128) uint8_t weights[kHeads * kUnit * 2];
   float largest[4 * kHeads];
   float sum[4 * kHeads];
-};
-
-// Where the partial result of a unit lies: heads of a tile, as the threads of a warpgroup hold them.
-template <int kHeads>
-struct Partial {
-  static constexpr int kFloats = kHeads * (kDim + 2);
-  float* data;
-
-  __device__ __forceinline__ Partial(float* partials, int64_t tile, int units, int unit)
-      : data(partials + (tile * units + unit) * kFloats) {}
-  __device__ __forceinline__ float4* output(int slab) const {  // [kHeads / 8][128 threads]
-    return reinterpret_cast<float4*>(data) + slab * (kHeads / 8) * kWarpgroup;
-  }
-  __device__ __forceinline__ float* largest() const { return data + kHeads * kDim; }  // [kHeads]
-  __device__ __forceinline__ float* sum() const { return data + kHeads * kDim + kHeads; }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -77,11 +65,12 @@ struct Result {
   Total total;
 };
 
-// All units of a row's keys, as the producers deliver them. The scores of the next unit are computed while this one's
-// are turned into weights. kDepth slabs of output are under way at a time.
+// All units of a row's keys, as the producers deliver them. kDepth slabs of output are under way at a time.
 template <int kHeads, int kDepth>
 __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>& memory, int units,
                                         Result<kHeads>& result) {
+  constexpr int kCount = kRing<kHeads>;
+  constexpr bool kAhead = kCount > 2;  // scores of the next unit while this one's are turned into weights
   float references[kColumns<kHeads>];
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
@@ -96,18 +85,19 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
   const int thread = threadIdx.x % kWarpgroup;
   float ahead[kHeads / 2], parts[kDepth][kHeads / 2];
   const auto start_scores = [&](int unit) {
-    ptx::mbarrier_wait(tiles.full_barrier(unit % kStages), unit / kStages & 1);
-    multiply_queries<kHeads>(tile + unit % kStages * kTileBytes, query, ahead);
+    ptx::mbarrier_wait(tiles.full_barrier(unit % kCount), unit / kCount & 1);
+    multiply_queries<kHeads>(tile + unit % kCount * kTileBytes, query, ahead);
   };
-  if (units > 0) start_scores(0);
+  if (kAhead && units > 0) start_scores(0);
   for (int unit = 0; unit < units; ++unit) {
-    const int stage = unit % kStages;
+    const int stage = unit % kCount;
     const uint32_t keys = tile + stage * kTileBytes;
+    if (!kAhead) start_scores(unit);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(ahead);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
-    if (unit + 1 < units) start_scores(unit + 1);
+    if (kAhead && unit + 1 < units) start_scores(unit + 1);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
     float largest[kColumns<kHeads>], own_largest = -INFINITY;
     weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
@@ -124,31 +114,12 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       wait_for_slab(slab + kDepth <= kSlabs ? kDepth - 1 : kSlabs - 1 - slab);
-      if (slab == kSlabs - 1) {
-        __syncwarp();  // all lanes have read which keys are valid
-        if (threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
-      }
+      if (slab == kSlabs - 1) ptx::mbarrier_arrive(tiles.empty_barrier(stage));
       ptx::pin_registers(parts[slab % kDepth]);
       add_output<kHeads>(result.output[slab], parts[slab % kDepth], steps);
       if (slab + kDepth < kSlabs) multiply_weights<kHeads>(keys, weights, slab + kDepth, parts[slab % kDepth]);
     }
   }
-}
-
-template <int kHeads>
-__device__ __forceinline__ void store_partial(const Result<kHeads>& result, const Partial<kHeads>& partial) {
-  const int thread = threadIdx.x % kWarpgroup;
-#pragma unroll
-  for (int slab = 0; slab < kSlabs; ++slab) {
-#pragma unroll
-    for (int i = 0; i < kHeads / 8; ++i) {
-      const float* const four = result.output[slab] + 4 * i;
-      partial.output(slab)[i * kWarpgroup + thread] = float4{four[0], four[1], four[2], four[3]};
-    }
-  }
-  if (thread >= kHeads) return;
-  partial.largest()[thread] = result.total.reference;
-  partial.sum()[thread] = result.total.sum;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -160,22 +131,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory<kHeads>*>(memory_start);
   constexpr int kProducerWarps = 8;
-  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 4);
+  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, kWarpgroup);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
   const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
-  const int row_units = (keys.count + kUnit - 1) / kUnit;
-  const bool split = gridDim.y > 1;
-  const int first = split ? blockIdx.y : 0, last = split ? min(first + 1, row_units) : row_units;
-  if (split && first >= row_units) return;
+  const int units = (keys.count + kUnit - 1) / kUnit;
 
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
   if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
     ptx::give_registers<kProducerRegisters>();
-    produce<kProducerWarps>(attention.keys, keys, tiles, first, last, threadIdx.x / kWarp - 4, StageUses());
+    const int warp = threadIdx.x / kWarp - 4;
+    produce<kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, 0, units, warp, StageUses());
     return;
   }
   ptx::take_registers<kConsumerRegisters>();
@@ -186,17 +155,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::fence_async_proxy();
   ptx::named_barrier(kBarrier, kWarpgroup);
   Result<kHeads> result;
-  consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, last - first, result);
+  const float sink = thread < kHeads ? sink_of(attention, first_head + thread) : 0.0f;
+  const float2 turn = inverse_turn(attention.rope, keys.position);
+  consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
-  if (split) {
-    store_partial<kHeads>(result, Partial<kHeads>(attention.partials, blockIdx.x, gridDim.y, first));
-    return;
-  }
-  if (thread < kHeads) memory.largest[thread] = finish_head(attention, row, first_head + thread, result.total, true);
+  if (thread < kHeads) memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
   ptx::named_barrier(kBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
   load_columns<kHeads>(memory.largest, reciprocal);
-  const float2 turn = inverse_turn(attention.rope, keys.position);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     finish_slab<kHeads>(result.output[slab], reciprocal, slab == kSlabs - 1, turn);
@@ -210,72 +176,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Adds up the units of a row and writes one slab of the output of kHeads heads.
-template <int kHeads>
-__global__ void __launch_bounds__(kWarpgroup)
-    add_units_kernel(const __grid_constant__ SparseAttention attention, int units) {
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  __shared__ alignas(16) uint8_t staging[kHeads * kStagingStride<kSlab>];
-  const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
-  const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;
-  const int slab = blockIdx.y, first_head = head_tile * kHeads, heads = attention.heads - first_head;
-  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
-  const int row_units = (keys.count + kUnit - 1) / kUnit;
-  __shared__ float reciprocals[kHeads];
-  const int thread = threadIdx.x;
-  float references[kColumns<kHeads>], output[kHeads / 2] = {};
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
-  Total total;
-#pragma unroll 8
-  for (int unit = 0; unit < row_units; ++unit) {
-    const Partial<kHeads> partial(attention.partials, blockIdx.x, units, unit);
-    float largest[kColumns<kHeads>], part[kHeads / 2];
-    load_columns<kHeads>(partial.largest(), largest);
-#pragma unroll
-    for (int i = 0; i < kHeads / 8; ++i) {
-      const float4 four = partial.output(slab)[i * kWarpgroup + thread];
-      part[4 * i] = four.x;
-      part[4 * i + 1] = four.y;
-      part[4 * i + 2] = four.z;
-      part[4 * i + 3] = four.w;
-    }
-    if (thread < kHeads) total.add(partial.largest()[thread], partial.sum()[thread]);
-    const Steps<kHeads> steps(references, largest);
-    if (steps.rescale) rescale_output<kHeads>(output, steps);
-    add_output<kHeads>(output, part, steps);
-  }
-  if (thread < kHeads) reciprocals[thread] = finish_head(attention, row, first_head + thread, total, slab == 0);
-  __syncthreads();
-  float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(reciprocals, reciprocal);
-  finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, inverse_turn(attention.rope, keys.position));
-  stage_slab<kHeads, kSlab>(output, staging, 0);
-  __syncthreads();
-  const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
-  store_rows<kHeads, kSlab>(staging, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, slab * kSlab);
-}
-
 int tiles_of(int heads, int tile) { return (heads + tile - 1) / tile; }
 
-int units_of(const SparseAttention& attention) {
-  return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
-}
-
 template <int kHeads>
-cudaError_t launch(const SparseAttention& attention, int units, cudaStream_t stream) {
+cudaError_t launch(const SparseAttention& attention, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, kHeads));
-  const Launch at{dim3(tiles, units), dim3(kThreads), stream, sizeof(SharedMemory<kHeads>)};
+  const Launch at{dim3(tiles), dim3(kThreads), stream, sizeof(SharedMemory<kHeads>)};
   return launch_kernel(sparse_attention_kernel<kHeads>, at, attention);
-}
-
-template <int kHeads>
-cudaError_t launch_split(const SparseAttention& attention, int units, cudaStream_t stream) {
-  const cudaError_t status = launch<kHeads>(attention, units, stream);
-  if (status != cudaSuccess) return status;
-  const Launch at{dim3(attention.rows * tiles_of(attention.heads, kHeads), kSlabs), dim3(kWarpgroup), stream};
-  return launch_kernel(add_units_kernel<kHeads>, at, attention, units);
 }
 
 }  // namespace
@@ -289,27 +196,19 @@ bool on_tensor_cores(const SparseAttention& attention) {
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 }
 
-int64_t partial_floats(const SparseAttention& attention) {
-  const int tile = attention.heads <= 8 ? 8 : kSplitHeads;
-  return attention.rows * tiles_of(attention.heads, tile) * units_of(attention) * tile * (kDim + 2);
-}
-
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream) {
-  constexpr int kLargestGrid = 65535;
-  const int units = units_of(attention), heads = attention.heads;
-  if (attention.partials != nullptr && units <= kLargestGrid) {
-    return heads <= 8 ? launch_split<8>(attention, units, stream) : launch_split<kSplitHeads>(attention, units, stream);
-  }
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   }
   if (status != cudaSuccess) return status;
+  if (attention.partials != nullptr) return launch_sparse_attention_split(attention, processors, stream);
+  const int heads = attention.heads;
   const auto fits = [&](int tile) { return heads <= tile || attention.rows * tiles_of(heads, tile) <= processors; };
-  if (heads <= 8) return launch<8>(attention, 1, stream);
-  if (fits(16)) return launch<16>(attention, 1, stream);
-  if (fits(32)) return launch<32>(attention, 1, stream);
+  if (heads <= 8) return launch<8>(attention, stream);
+  if (fits(16)) return launch<16>(attention, stream);
+  if (fits(32)) return launch<32>(attention, stream);
   return launch_sparse_attention_wide(attention, processors, stream);
 }
 

@@ -127,7 +127,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory& memory
 #pragma unroll
       for (int slab = 0; slab < kOwnSlabs; ++slab) {
         ptx::wgmma_wait<0>();
-        if (slab == kOwnSlabs - 1 && threadIdx.x % kWarp == 0) ptx::mbarrier_arrive(tiles.empty_barrier(i));
+        if (slab == kOwnSlabs - 1) ptx::mbarrier_arrive(tiles.empty_barrier(i));
         ptx::pin_registers(part);
 #pragma unroll
         for (int j = 0; j < kHeads / 2; ++j) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
   constexpr int kProducerWarps = 4;
-  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 8);
+  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, 2 * kWarpgroup);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 

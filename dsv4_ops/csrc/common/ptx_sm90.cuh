@@ -30,6 +30,21 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
 
+// mbarrier.arrive.expect_tx: one arrival, and the phase does not end before cp_async_bulk has brought `bytes`.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+// cp.async.bulk: `bytes` from global to shared memory, all three multiples of 16, counted by `barrier` as they arrive.
+// What it writes can be read by wgmma and by threads.
+__device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // mbarrier.try_wait.parity: whether the phase of this parity has ended; waits a while before it says no.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;

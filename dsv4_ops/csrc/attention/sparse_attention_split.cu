@@ -1,0 +1,436 @@
+// Sparse attention of sparse_attention.cu for few rows: the work on a row is cut twice, each time along what that step
+// of it does not sum over, so that few bytes pass from one step to the other. The same bits.
+//
+//   weigh_units_kernel  a CTA owns units (of 64 keys) of a row and a tile of heads: scores over all 512 dimensions,
+//                       weights, largest scores and sums. It hands on 136 bytes a unit and head.
+//   add_units_kernel    a CTA owns one slab of 64 dimensions of a row and a tile of heads, and all units: it multiplies
+//                       its dimensions of the keys by the weights, and folds the units in order.
+//
+// Were a unit multiplied where it is weighed, its output would have to be handed on in fp32: 2048 bytes a head, which
+// for 16 rows of 64 heads and 640 keys is 21 MB each way. Instead every key is gathered and unpacked twice, once by
+// each kernel, an eighth of it by each CTA of the second; and that one does so while the first is still at work: it is
+// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables, positions,
+// indices) may be read in front of its own wait. Only weights lie behind it.
+//
+// weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
+// (producer.cuh). Shared memory: two tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
+//
+// add_units_kernel: one or two consuming warpgroups of up to 32 heads each, and four producing warps. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals; there are 6 to 10 of them, so
+// that two CTAs fit an SM.
+//
+// What bounds it is latency, not bytes or flops: a chain of wait, position, index, page, key (each a round trip to L2),
+// unpacking (800 issue slots of each SM quarter a unit), 32 dependent wgmma, reductions over the warps of a warpgroup,
+// the end of a kernel, weights, 4 wgmma a unit, and output.
+#include <algorithm>
+
+#include "attention/output.cuh"
+#include "attention/products.cuh"
+#include "common/launch.cuh"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kWeighThreads = 3 * kWarpgroup;
+constexpr int kGatherWarps = 4;  // of add_units_kernel
+[[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
+constexpr int kHeadBytes = kUnit * 2 + sizeof(float2);  // of a unit, handed from one kernel to the other
+
+// Heads for which a unit is handed on: as many as any choice of tiles reaches.
+int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
+
+int tiles_of(int heads, int tile) { return (heads + tile - 1) / tile; }
+
+int units_of(const SparseAttention& attention) {
+  return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
+}
+
+constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile: the scores of one while the next is unpacked
+
+template <int kHeads>
+struct WeighMemory {
+  StagedTiles<kStages, kParts> tiles;
+  alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
+  float largest[4 * kHeads];
+  float sum[4 * kHeads];
+};
+
+// kHeads of a consuming warpgroup, kGroups of those.
+template <int kHeads, int kGroups>
+struct AddMemory {
+  static constexpr int kAll = kHeads * kGroups;
+  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
+  struct Stage {
+    alignas(1024) uint8_t keys[kSlabBytes];
+    alignas(128) uint8_t weights[kAll * kUnit * 2];
+    alignas(16) float2 totals[kAll];
+  };
+  Stage stages[kDepth];
+  alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
+  float reciprocals[kAll];
+  alignas(8) uint64_t full[kDepth];
+  uint64_t empty[kDepth];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// What is handed on about a unit of a row.
+struct UnitWeights {
+  uint8_t* data;
+  int heads;  // padded
+
+  __device__ __forceinline__ UnitWeights(float* partials, int heads, int64_t unit)
+      : data(reinterpret_cast<uint8_t*>(partials) + unit * heads * kHeadBytes), heads(heads) {}
+  // From a multiple of 8 heads on: [heads / 8][8 core matrices of 8 keys][128 bytes]
+  __device__ __forceinline__ uint8_t* weights(int head) const { return data + head * (kUnit * 2); }
+  // Largest score and sum
+  __device__ __forceinline__ float2* totals(int head) const {
+    return reinterpret_cast<float2*>(data + heads * (kUnit * 2)) + head;
+  }
+};
+
+// Where add_units_kernel gets what it adds up.
+struct WeighedUnits {
+  float* partials;
+  int64_t first;  // unit of the row
+  int padded, first_head;
+
+  // One thread: weights and totals of a unit, for the heads of this CTA.
+  template <typename Memory>
+  __device__ __forceinline__ void copy(Memory& memory, int unit) const {
+    constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
+    typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
+    const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
+    const UnitWeights from(partials, padded, first + unit);
+    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
+    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.weights(first_head), kWeightBytes, full);
+    ptx::cp_async_bulk(ptx::shared_address(stage.totals), from.totals(first_head), kTotalBytes, full);
+  }
+};
+
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of a
+// block and quarter l / 8 of its dimensions; it keeps 128 bytes under way, of eight blocks, or of four of the rope slab.
+// Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
+template <bool kRope, typename Memory>
+__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
+                                            const WeighedUnits& weighed, int units, int slab, int warp) {
+  using Keys = WarpKeys<kGatherWarps>;
+  constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
+  constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
+  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
+  const Keys own(0, units, 1, warp);
+  Lookup upcoming[kLookups], later[kLookups];
+  KeyPlace places[kLookups];
+  int batches = 0;  // looked up
+  const auto look_ahead = [&] {
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) {
+      places[i] = place_of(sources, row, upcoming[i]);
+      upcoming[i] = later[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
+  };
+  uint4 parts[kUnderWay][kPieces];
+  uint32_t scales[kUnderWay];
+  const auto load = [&](int i) {
+    const KeyPlace& place = places[i / kBatch];
+    const int source = i % kBatch * kBlock + column;
+    const uint8_t* const data = from_lane(place.data, source) + (kRope ? kNope + quarter * 32 : slab * 64 + quarter * 16);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
+    scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
+  };
+  for (int i = 0; i < kLookups; ++i) upcoming[i] = own.find_entry(sources, row, batches++);
+  for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+  for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
+  look_ahead();
+#pragma unroll
+  for (int i = 0; i < kUnderWay; ++i) load(i);
+
+  for (int first = 0; first < own.blocks; first += kUnderWay) {
+    look_ahead();
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      const int block = first + i, unit = block / kBlocks, stage = unit % Memory::kDepth, use = unit / Memory::kDepth;
+      if (block >= own.blocks) break;
+      if (block % kBlocks == 0 && use > 0) {
+        ptx::mbarrier_wait(empty + 8 * stage, (use - 1) & 1);
+        if (warp == 0 && lane == 0) weighed.copy(memory, unit);
+      }
+      uint4 a, b;
+      if constexpr (kRope) {
+        a = parts[i][0];
+        b = parts[i][1];
+        split_pairs(a, b);
+      } else {
+        unpack_e4m3(parts[i][0], first_factor(min(scales[i], kLargestScale)), a, b);
+        if (scales[i] > kLargestScale) {
+          multiply_chunk(a, second_factor(scales[i]));
+          multiply_chunk(b, second_factor(scales[i]));
+        }
+      }
+      load(i);
+      const int key = (block % kBlocks * kGatherWarps + warp) * kBlock + column;
+      uint8_t* const keys = memory.stages[stage].keys;
+      *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
+      *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + 1)) = b;
+      if (block % kBlocks == kBlocks - 1) {
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(full + 8 * stage);
+      }
+    }
+  }
+}
+
+// A consuming warpgroup: the fold over all units. Products of kTogether units are under way while the steps of the fold
+// are computed; where fewer are left, the last one is multiplied again, and not added: a branch around products would
+// make ptxas serialise them all.
+template <int kHeads, int kTogether, typename Memory>
+__device__ __forceinline__ void fold_units(Memory& memory, int units, int group, float (&output)[kHeads / 2],
+                                           Total& total) {
+  const int thread = threadIdx.x % kWarpgroup;
+  float references[kColumns<kHeads>];
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kHeads / 2; ++i) output[i] = 0.0f;
+  for (int first = 0; first < units; first += kTogether) {
+    float parts[kTogether][kHeads / 2];
+    Steps<kHeads> steps[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int unit = min(first + i, units - 1);
+      ptx::mbarrier_wait(ptx::shared_address(memory.full + unit % Memory::kDepth), unit / Memory::kDepth & 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int stage = min(first + i, units - 1) % Memory::kDepth;
+      multiply_weights<kHeads>(ptx::shared_address(memory.stages[stage].keys),
+                               ptx::shared_address(memory.stages[stage].weights + group * kHeads * kUnit * 2), 0,
+                               parts[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const bool exists = first + i < units;
+      const float2* const totals = memory.stages[min(first + i, units - 1) % Memory::kDepth].totals + group * kHeads;
+      float largest[kColumns<kHeads>];
+#pragma unroll
+      for (int column = 0; column < kColumns<kHeads>; ++column) {
+        largest[column] = exists ? totals[head_of_column(column, threadIdx.x % kWarp)].x : references[column];
+      }
+      steps[i] = Steps<kHeads>(references, largest);
+      if (exists && thread < kHeads) total.add(totals[thread].x, totals[thread].y);
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i >= units) break;
+      ptx::pin_registers(parts[i]);
+      ptx::mbarrier_arrive(ptx::shared_address(memory.empty + (first + i) % Memory::kDepth));
+      if (steps[i].rescale) rescale_output<kHeads>(output, steps[i]);
+      add_output<kHeads>(output, parts[i], steps[i]);
+    }
+  }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int kHeads>
+__global__ void __launch_bounds__(kWeighThreads, 1)
+    weigh_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t memory_start[];
+  auto& memory = *reinterpret_cast<WeighMemory<kHeads>*>(memory_start);
+  constexpr int kProducerWarps = 8;
+  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, kWarpgroup);
+  const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
+  const uint32_t row = blockIdx.x / head_tiles, first_head = blockIdx.x % head_tiles * kHeads;
+  const int first = blockIdx.y, step = gridDim.y, thread = threadIdx.x;
+  const int32_t* const position = position_of(attention.rope, row);
+  const int guess = guess_position(attention.rope, position);
+  const bool producer = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0;  // known to be the same in all lanes
+  RowKeys keys = keys_of_row(attention.keys, attention.rope, row, guess);
+  WarpKeys<kProducerWarps> own(first, units_of_row(keys), step, threadIdx.x / kWarp - 4);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+
+  if (producer) {
+    const int actual = ptx::load_relaxed(position);
+    FirstLookups lookups(attention.keys, keys, own);
+    if (actual != guess) {
+      keys = keys_of_row(attention.keys, attention.rope, row, actual);
+      own = WarpKeys<kProducerWarps>(first, units_of_row(keys), step, own.warp);
+      lookups = FirstLookups(attention.keys, keys, own);
+    }
+    if (own.blocks > 0) {
+      produce<kProducerWarps, kStages, kParts>(attention.keys, keys, tiles, own, lookups, StageUses());
+    }
+    return;
+  }
+  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row));
+  if (first >= row_units) return;
+  const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
+  load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
+                       attention.heads - first_head, memory.query, thread, kWarpgroup);
+  ptx::fence_async_proxy();
+  ptx::named_barrier(kBarrier, kWarpgroup);
+  const uint32_t query = ptx::shared_address(memory.query);
+  for (int unit = first, tile = 0; unit < row_units; unit += step, ++tile) {
+    const int stage = tile % kStages, parity = tile / kStages & 1;
+    const uint32_t tile_keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
+    float scores[kHeads / 2], own_largest = -INFINITY;
+    static_assert(kParts == 4 && kSlabs == 8, "two slabs a part");
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts), parity);
+    multiply_slabs<kHeads, 0, 2>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 1), parity);
+    multiply_slabs<kHeads, 2, 4>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 2), parity);
+    multiply_slabs<kHeads, 4, 6>(tile_keys, query, scores);
+    ptx::mbarrier_wait(tiles.full_barrier(stage * kParts + 3), parity);
+    multiply_slabs<kHeads, 6, 8>(tile_keys, query, scores);
+    const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(scores);
+    ptx::mbarrier_arrive(tiles.empty_barrier(stage));
+    const UnitWeights result(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
+    weigh<kHeads>(scores, valid, Exchange{result.weights(first_head), memory.largest, memory.sum}, kBarrier,
+                  own_largest, [](int, float) {});
+    ptx::named_barrier(kBarrier, kWarpgroup);
+    if (thread < kHeads) {
+      result.totals(first_head)[thread] = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
+    }
+  }
+#else
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+#endif
+}
+
+template <int kHeads, int kGroups>
+constexpr int kAddThreads = kGroups * kWarpgroup + kGatherWarps * kWarp;
+
+template <int kHeads, int kGroups>
+__global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
+    add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) uint8_t memory_start[];
+  using Memory = AddMemory<kHeads, kGroups>;
+  auto& memory = *reinterpret_cast<Memory*>(memory_start);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Memory::kDepth; ++stage) {
+      ptx::mbarrier_init(ptx::shared_address(memory.full + stage), kGatherWarps * kWarp + 1);
+      ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
+    }
+  }
+  __syncthreads();
+  const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
+  const uint32_t row = blockIdx.x / head_tiles;
+  const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
+  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
+  const int row_units = units_of_row(keys);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
+  const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
+  if (warp >= 4 * kGroups) {
+    const int gatherer = warp - 4 * kGroups;
+    if (slab == kSlabs - 1) {
+      gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+    } else {
+      gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+    }
+    return;
+  }
+  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup, own_head = first_head + group * kHeads;
+  const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+  const float2 turn = inverse_turn(attention.rope, keys.position);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+
+  if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
+  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 4;  // as many as registers allow
+  float output[kHeads / 2];
+  Total total;
+  fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
+  float* const reciprocals = memory.reciprocals + group * kHeads;
+  if (thread < kHeads) {
+    reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+  }
+  ptx::named_barrier(kBarrier + group, kWarpgroup);
+  float reciprocal[kColumns<kHeads>];
+  load_columns<kHeads>(reciprocals, reciprocal);
+  finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
+  stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
+  ptx::named_barrier(kBarrier + group, kWarpgroup);
+  const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
+  store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
+                            attention.heads - own_head, slab * kSlab);
+#else
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+#endif
+}
+
+// The smallest tile of heads with which `count` CTAs a row and tile get an SM each, and no smaller than needed.
+int choose_tile(const SparseAttention& attention, int64_t count, int processors) {
+  for (const int tile : {8, 16, 32}) {
+    if (attention.heads <= tile) return tile;
+    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= processors) return tile;
+  }
+  return 64;
+}
+
+template <int kHeads>
+cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
+  const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
+  // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
+  const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
+  const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
+  const Launch at{dim3(tiles, groups), dim3(kWeighThreads), stream, sizeof(WeighMemory<kHeads>)};
+  return launch_kernel(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
+}
+
+template <int kHeads, int kGroups>
+cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t stream) {
+  using Memory = AddMemory<kHeads, kGroups>;
+  const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
+  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads<kHeads, kGroups>), stream, sizeof(Memory)};
+  return launch_kernel(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
+}
+
+}  // namespace
+
+int64_t partial_floats(const SparseAttention& attention) {
+  return attention.rows * units_of(attention) * padded_heads(attention.heads) * (kHeadBytes / 4);
+}
+
+cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
+  const int units = units_of(attention);
+  const auto weigh = [&] {
+    switch (choose_tile(attention, units, processors)) {
+      case 8:
+        return launch_weigh<8>(attention, units, processors, stream);
+      case 16:
+        return launch_weigh<16>(attention, units, processors, stream);
+      case 32:
+        return launch_weigh<32>(attention, units, processors, stream);
+      default:
+        return launch_weigh<64>(attention, units, processors, stream);
+    }
+  };
+  const cudaError_t status = weigh();
+  if (status != cudaSuccess) return status;
+  switch (choose_tile(attention, kSlabs, processors)) {
+    case 8:
+      return launch_add<8, 1>(attention, units, stream);
+    case 16:
+      return launch_add<16, 1>(attention, units, stream);
+    case 32:
+      return launch_add<32, 1>(attention, units, stream);
+    default:
+      return launch_add<32, 2>(attention, units, stream);
+  }
+}
+
+}  // namespace dsv4
