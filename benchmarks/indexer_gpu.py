@@ -124,10 +124,8 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
     most = max(max(row["warm_us"], row["peers"] or 0.0) for row in rows)
     lines = []
     for (form, batch, count, k), group in groups.items():
-        lines += [
-            "",
-            f"{form}, {batch} x {count} rows, k {k}: us, # ours, - peers, logarithmic; MiB beyond the arguments",
-        ]
+        title = f"{form}, {batch} x {count} rows, k {k}: us, # ours, - peers, logarithmic; MiB beyond the arguments"
+        lines += ["", title]
         for row in sorted(group, key=lambda row: row["entries"]):
             extra = f"{row['peak_extra_bytes'] / 2**20:.1f} MiB"
             lines.append(f"{row['entries']:>7} keys {row['warm_us']:>8.1f} {bar(row['warm_us'], most, '#')} {extra}")
@@ -152,7 +150,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
-    """Time all cases, print table and chart, write the result file."""
+    """Time all cases, print table and chart, write the result file if there is a place for it."""
     require_kernels()
     timer = Timer(replays)
     rows = []
@@ -162,13 +160,14 @@ def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
     print_rows(rows)
     print(*chart(rows), sep="\n")
     record = gpu_header() | {"heads": HEADS, "dim": DIM, "page_size": PAGE_SIZE, "rows": rows}
-    gpu = record["gpu"]["name"].lower().removeprefix("nvidia ").split()[0]
-    write(output or RESULTS / f"indexer_{gpu}.json", record)
+    if output is not None:
+        write(output, record)
 
 
 def main() -> None:
     arguments = parse()
-    run(arguments.form, arguments.replays, arguments.out)
+    gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[0]
+    run(arguments.form, arguments.replays, arguments.out or RESULTS / f"indexer_{gpu}.json")
 
 
 if __name__ == "__main__":
