@@ -78,9 +78,14 @@ def run_indexer(arguments: argparse.Namespace) -> None:
         raise UserError("dsv4 bench indexer takes --quick and --output alone")
     check_output(arguments.output)
     check_gpu([])
+    import torch
+
     from benchmarks import indexer_gpu
 
-    indexer_gpu.run(indexer_gpu.FORMS, QUICK_REPLAYS if arguments.quick else REPLAYS, arguments.output)
+    output = arguments.output
+    if output is None and not arguments.quick:
+        output = default_output(torch.cuda.get_device_name(), "indexer")
+    indexer_gpu.run(indexer_gpu.FORMS, QUICK_REPLAYS if arguments.quick else REPLAYS, output)
 
 
 def select(arguments: argparse.Namespace) -> "list[Case]":
@@ -144,12 +149,12 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"{path.absolute().parent} is not a directory; make it first")
 
 
-def default_output(gpu: str) -> Path | None:
+def default_output(gpu: str, what: str = "ops") -> Path | None:
     """The result file of this GPU in a checkout; None where the package is installed."""
     if not (PACKAGE.parent / "pyproject.toml").is_file():
         return None
     name = gpu.lower().removeprefix("nvidia ").split()[0]
-    return PACKAGE / "results" / f"ops_{name}.json"
+    return PACKAGE / "results" / f"{what}_{name}.json"
 
 
 def measure(cases: "list[Case]", replays: int) -> dict[str, Any]:
