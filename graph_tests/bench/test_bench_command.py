@@ -12,6 +12,7 @@ import torch
 from benchmarks import op_bench
 from benchmarks.cases import all_cases
 from benchmarks.floors import H200
+from benchmarks.indexer_gpu import chart
 from benchmarks.result import (
     COLUMNS,
     cells,
@@ -74,6 +75,8 @@ def test_without_a_filter_only_operators_with_a_kernel_are_timed():
         (("--tokens", "1,40000"), "--tokens wants numbers from 1 to 32768"),
         (("--output", "/no/such/folder/x.json"), "/no/such/folder is not a directory; make it first"),
         (("--output", "/tmp"), "/tmp is a directory; --output names the file to write"),
+        (("indexer", "--filter", "fp8"), "dsv4 bench indexer takes --quick and --output alone"),
+        (("indexer", "--output", "/tmp"), "/tmp is a directory; --output names the file to write"),
     ],
 )
 def test_what_a_user_can_get_wrong(words, message):
@@ -85,6 +88,22 @@ def test_what_a_user_can_get_wrong(words, message):
 def test_without_a_gpu_one_line_says_what_is_missing():
     with pytest.raises(UserError, match=r"^dsv4 bench needs an NVIDIA GPU: torch .*; `dsv4 bench --list` shows"):
         run("--filter", "quant_fp8")
+
+
+@NEEDS_GPU
+def test_the_indexer_view_needs_a_gpu_too():
+    with pytest.raises(UserError, match="^dsv4 bench needs an NVIDIA GPU"):
+        run("indexer", "--quick")
+
+
+def test_the_indexer_view_draws_ours_above_the_peers():
+    common = {"form": "fp8", "batch": 1, "rows": 1, "k": 512, "peak_extra_bytes": 1 << 20}
+    rows = [common | {"entries": 65536, "warm_us": 10.0, "peers": 100.0}]
+    rows += [common | {"entries": 8192, "warm_us": 0.5, "peers": None}, rows[0] | {"form": "fp4", "peers": None}]
+    _, head, short, long, peers, *fp4 = chart(rows)
+    assert head.startswith("fp8, 1 x 1 rows, k 512")
+    assert short.split() == ["8192", "keys", "0.5", "#", "1.0", "MiB"]
+    assert (long.count("#"), peers.count("-"), len(fp4)) == (20, 40, 3)
 
 
 def test_registering_the_command_imports_nothing_heavy():

@@ -1,5 +1,5 @@
-// How a CTA finds the k-th largest of its keys and notes the winners (index_select.cu): a histogram of bins, and a map of
-// bits. All its kThreads threads call the functions that have a barrier.
+// How a CTA finds the k-th largest of its keys and notes the winners (index_select.cu): a histogram of bins, and a map
+// of bits. All its kThreads threads call the functions that have a barrier.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@
 //   fp4   E2M1 times its UE8M0 scale is exact in bf16; wgmma bf16, 8 steps of 16
 //
 // After the product a thread has 16 heads of two keys for each token. It adds w * relu in a fixed order, four
-// neighbouring lanes add up, so a score depends on nothing but its query and its key. The lanes meet, and the scores are
-// written, while the next product runs.
+// neighbouring lanes add up, so a score depends on nothing but its query and its key. The lanes meet, and the scores
+// are written, while the next product runs.
 //
 // Shared memory, bytes:  rows * 64 * (128 fp8, 256 bf16)   queries, rows of 128 bytes in the 128-byte swizzle
 //                        rows * 256 + 32                   weights; how many entries each row sees
@@ -23,8 +23,8 @@
 // What bounds it is the instructions of the sum: in a profile of 1024 rows of 4096 keys tensor cores were busy half of
 // the time and a quarter of the wait was for the pipe of comparisons, weights and lanes. Hence relu on two pipes,
 // weights in registers (decode) or four vectors (prefill), lanes that meet during the next product, addresses that stay
-// in registers, and pages of one tile found without a division. Four warpgroups are what the accumulators leave room for
-// in prefill; in decode two CTAs of two hide the latency of one another.
+// in registers, and pages of one tile found without a division. Four warpgroups are what the accumulators leave room
+// for in prefill; in decode two CTAs of two hide the latency of one another.
 #include <algorithm>
 #include <cmath>
 

@@ -9,9 +9,9 @@
 //   2. The map is written out as entries.
 //
 // A row that does not fit in shared memory takes three steps. Of every group of 16 entries the scoring kernel has left
-// the largest key. The histogram of these gives the bin of the k-th largest of them: k entries lie in this bin or above,
-// so the k best do too, and only in groups whose largest key does. On data without a pattern these are k groups and a
-// few, and of their 16 * k entries hardly more than k lie in those bins. They are collected, and 1 and 2 follow.
+// the largest key. The histogram of these gives the bin of the k-th largest of them: k entries lie in this bin or
+// above, so the k best do too, and only in groups whose largest key does. On data without a pattern these are k groups
+// and a few, and of their 16 * k entries hardly more than k lie in those bins. They are collected, and 1 and 2 follow.
 //
 // Scores that are not finite, more than 256 of them in the bin of the k-th (ties), more groups than fit: then
 // histograms of ten key bits at a time, from the highest that differ, find the k-th key in memory. Rare; exact for any
