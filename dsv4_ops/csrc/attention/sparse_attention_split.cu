@@ -9,8 +9,8 @@
 // Were a unit multiplied where it is weighed, its output would have to be handed on in fp32: 2048 bytes a head, which
 // for 16 rows of 64 heads and 640 keys is 21 MB each way. Instead every key is gathered and unpacked twice, once by
 // each kernel, an eighth of it by each CTA of the second; and that one does so while the first is still at work: it is
-// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables, positions,
-// indices) may be read in front of its own wait. Only weights lie behind it.
+// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables,
+// positions, indices) may be read in front of its own wait. Only weights lie behind it.
 //
 // weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
 // (producer.cuh), which hand over a tile in four parts, so that the scores of one are computed while the next is
@@ -25,10 +25,10 @@
 // What bounds it is latency, not bytes or flops. In the order of time, with what is under way at once in one step:
 //
 //   weigh_units_kernel   wait | position, index | page | key | a quarter of a tile unpacked (200 issue slots of each SM
-//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights |
-//                        sums of four warps | end of the kernel
-//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a unit,
-//                        in order | denominator | output through shared memory
+//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights
+//                        | sums of four warps | end of the kernel
+//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a
+//                        unit, in order | denominator | output through shared memory
 //
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
 // gathering warps bound the second kernel, with 60 instructions for 8 keys. With 16 rows of 64 heads and 640 keys the
@@ -56,7 +56,7 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
-constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile: the scores of one while the next is unpacked
+constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile
 
 template <int kHeads>
 struct WeighMemory {
@@ -70,7 +70,8 @@ struct WeighMemory {
 template <int kHeads, int kGroups>
 struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
-  [[maybe_unused]] static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {
     alignas(1024) uint8_t keys[kSlabBytes];
@@ -120,8 +121,8 @@ struct WeighedUnits {
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of a
-// block and quarter l / 8 of its dimensions; it keeps 128 bytes under way, of eight blocks, or of four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of
+// a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
@@ -151,7 +152,8 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   const auto load = [&](int i) {
     const KeyPlace& place = places[i / kBatch];
     const int source = i % kBatch * kBlock + column;
-    const uint8_t* const data = from_lane(place.data, source) + (kRope ? kNope + quarter * 32 : slab * 64 + quarter * 16);
+    const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+    const uint8_t* const data = from_lane(place.data, source) + offset;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
     scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
@@ -352,7 +354,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return;
   }
-  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup, own_head = first_head + group * kHeads;
+  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
+  const int own_head = first_head + group * kHeads;
   const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
   const float2 turn = inverse_turn(attention.rope, keys.position);
   ptx::wait_for_predecessors();
