@@ -45,7 +45,7 @@ namespace {
 
 constexpr int kThreads = 3 * kWarpgroup;
 [[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
-constexpr int kHeadBytes = kUnit * 2 + sizeof(float2);  // of a unit, handed from one kernel to the other
+constexpr int kHandedBytes = kUnit * 8 * 2 + 8 * sizeof(float2);  // of a unit and 8 heads, from one kernel to the other
 
 // Heads for which a unit is handed on: as many as any choice of tiles reaches.
 int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
@@ -75,8 +75,7 @@ struct AddMemory {
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {
     alignas(1024) uint8_t keys[kSlabBytes];
-    alignas(128) uint8_t weights[kAll * kUnit * 2];
-    alignas(16) float2 totals[kAll];
+    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
   };
   Stage stages[kDepth];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
@@ -87,20 +86,19 @@ struct AddMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// What is handed on about a unit of a row.
+// What is handed on about a unit of a row: for every 8 heads their weights, then of each the largest score and the sum.
 struct UnitWeights {
   uint8_t* data;
-  int heads;  // padded
 
-  __device__ __forceinline__ UnitWeights(float* partials, int heads, int64_t unit)
-      : data(reinterpret_cast<uint8_t*>(partials) + unit * heads * kHeadBytes), heads(heads) {}
-  // From a multiple of 8 heads on: [heads / 8][8 core matrices of 8 keys][128 bytes]
-  __device__ __forceinline__ uint8_t* weights(int head) const { return data + head * (kUnit * 2); }
-  // Largest score and sum
-  __device__ __forceinline__ float2* totals(int head) const {
-    return reinterpret_cast<float2*>(data + heads * (kUnit * 2)) + head;
-  }
+  __device__ __forceinline__ UnitWeights(float* partials, int padded_heads, int64_t unit)
+      : data(reinterpret_cast<uint8_t*>(partials) + unit * (padded_heads / 8 * kHandedBytes)) {}
+  __device__ __forceinline__ uint8_t* of_heads(int first_head) const { return data + first_head / 8 * kHandedBytes; }
 };
+
+// Largest score and sum of head number `head` of those whose weights start at `weights`.
+__device__ __forceinline__ float2* totals_of(uint8_t* weights, int head) {
+  return reinterpret_cast<float2*>(weights + head / 8 * kHandedBytes + kWeightBytes) + head % 8;
+}
 
 // Where add_units_kernel gets what it adds up.
 struct WeighedUnits {
@@ -111,18 +109,17 @@ struct WeighedUnits {
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
   __device__ __forceinline__ void copy(Memory& memory, int unit) const {
-    constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
+    constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
     typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
     const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
     const UnitWeights from(partials, padded, first + unit);
-    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
-    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.weights(first_head), kWeightBytes, full);
-    ptx::cp_async_bulk(ptx::shared_address(stage.totals), from.totals(first_head), kTotalBytes, full);
+    ptx::mbarrier_arrive_expect(full, kBytes);
+    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.of_heads(first_head), kBytes, full);
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of
-// a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8
+// of a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
@@ -223,21 +220,26 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int stage = min(first + i, units - 1) % Memory::kDepth;
-      multiply_weights<kHeads>(ptx::shared_address(memory.stages[stage].keys),
-                               ptx::shared_address(memory.stages[stage].weights + group * kHeads * kUnit * 2), 0,
-                               parts[i]);
+      uint8_t* const weights = memory.stages[stage].weights + group * (kHeads / 8 * kHandedBytes);
+      multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage].keys),
+                                             ptx::shared_address(weights), 0, parts[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const bool exists = first + i < units;
-      const float2* const totals = memory.stages[min(first + i, units - 1) % Memory::kDepth].totals + group * kHeads;
+      uint8_t* const weights = memory.stages[min(first + i, units - 1) % Memory::kDepth].weights +
+                               group * (kHeads / 8 * kHandedBytes);
       float largest[kColumns<kHeads>];
 #pragma unroll
       for (int column = 0; column < kColumns<kHeads>; ++column) {
-        largest[column] = exists ? totals[head_of_column(column, threadIdx.x % kWarp)].x : references[column];
+        const float of_unit = totals_of(weights, head_of_column(column, threadIdx.x % kWarp))->x;
+        largest[column] = exists ? of_unit : references[column];
       }
       steps[i] = Steps<kHeads>(references, largest);
-      if (exists && thread < kHeads) total.add(totals[thread].x, totals[thread].y);
+      if (exists && thread < kHeads) {
+        const float2 own = *totals_of(weights, thread);
+        total.add(own.x, own.y);
+      }
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -310,12 +312,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     ptx::mbarrier_arrive(tiles.empty_barrier(stage));
-    const UnitWeights result(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
-    weigh<kHeads>(scores, valid, Exchange{result.weights(first_head), memory.largest, memory.sum}, kBarrier,
-                  own_largest, [](int, float) {});
+    const int64_t result = static_cast<int64_t>(row) * units + unit;
+    uint8_t* const weights = UnitWeights(attention.partials, padded, result).of_heads(first_head);
+    weigh<kHeads, kHandedBytes>(scores, valid, Exchange{weights, memory.largest, memory.sum}, kBarrier, own_largest,
+                                [](int, float) {});
     ptx::named_barrier(kBarrier, kWarpgroup);
     if (thread < kHeads) {
-      result.totals(first_head)[thread] = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
+      *totals_of(weights, thread) = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
     }
   }
 #else
@@ -423,7 +426,7 @@ cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t
 }  // namespace
 
 int64_t partial_floats(const SparseAttention& attention) {
-  return attention.rows * units_of(attention) * padded_heads(attention.heads) * (kHeadBytes / 4);
+  return attention.rows * units_of(attention) * padded_heads(attention.heads) / 8 * (kHandedBytes / 4);
 }
 
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
