@@ -1,7 +1,7 @@
 """Sparse attention on the GPU against its reference, at every boundary of positions, pages and keys.
 
-Bits do not depend on how the work is cut: heads of a CTA, and whether a CTA has all of a row or two kernels share it out,
-follow from the number of rows, so a row alone and the row in a batch take different ways to the same bits.
+Bits do not depend on how the work is cut: heads of a CTA, and whether a CTA has all of a row or two kernels share it
+out, follow from the number of rows, so a row alone and the row in a batch take different ways to the same bits.
 """
 
 import pytest
@@ -178,14 +178,32 @@ def test_a_row_of_a_chunk_has_the_bits_of_the_row_alone(kind):
             assert_bits_equal(one.cpu(), many[:, row : row + 1].cpu())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_workspace_the_bits_are_the_same(kind):
+def without_workspace(kind: str, arguments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     op = TABLE[f"sparse_attention_{kind}"]
-    arguments = on_cuda(full(kind, [[500]], heads=64))
-    assert op.workspace(*arguments).numel() > 0 or kind == "window"
     o, lse = op.alloc(*arguments)
     op.packet.out(*arguments, o=o, lse=lse)
-    for one, another in zip(op.overload(*arguments), (o, lse), strict=True):
+    return o, lse
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads"), [pytest.param(3, 8, marks=pytest.mark.sanitize), (3, 16), (1, 64), (50, 64), (20, 128), (60, 24)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_workspace_the_bits_are_the_same(kind, rows, heads):
+    """One CTA has all of a row and 8, 16 or 32 heads, where two kernels would share it out."""
+    arguments = on_cuda(full(kind, [[9 * row + 180] for row in range(rows)], heads=heads))
+    assert TABLE[f"sparse_attention_{kind}"].workspace(*arguments).numel() > 0
+    for one, another in zip(run(kind, arguments), without_workspace(kind, arguments), strict=True):
+        assert_bits_equal(another.cpu(), one.cpu())
+
+
+@pytest.mark.parametrize("heads", [8, 16, 24, 64])
+def test_more_keys_than_stages(heads):
+    """Two kernels share out a row of 33 units, more than either has room for at a time."""
+    arguments = full("compressed", [[2000], [70]], ratio=1, heads=heads)
+    check("compressed", arguments)
+    expected = without_workspace("compressed", on_cuda(arguments))
+    for one, another in zip(run("compressed", arguments), expected, strict=True):
         assert_bits_equal(another.cpu(), one.cpu())
 
 

@@ -140,7 +140,8 @@ struct WarpKeys {
       : first(first), step(step), blocks((last - first + step - 1) / step * kBlocks), warp(warp) {}
 
   __device__ __forceinline__ Lookup find_entry(const KeySources& sources, const RowKeys& row, int batch) const {
-    const int lane = threadIdx.x % kWarp, block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
+    const int lane = threadIdx.x % kWarp, block = batch * kBatch + lane / kBlock;
+    const int part = block % kBlocks * kWarps + warp;
     const int key = (first + block / kBlocks * step) * kUnit + part * kBlock + lane % kBlock;
     return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
   }

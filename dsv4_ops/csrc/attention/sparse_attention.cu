@@ -159,7 +159,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float2 turn = inverse_turn(attention.rope, keys.position);
   consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
-  if (thread < kHeads) memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
+  if (thread < kHeads) {
+    memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
+  }
   ptx::named_barrier(kBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
   load_columns<kHeads>(memory.largest, reciprocal);

@@ -9,18 +9,31 @@
 // Were a unit multiplied where it is weighed, its output would have to be handed on in fp32: 2048 bytes a head, which
 // for 16 rows of 64 heads and 640 keys is 21 MB each way. Instead every key is gathered and unpacked twice, once by
 // each kernel, an eighth of it by each CTA of the second; and that one does so while the first is still at work: it is
-// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables, positions,
-// indices) may be read in front of its own wait. Only weights lie behind it.
+// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables,
+// positions, indices) may be read in front of its own wait. Only weights lie behind it.
 //
 // weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
-// (producer.cuh). Shared memory: two tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
+// (producer.cuh), which hand over a tile in four parts, so that the scores of one are computed while the next is
+// unpacked. Positions are guessed in front of the wait; after it the first lookups do not wait for the real ones. A CTA
+// has one unit, or, where those of all rows would be more than SMs, as few as makes up for that. Shared memory: two
+// tiles of keys 2 x 64 KB, queries kHeads KB, 32 bytes a head of what warps exchange.
 //
-// add_units_kernel: one or two consuming warpgroups of up to 32 heads each, and four producing warps. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals; there are 6 to 10 of them, so
-// that two CTAs fit an SM.
+// add_units_kernel: 384 threads: one or two consuming warpgroups of up to 32 heads each, the other warps gather keys. A
+// stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals, which are copied as one; there are 6 to 10 of
+// them, so that two CTAs fit an SM.
 //
-// What bounds it is latency, not bytes or flops: a chain of wait, position, index, page, key (each a round trip to L2),
-// unpacking (800 issue slots of each SM quarter a unit), 32 dependent wgmma, reductions over the warps of a warpgroup,
-// the end of a kernel, weights, 4 wgmma a unit, and output.
+// What bounds it is latency, not bytes or flops. In the order of time, with what is under way at once in one step:
+//
+//   weigh_units_kernel   wait | position, index | page | key | a quarter of a tile unpacked (200 issue slots of each SM
+//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights
+//                        | sums of four warps | end of the kernel
+//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a
+//                        unit, in order | denominator | output through shared memory
+//
+// The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
+// gathering warps bound the second kernel, with 60 instructions for 8 keys. With 16 rows of 64 heads and 640 keys the
+// first has 80 CTAs; 104 of the 128 of the second find room on other SMs, the last 24 start when the first ends, their
+// keys still to come.
 #include <algorithm>
 
 #include "attention/output.cuh"
@@ -30,10 +43,9 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kWeighThreads = 3 * kWarpgroup;
-constexpr int kGatherWarps = 4;  // of add_units_kernel
+constexpr int kThreads = 3 * kWarpgroup;
 [[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
-constexpr int kHeadBytes = kUnit * 2 + sizeof(float2);  // of a unit, handed from one kernel to the other
+constexpr int kHandedBytes = kUnit * 8 * 2 + 8 * sizeof(float2);  // of a unit and 8 heads, from one kernel to the other
 
 // Heads for which a unit is handed on: as many as any choice of tiles reaches.
 int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
@@ -44,7 +56,7 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
-constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile: the scores of one while the next is unpacked
+constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile
 
 template <int kHeads>
 struct WeighMemory {
@@ -58,11 +70,12 @@ struct WeighMemory {
 template <int kHeads, int kGroups>
 struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
+  static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {
     alignas(1024) uint8_t keys[kSlabBytes];
-    alignas(128) uint8_t weights[kAll * kUnit * 2];
-    alignas(16) float2 totals[kAll];
+    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
   };
   Stage stages[kDepth];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
@@ -73,20 +86,19 @@ struct AddMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// What is handed on about a unit of a row.
+// What is handed on about a unit of a row: for every 8 heads their weights, then of each the largest score and the sum.
 struct UnitWeights {
   uint8_t* data;
-  int heads;  // padded
 
-  __device__ __forceinline__ UnitWeights(float* partials, int heads, int64_t unit)
-      : data(reinterpret_cast<uint8_t*>(partials) + unit * heads * kHeadBytes), heads(heads) {}
-  // From a multiple of 8 heads on: [heads / 8][8 core matrices of 8 keys][128 bytes]
-  __device__ __forceinline__ uint8_t* weights(int head) const { return data + head * (kUnit * 2); }
-  // Largest score and sum
-  __device__ __forceinline__ float2* totals(int head) const {
-    return reinterpret_cast<float2*>(data + heads * (kUnit * 2)) + head;
-  }
+  __device__ __forceinline__ UnitWeights(float* partials, int padded_heads, int64_t unit)
+      : data(reinterpret_cast<uint8_t*>(partials) + unit * (padded_heads / 8 * kHandedBytes)) {}
+  __device__ __forceinline__ uint8_t* of_heads(int first_head) const { return data + first_head / 8 * kHandedBytes; }
 };
+
+// Largest score and sum of head number `head` of those whose weights start at `weights`.
+__device__ __forceinline__ float2* totals_of(uint8_t* weights, int head) {
+  return reinterpret_cast<float2*>(weights + head / 8 * kHandedBytes + kWeightBytes) + head % 8;
+}
 
 // Where add_units_kernel gets what it adds up.
 struct WeighedUnits {
@@ -97,23 +109,22 @@ struct WeighedUnits {
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
   __device__ __forceinline__ void copy(Memory& memory, int unit) const {
-    constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
+    constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
     typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
     const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
     const UnitWeights from(partials, padded, first + unit);
-    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
-    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.weights(first_head), kWeightBytes, full);
-    ptx::cp_async_bulk(ptx::shared_address(stage.totals), from.totals(first_head), kTotalBytes, full);
+    ptx::mbarrier_arrive_expect(full, kBytes);
+    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.of_heads(first_head), kBytes, full);
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of a
-// block and quarter l / 8 of its dimensions; it keeps 128 bytes under way, of eight blocks, or of four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8
+// of a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
-  using Keys = WarpKeys<kGatherWarps>;
+  using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
   constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
@@ -138,7 +149,8 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   const auto load = [&](int i) {
     const KeyPlace& place = places[i / kBatch];
     const int source = i % kBatch * kBlock + column;
-    const uint8_t* const data = from_lane(place.data, source) + (kRope ? kNope + quarter * 32 : slab * 64 + quarter * 16);
+    const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+    const uint8_t* const data = from_lane(place.data, source) + offset;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
     scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
@@ -173,7 +185,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
         }
       }
       load(i);
-      const int key = (block % kBlocks * kGatherWarps + warp) * kBlock + column;
+      const int key = (block % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
       uint8_t* const keys = memory.stages[stage].keys;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + 1)) = b;
@@ -208,21 +220,26 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int stage = min(first + i, units - 1) % Memory::kDepth;
-      multiply_weights<kHeads>(ptx::shared_address(memory.stages[stage].keys),
-                               ptx::shared_address(memory.stages[stage].weights + group * kHeads * kUnit * 2), 0,
-                               parts[i]);
+      uint8_t* const weights = memory.stages[stage].weights + group * (kHeads / 8 * kHandedBytes);
+      multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage].keys),
+                                             ptx::shared_address(weights), 0, parts[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const bool exists = first + i < units;
-      const float2* const totals = memory.stages[min(first + i, units - 1) % Memory::kDepth].totals + group * kHeads;
+      uint8_t* const weights = memory.stages[min(first + i, units - 1) % Memory::kDepth].weights +
+                               group * (kHeads / 8 * kHandedBytes);
       float largest[kColumns<kHeads>];
 #pragma unroll
       for (int column = 0; column < kColumns<kHeads>; ++column) {
-        largest[column] = exists ? totals[head_of_column(column, threadIdx.x % kWarp)].x : references[column];
+        const float of_unit = totals_of(weights, head_of_column(column, threadIdx.x % kWarp))->x;
+        largest[column] = exists ? of_unit : references[column];
       }
       steps[i] = Steps<kHeads>(references, largest);
-      if (exists && thread < kHeads) total.add(totals[thread].x, totals[thread].y);
+      if (exists && thread < kHeads) {
+        const float2 own = *totals_of(weights, thread);
+        total.add(own.x, own.y);
+      }
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -239,7 +256,7 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <int kHeads>
-__global__ void __launch_bounds__(kWeighThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     weigh_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -295,12 +312,13 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     ptx::mbarrier_arrive(tiles.empty_barrier(stage));
-    const UnitWeights result(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
-    weigh<kHeads>(scores, valid, Exchange{result.weights(first_head), memory.largest, memory.sum}, kBarrier,
-                  own_largest, [](int, float) {});
+    const int64_t result = static_cast<int64_t>(row) * units + unit;
+    uint8_t* const weights = UnitWeights(attention.partials, padded, result).of_heads(first_head);
+    weigh<kHeads, kHandedBytes>(scores, valid, Exchange{weights, memory.largest, memory.sum}, kBarrier, own_largest,
+                                [](int, float) {});
     ptx::named_barrier(kBarrier, kWarpgroup);
     if (thread < kHeads) {
-      result.totals(first_head)[thread] = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
+      *totals_of(weights, thread) = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
     }
   }
 #else
@@ -310,10 +328,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
 }
 
 template <int kHeads, int kGroups>
-constexpr int kAddThreads = kGroups * kWarpgroup + kGatherWarps * kWarp;
-
-template <int kHeads, int kGroups>
-__global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
+__global__ void __launch_bounds__(kThreads, 2)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -321,7 +336,7 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
   auto& memory = *reinterpret_cast<Memory*>(memory_start);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Memory::kDepth; ++stage) {
-      ptx::mbarrier_init(ptx::shared_address(memory.full + stage), kGatherWarps * kWarp + 1);
+      ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
     }
   }
@@ -342,14 +357,15 @@ __global__ void __launch_bounds__(kAddThreads<kHeads, kGroups>, 2)
     }
     return;
   }
-  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup, own_head = first_head + group * kHeads;
+  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
+  const int own_head = first_head + group * kHeads;
   const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
   const float2 turn = inverse_turn(attention.rope, keys.position);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
   if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
-  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 4;  // as many as registers allow
+  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
   float output[kHeads / 2];
   Total total;
   fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
@@ -381,28 +397,36 @@ int choose_tile(const SparseAttention& attention, int64_t count, int processors)
   return 64;
 }
 
+// An SM has to be idle to change how its memory is shared out, so both kernels ask for the same.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_in_turn(void (*kernel)(Parameters...), const Launch& at, Arguments... arguments) {
+  const auto division = cudaFuncAttributePreferredSharedMemoryCarveout;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, division, cudaSharedmemCarveoutMaxShared);
+  return status == cudaSuccess ? launch_kernel(kernel, at, arguments...) : status;
+}
+
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
   // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
   const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
-  const Launch at{dim3(tiles, groups), dim3(kWeighThreads), stream, sizeof(WeighMemory<kHeads>)};
-  return launch_kernel(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
+  const Launch at{dim3(tiles, groups), dim3(kThreads), stream, sizeof(WeighMemory<kHeads>)};
+  return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
 template <int kHeads, int kGroups>
 cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t stream) {
   using Memory = AddMemory<kHeads, kGroups>;
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
-  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads<kHeads, kGroups>), stream, sizeof(Memory)};
-  return launch_kernel(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
+  const Launch at{dim3(tiles, kSlabs), dim3(kThreads), stream, sizeof(Memory)};
+  return launch_in_turn(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
 }
 
 }  // namespace
 
 int64_t partial_floats(const SparseAttention& attention) {
-  return attention.rows * units_of(attention) * padded_heads(attention.heads) * (kHeadBytes / 4);
+  return attention.rows * units_of(attention) * padded_heads(attention.heads) / 8 * (kHandedBytes / 4);
 }
 
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
