@@ -69,36 +69,50 @@ struct Queries {
     const uint64_t a = ptx::wgmma_descriptor_64(ptx::shared_address(memory.query_codes));
     const uint64_t b = ptx::wgmma_descriptor_64(ptx::shared_address(memory.codes));
     const float* const key_scales = memory.scales[stage][0] + threadIdx.x % 4 * 2;
-    ptx::named_barrier(full_barrier(stage, 0), kHandOverThreads);
+    const auto start = [&](int keys, int group, float(&part)[16]) {
+      ptx::pin_registers(part);
+      ptx::wgmma_fence();
 #pragma unroll
-    for (int keys = 0; keys < 2; ++keys) {  // 32 of them
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        if (keys == 0 && group == kHalfSlabs) ptx::named_barrier(full_barrier(stage, 1), kHandOverThreads);
-        float part[16];
-        ptx::pin_registers(part);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const int bytes = group * kGroupBytes + step * 32;
-          ptx::wgmma_32_e4m3(part, ptx::advance_descriptor(a, bytes),
-                             ptx::advance_descriptor(b, bytes + keys * (kGroupBytes / 2)), step);
-        }
-        ptx::wgmma_commit();
-        float2 factors[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          factors[i] = *reinterpret_cast<const float2*>(key_scales + group * kUnit + keys * 32 + i * 8);
-        }
-        ptx::wgmma_wait<0>();
-        ptx::pin_registers(part);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const float factor = i % 2 == 0 ? factors[i / 4].x : factors[i / 4].y;
-          float& score = scores[keys * 16 + i];
-          score = group == 0 ? __fmul_rn(part[i], factor) : __fmaf_rn(part[i], factor, score);
-        }
+      for (int step = 0; step < 2; ++step) {
+        const int bytes = group * kGroupBytes + step * 32;
+        ptx::wgmma_32_e4m3(part, ptx::advance_descriptor(a, bytes),
+                           ptx::advance_descriptor(b, bytes + keys * (kGroupBytes / 2)), step);
       }
+      ptx::wgmma_commit();
+    };
+    const auto add = [&](int keys, int group, const float(&part)[16]) {
+      const float* const from = key_scales + group * kUnit + keys * 32;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float2 factors = *reinterpret_cast<const float2*>(from + i / 4 * 8);
+        const float factor = i % 2 == 0 ? factors.x : factors.y;
+        float& score = scores[keys * 16 + i];
+        score = group == 0 ? __fmul_rn(part[i], factor) : __fmaf_rn(part[i], factor, score);
+      }
+    };
+    // Keys 0 .. 31: a group is multiplied while the one before is added. For the others there are no registers left for
+    // that.
+    float parts[2][16];
+    ptx::named_barrier(full_barrier(stage, 0), kHandOverThreads);
+    start(0, 0, parts[0]);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (group + 1 == kHalfSlabs) ptx::named_barrier(full_barrier(stage, 1), kHandOverThreads);
+      if (group + 1 < kGroups) {
+        start(0, group + 1, parts[(group + 1) % 2]);
+        ptx::wgmma_wait<1>();
+      } else {
+        ptx::wgmma_wait<0>();
+      }
+      ptx::pin_registers(parts[group % 2]);
+      add(0, group, parts[group % 2]);
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      start(1, group, parts[0]);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(parts[0]);
+      add(1, group, parts[0]);
     }
     ptx::named_barrier_arrive(codes_barrier(stage), kCodesThreads);
 #pragma unroll

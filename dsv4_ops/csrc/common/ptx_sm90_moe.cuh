@@ -6,13 +6,6 @@
 
 namespace dsv4::ptx {
 
-// mbarrier.arrive.expect_tx: one arrival; the phase also waits for `bytes` bytes of bulk copies.
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),
-               "r"(bytes)
-               : "memory");
-}
-
 // cp.async.bulk: `bytes` bytes from global to shared memory, both at multiples of 16; the barrier's phase counts them.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
