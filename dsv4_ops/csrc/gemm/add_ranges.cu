@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kAddThreads)
   if (column >= columns) return;
   const int64_t token = blockIdx.y;
   const float sum = add_ranges(ranges, p.partials + token * columns + column, tokens * columns);
-  store_product<kFormat>(p, first_token + token, column / p.rows, column % p.rows, sum);
+  store_product<kFormat>(p, (first_token + token) * p.groups + column / p.rows, column % p.rows, sum);
 }
 
 }  // namespace

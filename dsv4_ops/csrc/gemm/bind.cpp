@@ -1,7 +1,7 @@
 #include <optional>
 
 #include "common/bind.h"
-#include "gemm/gemm.h"
+#include "gemm/large.h"
 
 namespace dsv4 {
 namespace {
@@ -90,21 +90,27 @@ class Operands {
     p.y = y.mutable_data_ptr();
     p.y_dtype = dtype == kBfloat16 ? Dtype::kBf16 : Dtype::kFp32;
     if (p.tokens == 0 || p.groups * p.rows == 0) return y;
-    if (const int64_t floats = partial_floats(format, p); floats > 0) {
-      const std::string wanted = "at least " + std::to_string(floats) + " float32";
-      STD_TORCH_CHECK(workspace.has_value(), "dsv4::", op_, ": workspace must be ", wanted, ", got None");
-      call_.expect_tensor("workspace", *workspace, {kFloat32}, {kAny});
-      call_.expect_contiguous("workspace", *workspace);
-      call_.expect(workspace->numel() >= floats, "workspace", wanted, *workspace);
-      p.partials = mutable_data<float>(*workspace);
-    }
-    call_.check(launch_linear(format, p, call_.stream()));
+    const bool large = large_serves(format, p);
+    set_workspace(workspace, large ? large_floats(format, p) : partial_floats(format, p));
+    call_.check(large ? launch_large(format, p, x.get_device_index(), call_.stream())
+                      : launch_linear(format, p, call_.stream()));
     return y;
   }
 
   Product p{};
 
  private:
+  void set_workspace(const Workspace& workspace, int64_t floats) {
+    if (floats == 0) return;
+    const std::string wanted = "at least " + std::to_string(floats) + " float32";
+    STD_TORCH_CHECK(workspace.has_value(), "dsv4::", op_, ": workspace must be ", wanted, ", got None");
+    call_.expect_tensor("workspace", *workspace, {kFloat32}, {kAny});
+    call_.expect_contiguous("workspace", *workspace);
+    call_.expect(workspace->numel() >= floats, "workspace", wanted, *workspace);
+    call_.rows("workspace", *workspace, 16);
+    p.partials = mutable_data<float>(*workspace);
+  }
+
   // y [T, N]: x [T, K] without its last size, or x [T, G, K] without its last two.
   void expect_output(const Tensor& x, const Tensor& y, ScalarType dtype) const {
     const int64_t leading = x.dim() - (grouped_ ? 2 : 1);

@@ -30,15 +30,15 @@ __device__ __forceinline__ void store_rounded(const Product& p, int64_t at, floa
   }
 }
 
-// Sum of the products of the fragments -> element of y.
+// Sum of the products of the fragments -> y of row `x_row` of x and row `row` of the weight in its group.
 template <Format kFormat>
-__device__ __forceinline__ void store_product(const Product& p, int64_t token, int64_t group, int64_t row, float sum) {
+__device__ __forceinline__ void store_product(const Product& p, int64_t x_row, int64_t row, float sum) {
   if constexpr (kFormat == Format::kMxfp4) sum = __fmul_rn(sum, kE2m1HalvesUnit);
   if constexpr (kFormat == Format::kNvfp4) {
-    const float global = p.x_global[(token * p.groups + group) * p.x_global_stride];
-    sum = __fmul_rn(__fmul_rn(sum, kNvfp4HalvesUnit * kNvfp4HalvesUnit), __fmul_rn(global, *p.weight_global));
+    const float global = __fmul_rn(p.x_global[x_row * p.x_global_stride], *p.weight_global);
+    sum = __fmul_rn(__fmul_rn(sum, kNvfp4HalvesUnit * kNvfp4HalvesUnit), global);
   }
-  store_rounded(p, (token * p.groups + group) * p.rows + row, sum);
+  store_rounded(p, x_row * p.rows + row, sum);
 }
 
 }  // namespace dsv4

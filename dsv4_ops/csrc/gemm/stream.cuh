@@ -23,32 +23,12 @@
 #include <cuda_bf16.h>
 
 #include "common/launch.cuh"
-#include "common/number_formats.cuh"
-#include "common/weight_fragments.cuh"
 #include "gemm/epilogue.cuh"
-#include "gemm/plan.h"
+#include "gemm/staged_x.cuh"
 
 namespace dsv4 {
 
-constexpr int kThreads = 32 * kWarps;
 constexpr int kSumPitch = kTileRows + 4;  // fp32 numbers: a fragment's rows and tokens lie in different banks
-
-// What a launch decides; the same for all CTAs.
-struct Stream {
-  Product product;
-  int tokens;          // of this launch
-  int64_t first_token;
-  int ranges;          // of k
-  int pieces;          // of a weight row
-  int tiles;           // of a CTA's rows, in a group
-  int tiles_of_cta;
-  int row_bytes;       // of the weight
-  int whole_pieces;    // of a row
-  int64_t row_pitch;   // bytes from one to the next
-  int window;          // pieces of a range whose x is in shared memory
-  int x_pitch;         // bytes of a token in a window
-  int x_groups;        // scale groups of x in a window
-};
 
 template <Format kFormat, int kTokenTiles>
 class StreamingProduct {
@@ -69,6 +49,8 @@ class StreamingProduct {
   // Bytes of shared memory behind the fixed ones, and the geometry of x that needs them.
   static int64_t plan_x(Stream& stream, int ranges_of_cta, int window) {
     stream.window = window;
+    stream.units = Divisor(window * StagedX<kFormat, kTokens>::kUnits);
+    stream.tokens_divisor = Divisor(stream.tokens);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
     stream.x_groups = kFormat == Format::kFp8 || kFormat == Format::kMxfp4
                           ? window * kShape.piece_values / stream.product.x_group
@@ -80,13 +62,13 @@ class StreamingProduct {
       : s(stream), p(stream.product), shared(shared_memory) {
     lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    ranges_here = kSplit ? 1 : s.ranges;
-    subtiles = kWarps / ranges_here;
-    range_here = warp / subtiles;
-    subtile = warp % subtiles;
+    ranges_here = kSplit ? 1 : 1 << s.range_shift;
+    subtiles = kSplit ? kWarps : kWarps >> s.range_shift;
+    range_here = kSplit ? 0 : warp << s.range_shift >> 3;
+    subtile = warp - range_here * subtiles;
     range = kSplit ? blockIdx.y : range_here;
-    begin = first_piece(range);
-    end = first_piece(range + 1);
+    begin = s.first_piece(range);
+    end = s.first_piece(range + 1);
     tile_end = min(s.tiles, (static_cast<int>(blockIdx.x) + 1) * s.tiles_of_cta);
     ring = warp * kStages * kStageBytes;
     x_scales = kFixedBytes + ranges_here * s.tokens * s.x_pitch;
@@ -104,7 +86,7 @@ class StreamingProduct {
   }
 
   __device__ __forceinline__ void run() {
-    const int longest = (s.pieces + s.ranges - 1) / s.ranges;
+    const int longest = (s.pieces + (1 << s.range_shift) - 1) >> s.range_shift;
     const int windows = (longest + s.window - 1) / s.window;
     const int first_tile = blockIdx.x * s.tiles_of_cta;
     int stage = ring;
@@ -113,7 +95,9 @@ class StreamingProduct {
       for (int window = 0; window < windows; ++window) {
         if (windows > 1 || tile == first_tile) {
           if (windows > 1) __syncthreads();  // everyone is done with the window before
-          stage_x(window * s.window);
+          StagedX<kFormat, kTokens>(s, shared + kFixedBytes, reinterpret_cast<float*>(shared + x_scales),
+                                    kSplit ? range : 0, ranges_here)
+              .load(window * s.window);
           __syncthreads();
         }
         const int last = min(end, begin + (window + 1) * s.window);
@@ -138,10 +122,6 @@ class StreamingProduct {
 
  private:
   using Sums = float[kTiles][kTokenTiles][4];
-
-  __device__ __forceinline__ int first_piece(int of) const {
-    return static_cast<int>(static_cast<int64_t>(of) * s.pieces / s.ranges);
-  }
 
   __device__ __forceinline__ int row_of(int tile) const {  // in the group; of the warp's first row
     return (tile * subtiles + subtile) * kTiles * kTileRows;
@@ -237,69 +217,6 @@ class StreamingProduct {
         next_scales += 1;
       }
       if (++scale_piece == end) start_scales(scale_tile + 1);
-    }
-  }
-
-  // ---- x ----
-
-  // x of pieces `offset` .. of every range of the CTA: codes (E4M3) or values (f16, bf16), and the scales of codes.
-  __device__ __forceinline__ void stage_x(int offset) {
-    constexpr int kUnitValues = kFormat == Format::kNvfp4 ? 32 : kFormat == Format::kDense ? 8 : 16;  // 16 bytes of x
-    constexpr int kUnits = kShape.piece_values / kUnitValues;
-    const int units = s.window * kUnits;
-    for (int here = 0; here < ranges_here; ++here) {
-      const int of = kSplit ? range : here;
-      const int first = first_piece(of) + offset;
-      const int valid = min(first_piece(of + 1) - first, s.window) * kUnits;
-      for (int i = threadIdx.x; i < s.tokens * units; i += kThreads) {
-        const int token = i / units, unit = i % units;
-        const int64_t k = (static_cast<int64_t>(first) * kUnits + unit) * kUnitValues;
-        const bool there = unit < valid && k < p.k;
-        stage_unit(shared + kFixedBytes + (here * s.tokens + token) * s.x_pitch, unit, x_row(token), k, there);
-      }
-      if constexpr (kFormat == Format::kFp8 || kFormat == Format::kMxfp4) {
-        const int group0 = first * (kShape.piece_values / p.x_group), groups = static_cast<int>(p.k) / p.x_group;
-        for (int i = threadIdx.x; i < s.x_groups * kTokens; i += kThreads) {
-          const int token = i % kTokens, group = group0 + i / kTokens;
-          const bool there = token < s.tokens && group < groups;
-          const float scale = there ? decode_ue8m0(p.x_scale[x_row(token) * p.x_scale_stride + group]) : 0.0f;
-          reinterpret_cast<float*>(shared + x_scales)[here * s.x_groups * kTokens + i] = scale;
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ int64_t x_row(int token) const {
-    return (s.first_token + token) * p.groups + blockIdx.z;
-  }
-
-  // 16 bytes of x, from value k on, to where the fragments want them in a token's row of shared memory.
-  __device__ __forceinline__ void stage_unit(uint8_t* row, int unit, int64_t x_row, int64_t k, bool there) const {
-    constexpr int kBytes = kFormat == Format::kDense ? 2 : 1;
-    constexpr bool kPacked = kFormat == Format::kNvfp4;
-    const uint8_t* const source =
-        static_cast<const uint8_t*>(p.x) + (x_row * p.x_stride + (kPacked ? k / 2 : k)) * kBytes;
-    const uint4 codes = there ? ptx::load_once(source) : uint4{};
-    if constexpr (kFormat == Format::kMxfp4) {
-      // 16 codes are half of the 32 of two chunks: two lanes' words in each.
-      const uint2 one = fp4_order({codes.x, codes.y}), two = fp4_order({codes.z, codes.w});
-      uint8_t* const target = row + unit / 2 * 32 + unit % 2 * 8;
-      *reinterpret_cast<uint2*>(target) = {one.x, two.x};
-      *reinterpret_cast<uint2*>(target + 16) = {one.y, two.y};
-    } else if constexpr (kFormat == Format::kNvfp4) {
-      const uint8_t* const scale = p.x_scale + x_row * p.x_scale_stride + k / 16;
-      const __half2 low = nvfp4_factor(there ? scale[0] : 0), high = nvfp4_factor(there ? scale[1] : 0);
-      uint32_t pairs[4][4];
-      nvfp4_halves(pairs[0], codes.x, low);
-      nvfp4_halves(pairs[1], codes.y, low);
-      nvfp4_halves(pairs[2], codes.z, high);
-      nvfp4_halves(pairs[3], codes.w, high);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<uint4*>(row + unit * 64 + i * 16) = {pairs[0][i], pairs[1][i], pairs[2][i], pairs[3][i]};
-      }
-    } else {
-      *reinterpret_cast<uint4*>(row + unit * 16) = codes;
     }
   }
 
@@ -414,7 +331,7 @@ class StreamingProduct {
     constexpr int kGroup = 32;
     const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes;
     const int groups_of_scale = p.x_group / kGroup;  // 1, 2 or 4
-#pragma unroll(kSplit ? 1 : 4)
+#pragma unroll(kSplit ? 1 : 2)
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
 #pragma unroll
@@ -422,8 +339,7 @@ class StreamingProduct {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int chunk = 2 * pair + j;  // of the weight: a group of 32 values, and two chunks of x
-        uint32_t x_words[kTokenTiles][2], a[kTiles][2][4];
-        load_x(x_words, 2 * (offset * kTileChunks + chunk));
+        uint32_t a[kTiles][2][4];
         float weight_scales[kTiles][2];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -434,6 +350,8 @@ class StreamingProduct {
           weight_scales[m][0] = decode_ue8m0(scales[m * kScaleBytes + chunk]);
           weight_scales[m][1] = decode_ue8m0(scales[m * kScaleBytes + 8 * kShape.scale_bytes + chunk]);
         }
+        uint32_t x_words[kTokenTiles][2];
+        load_x(x_words, 2 * (offset * kTileChunks + chunk));
         Sums part;
         clear(part);
         multiply_codes(part, a, x_words);
@@ -506,36 +424,42 @@ class StreamingProduct {
       }
     }
     __syncthreads();
-    const int rows = subtiles * kTileRows;
-    for (int i = threadIdx.x; i < rows * s.tokens; i += kThreads) {
-      const int token = i / rows, row = i % rows;
-      const int64_t row_of_group = static_cast<int64_t>(tile) * rows + row;
+    const int row_shift = 7 - s.range_shift;  // 16 * 8 / ranges rows
+    for (int i = threadIdx.x; i < s.tokens << row_shift; i += kThreads) {
+      const int token = i >> row_shift, row = i & ((1 << row_shift) - 1);
+      const int64_t row_of_group = (static_cast<int64_t>(tile) << row_shift) + row;
       if (row_of_group >= p.rows) continue;
       const float* const sum = all + (row / kTileRows * kTokens + token) * kSumPitch + row % kTileRows;
-      const float value = add_ranges(s.ranges, sum, subtiles * kTokens * kSumPitch);
-      store_product<kFormat>(p, s.first_token + token, blockIdx.z, row_of_group, value);
+      const float value = add_ranges(ranges_here, sum, subtiles * kTokens * kSumPitch);
+      store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row_of_group, value);
     }
   }
 
   // Store the warp's own sums: of all k, or of a range.
   __device__ __forceinline__ void store(int tile) const {
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    const int64_t first_row = row_of(tile) + lane / 4;
+    const auto for_all = [&](auto store_sum) {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = n * 8 + lane % 4 * 2 + i % 2;
-          const int64_t row = row_of(tile) + m * kTileRows + lane / 4 + i / 2 * 8;
-          if (token >= s.tokens || row >= p.rows) continue;
-          if (s.ranges > 1) {
-            const int64_t at = (static_cast<int64_t>(range) * s.tokens + token) * p.groups + blockIdx.z;
-            p.partials[at * p.rows + row] = total[m][n][i];
-          } else {
-            store_product<kFormat>(p, s.first_token + token, blockIdx.z, row, total[m][n][i]);
+        for (int odd = 0; odd < 2; ++odd) {
+          const int token = n * 8 + lane % 4 * 2 + odd;
+          if (token >= s.tokens) continue;
+#pragma unroll
+          for (int i = 0; i < 2 * kTiles; ++i) {
+            const int64_t row = first_row + i * 8;
+            if (row < p.rows) store_sum(token, row, total[i / 2][n][i % 2 * 2 + odd]);
           }
         }
       }
+    };
+    if (kSplit && s.range_shift > 0) {
+      float* const sums = p.partials + (static_cast<int64_t>(range) * s.tokens * p.groups + blockIdx.z) * p.rows;
+      for_all([&](int token, int64_t row, float sum) { sums[token * p.groups * p.rows + row] = sum; });
+    } else {
+      for_all([&](int token, int64_t row, float sum) {
+        store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row, sum);
+      });
     }
   }
 
@@ -563,20 +487,21 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   plan.product = product;
   plan.tokens = tokens;
   plan.first_token = first_token;
-  plan.ranges = ranges_of(kFormat, product);
+  const int ranges = ranges_of(kFormat, product);
+  while (1 << plan.range_shift < ranges) ++plan.range_shift;
   plan.pieces = pieces_of(kFormat, product);
   const bool split = kTokenTiles > 2;
-  const int ranges_here = split ? 1 : plan.ranges;
+  const int ranges_here = split ? 1 : ranges;
   const int64_t rows = split ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
   plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
-  const int64_t columns = split ? plan.ranges : 1;
+  const int64_t columns = split ? ranges : 1;
   plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, kSms));
   const int64_t bytes = kFormat == Format::kDense ? 2 : 1;
   plan.row_bytes = static_cast<int>(kFormat == Format::kMxfp4 || kFormat == Format::kNvfp4 ? product.k / 2
                                                                                          : product.k * bytes);
   plan.row_pitch = product.weight_stride * bytes;
   plan.whole_pieces = plan.row_bytes / kTileRowBytes;
-  int window = static_cast<int>(ceil_divide(plan.pieces, plan.ranges));
+  int window = static_cast<int>(ceil_divide(plan.pieces, ranges));
   while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
     window = (window + 1) / 2;
   }
