@@ -3,23 +3,25 @@
 A quantised product is the product of the dequantised operands, which are exact in fp32: power-of-two and E4M3 scales
 are applied to the operands, fp32 global scales to the product. `T` stands for any leading dimensions. Grouped products
 keep the checkpoint's layout: x [T, G, K], weight [G*R, K], group g of x meets rows g*R .. (g+1)*R - 1.
+
+On CUDA a row's bits do not depend on how many rows there are up to 64. Beyond, where libraries are faster, they compute
+(csrc/gemm/large.h): FP8 with the accumulation of Hopper's tensor cores, which keeps 13 bits below the largest term.
 """
 
 from collections.abc import Callable
-from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, look_up_e2m1_pairs, look_up_ue8m0
+from dsv4_ops.ops.gemm_workspace import room_for_fp4, room_for_fp8, room_for_sums
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
 from dsv4_ops.registry import define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
 VALUES_AT_ONCE = 1 << 17  # weights that a reference dequantises at a time: what fits into a CPU's cache
-MOST_RANGES, WIDE_ROWS = 8, 25600  # kMostRanges and kWideRows of csrc/gemm/plan.h
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -203,21 +205,13 @@ def alloc_groups(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-2], weight.shape[0]), dtype=dtype)
 
 
-def partial_sums(x: Tensor, weight: Tensor, inner: int) -> Tensor:
-    """Room for the sums of ranges of K that a second launch adds (csrc/gemm/plan.h): of more than 16 rows of x, 64 at a
-    time, where the weight is too narrow to occupy a GPU by its rows alone."""
-    tokens, rows = prod(x.shape[:-inner]), weight.shape[0]
-    room = MOST_RANGES * min(tokens, 64) * rows if tokens > 16 and rows < WIDE_ROWS else 0
-    return x.new_empty((room,), dtype=torch.float32)
-
-
 # x [T, K] bf16 | f32, weight [N, K] bf16 | f32 -> y [T, N] of x's dtype
 linear_dense = define(
     "linear_dense(Tensor x, Tensor weight) -> (Tensor y)",
     alloc=lambda x, weight: alloc_rows(x, weight, x.dtype),
     reference=linear_dense_reference,
     check=check_dense("linear_dense"),
-    workspace=lambda x, weight: partial_sums(x, weight, 1),
+    workspace=lambda x, weight: room_for_sums(x, weight, 1),
 )
 
 # x [T, K] bf16 | f32, weight [N, K] bf16 | f32 -> y [T, N] f32
@@ -226,7 +220,7 @@ linear_fp32 = define(
     alloc=lambda x, weight: alloc_rows(x, weight, torch.float32),
     reference=linear_fp32_reference,
     check=check_dense("linear_fp32"),
-    workspace=lambda x, weight: partial_sums(x, weight, 1),
+    workspace=lambda x, weight: room_for_sums(x, weight, 1),
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K] E4M3, weight_scale [ceil(N/128), ceil(K/128)] uint8 | f32
@@ -236,7 +230,7 @@ linear_fp8 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_fp8_reference,
     check=check_fp8_x("linear_fp8", fp4_weight=False),
-    workspace=lambda x, x_scale, weight, *scale: partial_sums(x, weight, 1),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp8(x, weight, 1),
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K/2] uint8, weight_scale [N, K/32] uint8 -> y [T, N] bf16
@@ -245,7 +239,7 @@ linear_mxfp4 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_mxfp4_reference,
     check=check_fp8_x("linear_mxfp4", fp4_weight=True),
-    workspace=lambda x, x_scale, weight, *scale: partial_sums(x, weight, 1),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp4(x, weight),
 )
 
 # x [T, K/2] uint8, x_scale [T, K/16] E4M3, x_global [T, 1] | [1] f32,
@@ -256,7 +250,7 @@ linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_nvfp4_reference,
     check=check_nvfp4("linear_nvfp4"),
-    workspace=lambda x, x_scale, x_global, weight, *scales: partial_sums(x, weight, 1),
+    workspace=lambda x, x_scale, x_global, weight, *scales: room_for_fp4(x, weight),
 )
 
 # x [T, G, K] bf16 | f32, weight [G*R, K] bf16 | f32 -> y [T, G*R] of x's dtype
@@ -265,7 +259,7 @@ grouped_linear_dense = define(
     alloc=lambda x, weight: alloc_groups(x, weight, x.dtype),
     reference=grouped_linear_dense_reference,
     check=check_dense("grouped_linear_dense"),
-    workspace=lambda x, weight: partial_sums(x, weight, 2),
+    workspace=lambda x, weight: room_for_sums(x, weight, 2),
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K], weight_scale [ceil(G*R/128), ceil(K/128)] as linear_fp8
@@ -275,7 +269,7 @@ grouped_linear_fp8 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_fp8_reference,
     check=check_fp8_x("grouped_linear_fp8", fp4_weight=False),
-    workspace=lambda x, x_scale, weight, *scale: partial_sums(x, weight, 2),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp8(x, weight, 2),
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K/2], weight_scale [G*R, K/32] as linear_mxfp4 -> y [T, G*R] bf16
@@ -284,7 +278,7 @@ grouped_linear_mxfp4 = define(
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_mxfp4_reference,
     check=check_fp8_x("grouped_linear_mxfp4", fp4_weight=True),
-    workspace=lambda x, x_scale, weight, *scale: partial_sums(x, weight, 2),
+    workspace=lambda x, x_scale, weight, *scale: room_for_sums(x, weight, 2),
 )
 
 # x [T, G, K/2], x_scale [T, G, K/16], x_global [T, G, 1] | [1], weight [G*R, K/2], weight_scale [G*R, K/16],
@@ -295,5 +289,5 @@ grouped_linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_nvfp4_reference,
     check=check_nvfp4("grouped_linear_nvfp4"),
-    workspace=lambda x, x_scale, x_global, weight, *scales: partial_sums(x, weight, 2),
+    workspace=lambda x, x_scale, x_global, weight, *scales: room_for_sums(x, weight, 2),
 )
