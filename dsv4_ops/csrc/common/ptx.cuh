@@ -152,6 +152,14 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same without addend: d = a * b.
+__device__ __forceinline__ void mul_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
+
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: four 8 x 16-byte matrices. Lane i names row i % 8 of matrix i / 8, and gets
 // bytes 4 * (lane % 4) .. + 3 of row lane / 4 of each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&words)[4], const void* shared) {

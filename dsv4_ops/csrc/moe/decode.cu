@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>&
   if constexpr (Format::kFormat == MoeFormat::kFp8) {
     const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
     x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
-    x.lower_scales = x.upper_scales + (kFirst ? cta.plan.row_tiles * unit_rows / kMoeWidth * blocks : 0);
+    x.lower_scales = x.upper_scales + (kFirst ? cta.plan.row_tiles.value() * unit_rows / kMoeWidth * blocks : 0);
   }
   Sums<kTiles> sums = {};
 #pragma unroll 1
@@ -184,8 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Cta cta{moe, plan, shared};
   GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
   const Walk walk = Walk::begin(plan, groups);
-  uint8_t* const ring = shared + threadIdx.x / kWarp * kStages * plan.stage_bytes;
-  WeightStream<Format, true> stream(moe, plan, groups, walk, ring);
+  WeightStream<Format, true> stream(moe, plan, groups, walk, shared);
   multiply_all(cta, stream, rows, walk);
 }
 
@@ -202,8 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Cta cta{moe, plan, shared};
   GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
   const Walk walk = Walk::begin(plan, groups);
-  uint8_t* const ring = shared + threadIdx.x / kWarp * kStages * plan.stage_bytes;
-  WeightStream<Format, false> stream(moe, plan, groups, walk, ring);
+  WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_all(cta, stream, rows, walk);
@@ -215,17 +213,15 @@ DecodePlan plan_of(const Moe& moe) {
   plan.width = kFirst ? moe.d : moe.inner;
   plan.steps = plan.width / Format::kStep;
   plan.row_bytes = plan.steps * kStageRowBytes;
-  plan.row_tiles = kFirst ? moe.inner / (kStageRows / 2) : moe.d / kStageRows;
   plan.block_tokens = static_cast<int>(std::min<int64_t>(moe.tokens, std::max(1, kBlockPairs / moe.k)));
   plan.eighths = Divisor(plan.width / 8);
   plan.results = workspace_of(moe).results;
-  plan.stage_bytes = kTileBytes + kStageRows * Format::kScaleBytes;
   plan.x_stride = plan.width / 8 * Format::kEightBytes + kPartBytes;
   const int blocks = plan.width / kMoeWidth;
   const auto lay_out = [&](int capacity) {
     plan.capacity = capacity;
     const int slots = plan.padded_capacity();
-    plan.partials = kWarps * kStages * plan.stage_bytes;
+    plan.partials = kWarps * kStages * kStageBytes<Format>;
     plan.x = plan.partials + 2 * kSumsBytes;
     plan.x_scales = plan.x + capacity * plan.x_stride;
     plan.row_facts = plan.x_scales + (Format::kBlockScales ? slots * blocks * 4 : 0);
@@ -242,25 +238,25 @@ DecodePlan plan_of(const Moe& moe) {
   return plan;
 }
 
-int processor_count() {
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  return processors;
-}
-
 template <typename Format>
 cudaError_t launch(const Moe& moe, cudaStream_t stream) {
-  const int processors = processor_count();
-  const auto start = [&](auto kernel, const DecodePlan& plan) {
-    const int64_t units = std::min<int64_t>(plan.block_tokens * moe.k, moe.tokens * moe.k) * plan.row_tiles;
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(processors, units)),
-                    static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens));
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  const auto start = [&](auto kernel, DecodePlan plan, int row_tiles) {
+    const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
+    const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
+    plan.row_tiles = Divisor(row_tiles);
+    plan.ctas = Divisor(ctas);
+    const auto blocks = static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens);
     const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
-    return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(plan.size)}, moe, plan, ids);
+    const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
+    return launch_kernel(kernel, at, moe, plan, ids);
   };
-  const cudaError_t status = start(experts_first_kernel<Format>, plan_of<Format, true>(moe));
-  return status != cudaSuccess ? status : start(experts_second_kernel<Format>, plan_of<Format, false>(moe));
+  status = start(experts_first_kernel<Format>, plan_of<Format, true>(moe), moe.inner / (kStageRows / 2));
+  if (status != cudaSuccess) return status;
+  return start(experts_second_kernel<Format>, plan_of<Format, false>(moe), moe.d / kStageRows);
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ constexpr int kStageRows = 32, kStageRowBytes = 64;
 constexpr int kStageChunks = kStageRowBytes / 16;
 constexpr int kPartBytes = 64;  // of a row of x
 
+template <typename Format>
+constexpr int kStageBytes = kTileBytes + kStageRows * Format::kScaleBytes;
+
 // What a lane multiplies with: its part of the rows lane / 4 of each tile of x, and the scales of a 128 of k.
 template <int kTiles>
 struct LaneRows {
@@ -97,8 +100,8 @@ struct Mxfp4 {
           const float low = power_of_two(scales[m][1], 2 * part + chunk);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            float of_32[4] = {};
-            ptx::mma_m16n8k16_f16(of_32, a[0], {b[tile][chunk][0], b[tile][chunk][1]});
+            float of_32[4];
+            ptx::mul_m16n8k16_f16(of_32, a[0], {b[tile][chunk][0], b[tile][chunk][1]});
             ptx::mma_m16n8k16_f16(of_32, a[1], {b[tile][chunk][2], b[tile][chunk][3]});
             scale_and_add<kTiles>(of_128, m, tile, of_32, {up, up}, {low, low});
           }

@@ -96,7 +96,7 @@ __device__ __forceinline__ void fill_x_scales(const GroupRows& rows, float unit,
 template <bool kFirst>
 __device__ __forceinline__ void fill_weight_scales(const GroupRows& rows) {
   const int unit_rows = kFirst ? kStageRows / 2 : kStageRows;
-  const int blocks = rows.plan.row_tiles * unit_rows / kMoeWidth * (rows.plan.width / kMoeWidth);
+  const int blocks = rows.plan.row_tiles.value() * unit_rows / kMoeWidth * (rows.plan.width / kMoeWidth);
   const int64_t first = static_cast<int64_t>(rows.groups.expert_of(rows.group)) * blocks;
   for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += kThreads) {
     const MoeWeight& weight = !kFirst ? rows.moe.w2 : i < blocks ? rows.moe.w1 : rows.moe.w3;
@@ -206,7 +206,7 @@ __device__ __forceinline__ void fill_nvfp4(const GroupRows& rows, Load load) {
     alignas(4) uint8_t codes[4];
     unpack_eight(packed, values);
     const float global = nvfp4_global_scale(__uint_as_float(facts.amax[row]));
-    const uint32_t scale = quantise_nvfp4(values, global, codes);
+    const uint32_t scale = quantise_nvfp4(values, Nvfp4Global(global), codes);
     if (!inside) return;
     Nvfp4::store(rows.x(row), j, reinterpret_cast<const uint32_t&>(codes), scale);
     if (j == 0) facts.gate_factor[row] = global * expert_global * Nvfp4::kUnit;

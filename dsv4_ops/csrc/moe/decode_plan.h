@@ -17,13 +17,14 @@ struct DecodePlan {
   int width;         // values of a row of x, and of the weight
   int steps;         // stages of a row
   int row_bytes;     // of the weight
-  int row_tiles;     // units of 32 weight rows of an expert
   int block_tokens;  // whose pairs are sorted together
   int capacity;      // rows of x in shared memory
-  Divisor eighths{1};  // width / 8
-  int64_t results;     // where they start in the workspace, in bytes
+  Divisor row_tiles{1};  // units of 32 weight rows of an expert
+  Divisor ctas{1};       // of a block of tokens
+  Divisor eighths{1};    // width / 8
+  int64_t results;       // where they start in the workspace, in bytes
   // Bytes in shared memory, and where its parts start. The ring of stages lies at 0.
-  int stage_bytes, x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
+  int x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
 
   // Slots of row facts, and rows of x scales: whole tiles of eight.
 #ifdef __CUDACC__

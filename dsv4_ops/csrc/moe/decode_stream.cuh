@@ -23,12 +23,14 @@ struct Walk {
 
   // The CTA's share of the units of all groups, as equal as possible.
   static __device__ __forceinline__ Walk begin(const DecodePlan& plan, const PairGroups& groups) {
-    const int64_t units = static_cast<int64_t>(groups.count()) * plan.row_tiles;
+    const int units = groups.count() * static_cast<int>(plan.row_tiles.value());
+    const int share = plan.ctas.divide(units), more = units - share * static_cast<int>(gridDim.x);  // CTAs with one more
+    const int cta = static_cast<int>(blockIdx.x);
     Walk walk{};
-    walk.unit = static_cast<int>(units * blockIdx.x / gridDim.x);
-    walk.end = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x);
-    walk.group = walk.unit / plan.row_tiles;
-    walk.tile = walk.unit - walk.group * plan.row_tiles;
+    walk.unit = cta * share + min(cta, more);
+    walk.end = walk.unit + share + (cta < more);
+    walk.group = plan.row_tiles.divide(walk.unit);
+    walk.tile = walk.unit - walk.group * static_cast<int>(plan.row_tiles.value());
     walk.look(groups);
     return walk;
   }
@@ -40,7 +42,7 @@ struct Walk {
     if (++pass < passes) return false;
     pass = 0;
     ++unit;
-    if (++tile == plan.row_tiles) {
+    if (++tile == static_cast<int>(plan.row_tiles.value())) {
       tile = 0;
       ++group;
       look(groups);
@@ -57,17 +59,19 @@ struct Walk {
 template <typename Format, bool kFirst>
 class WeightStream {
  public:
+  // `ring` has the stages of all warps.
   __device__ __forceinline__ WeightStream(const Moe& moe, const DecodePlan& plan, const PairGroups& groups,
                                           const Walk& walk, uint8_t* ring)
-      : moe_(moe), plan_(plan), groups_(groups), walk_(walk), ring_(ring) {
+      : moe_(moe), plan_(plan), groups_(groups), walk_(walk) {
     const int warp = threadIdx.x / kWarp;
+    ring_ = ring + warp * kStages * kBytes;
     first_step_ = warp * plan.steps / kWarps;
     end_step_ = (warp + 1) * plan.steps / kWarps;
     step_ = first_step_;
     if (first_step_ == end_step_) walk_.unit = walk_.end;
     locate();
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy_next(i);
+    for (int i = 0; i < kStages - 1; ++i) copy_next(ring_ + i * kBytes);
   }
 
   __device__ __forceinline__ int first_step() const { return first_step_; }
@@ -77,55 +81,68 @@ class WeightStream {
   __device__ __forceinline__ const uint8_t* next() {
     ptx::cp_async_wait<kStages - 2>();
     __syncwarp();
-    const uint8_t* const stage = ring_ + slot_ * plan_.stage_bytes;
-    copy_next(slot_ == 0 ? kStages - 1 : slot_ - 1);
-    slot_ = slot_ == kStages - 1 ? 0 : slot_ + 1;
-    return stage;
+    copy_next(ring_ + written_);
+    written_ = read_;
+    read_ = read_ == (kStages - 1) * kBytes ? 0 : read_ + kBytes;
+    return ring_ + written_;
   }
 
  private:
+  static constexpr int kBytes = kStageBytes<Format>;
+  static constexpr int kUnitRows = kFirst ? kStageRows / 2 : kStageRows;  // of each weight that is read
+  static constexpr int kFragmentRows = kUnitRows / 2;                     // from fragment 0 of a stage to fragment 1
+
   // Addresses of this lane in the current unit: its row (lane / 4) of the upper and of the lower half of a fragment,
   // and the scales of its row (lane) of the stage.
   __device__ __forceinline__ void locate() {
     if (walk_.done()) return;
     const int lane = threadIdx.x % kWarp, row = lane / 4, half = lane / 8 % 2, expert = groups_.expert_of(walk_.group);
-    const int unit_rows = kFirst ? kStageRows / 2 : kStageRows;
-    const int64_t first = static_cast<int64_t>(expert) * plan_.row_tiles * unit_rows + walk_.tile * unit_rows;
+    const int64_t first = (static_cast<int64_t>(expert) * plan_.row_tiles.value() + walk_.tile) * kUnitRows;
     const MoeWeight& above = kFirst ? moe_.w1 : moe_.w2;
     const MoeWeight& below = kFirst ? moe_.w3 : moe_.w2;
-    const int chunk = lane % kStageChunks * 16;
-    upper_ = static_cast<const uint8_t*>(above.weight) + (first + row) * plan_.row_bytes + chunk;
-    lower_ = static_cast<const uint8_t*>(below.weight) + (first + row + (kFirst ? 0 : 8)) * plan_.row_bytes + chunk;
+    const int column = lane % kStageChunks * 16 + step_ * kStageRowBytes;
+    upper_ = static_cast<const uint8_t*>(above.weight) + (first + row) * plan_.row_bytes + column;
+    lower_ = static_cast<const uint8_t*>(below.weight) + (first + row + (kFirst ? 0 : 8)) * plan_.row_bytes + column;
     if constexpr (Format::kScaleBytes > 0) {
       const int64_t scale_row = first + lane / 16 * kFragmentRows + lane % 8 + (kFirst ? 0 : half * 8);
       const auto* const scales = static_cast<const uint8_t*>((kFirst && half == 1 ? below : above).scale);
-      scales_ = scales + scale_row * plan_.steps * Format::kScaleBytes;
+      scales_ = scales + (scale_row * plan_.steps + step_) * Format::kScaleBytes;
     }
   }
 
-  __device__ __forceinline__ void copy_next(int slot) {
+  __device__ __forceinline__ void copy_next(uint8_t* stage) {
     if (!walk_.done()) {
       const int lane = threadIdx.x % kWarp;
-      uint8_t* const stage = ring_ + slot * plan_.stage_bytes;
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const int64_t offset = static_cast<int64_t>(m) * kFragmentRows * plan_.row_bytes + step_ * kStageRowBytes;
-        const int chunk = m * kStageChunks + lane % kStageChunks;
-        ptx::cp_async_16(stage + tile_offset(lane / 4, chunk), upper_ + offset, 16);
-        ptx::cp_async_16(stage + tile_offset(lane / 4 + 8, chunk), lower_ + offset, 16);
-      }
+      const int first = tile_offset(lane / 4, lane % kStageChunks), second = first ^ kStageRowBytes;  // of fragment 1
+      static_assert(kStageChunks * 16 == kStageRowBytes && kTileRowBytes == 2 * kStageRowBytes, "four chunks further");
+      const int64_t fragment = static_cast<int64_t>(kFragmentRows) * plan_.row_bytes;
+      ptx::cp_async_16(stage + first, upper_, 16);
+      ptx::cp_async_16(stage + first + 8 * kTileRowBytes, lower_, 16);
+      ptx::cp_async_16(stage + second, upper_ + fragment, 16);
+      ptx::cp_async_16(stage + second + 8 * kTileRowBytes, lower_ + fragment, 16);
       uint8_t* const scale = stage + kTileBytes + lane * Format::kScaleBytes;
-      if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(scale, scales_ + step_ * 4, 4);
-      if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(scale, scales_ + step_ * 8);
-      if (++step_ == end_step_) {
-        step_ = first_step_;
-        if (walk_.advance(plan_, groups_)) locate();
-      }
+      if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(scale, scales_, 4);
+      if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(scale, scales_);
+      advance();
     }
     ptx::cp_async_commit();
   }
 
-  static constexpr int kFragmentRows = kFirst ? 8 : 16;  // weight rows from fragment 0 of a stage to fragment 1
+  __device__ __forceinline__ void advance() {
+    int steps = 1;
+    int64_t rows = 0;
+    if (++step_ == end_step_) {
+      step_ = first_step_;
+      const int group = walk_.group;
+      if (walk_.advance(plan_, groups_)) rows = kUnitRows;
+      if (walk_.group != group) return locate();
+      steps -= end_step_ - first_step_;
+    }
+    const int64_t bytes = rows * plan_.row_bytes + steps * kStageRowBytes;
+    upper_ += bytes;
+    lower_ += bytes;
+    scales_ += (rows * plan_.steps + steps) * Format::kScaleBytes;
+  }
 
   const Moe& moe_;
   const DecodePlan& plan_;
@@ -133,7 +150,7 @@ class WeightStream {
   Walk walk_;  // of the copies
   uint8_t* ring_;
   int first_step_, end_step_, step_;
-  int slot_ = 0;
+  int read_ = 0, written_ = (kStages - 1) * kBytes;  // stages to read next, and to write next
   const uint8_t* upper_ = nullptr;
   const uint8_t* lower_ = nullptr;
   const uint8_t* scales_ = nullptr;

@@ -132,7 +132,7 @@ __device__ __forceinline__ void requantise_nvfp4(__nv_bfloat16* row, int width, 
     float values[2];
     load_some(row + column, width - column, values);
     uint8_t codes[1];
-    const float scale = decode_e4m3(quantise_nvfp4(values, global, codes));
+    const float scale = decode_e4m3(quantise_nvfp4(values, Nvfp4Global(global), codes));
     const float exact[2] = {decode_e2m1(codes[0] & 15u) * scale, decode_e2m1(codes[0] >> 4) * scale};
     store_some(row + column, width - column, exact);
   }
