@@ -106,7 +106,8 @@ class StagedX {
       *reinterpret_cast<uint2*>(half) = {one.x, two.x};
       *reinterpret_cast<uint2*>(half + 16) = {one.y, two.y};
     } else if constexpr (kFormat == Format::kNvfp4) {
-      const __half2 low = nvfp4_factor(block_scales & 0xFFu), high = nvfp4_factor(block_scales >> 8);
+      const __half2 both = ptx::cvt_half2(static_cast<uint16_t>(block_scales));
+      const __half2 low = __low2half2(both), high = __high2half2(both);
       uint32_t pairs[4][4];
       nvfp4_halves(pairs[0], codes.x, low);
       nvfp4_halves(pairs[1], codes.y, low);
