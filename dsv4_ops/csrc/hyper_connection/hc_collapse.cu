@@ -245,22 +245,25 @@ __device__ __forceinline__ void add_stream(int stream, float weight, const float
   }
 }
 
-// Codes and scales of a lane's part of the normed row. All lanes of a warp call it together.
-template <Tail kTail>
-__device__ __forceinline__ void quantise(const Arguments& at, int64_t token, int column, const float (&values)[kCount],
-                                         float global_scale, bool inside) {
-  const auto store = [&](auto row) {
+// store(row as codes and scales) of a normed row; `amax`: its largest magnitude.
+template <Tail kTail, typename Store>
+__device__ __forceinline__ void quantise(const Arguments& at, int64_t token, float amax, Store store) {
+  const auto begin = [&](auto row) {
     row.begin(token, at.width);
-    row.store(column, values, inside);
+    if constexpr (kTail == Tail::kNormNvfp4) {
+      store(row.scaled(amax, threadIdx.x == 0));
+    } else {
+      store(row);
+    }
   };
   if constexpr (kTail == Tail::kNormFp8) {
     switch (at.out.group) {
-      case 32: store(Fp8Row<32>{at.out.q, at.out.q_scale}); break;
-      case 64: store(Fp8Row<64>{at.out.q, at.out.q_scale}); break;
-      default: store(Fp8Row<128>{at.out.q, at.out.q_scale}); break;
+      case 32: return begin(Fp8Row<32>{at.out.q, at.out.q_scale});
+      case 64: return begin(Fp8Row<64>{at.out.q, at.out.q_scale});
+      default: return begin(Fp8Row<128>{at.out.q, at.out.q_scale});
     }
   } else if constexpr (kTail == Tail::kNormNvfp4) {
-    store(Nvfp4Row{at.out.q, at.out.q_scale, at.out.global_scale, global_scale});
+    begin(Nvfp4Row{at.out.q, at.out.q_scale, at.out.global_scale});
   }
 }
 
@@ -372,19 +375,14 @@ __global__ void __launch_bounds__(kKept ? kKeptThreads<T> : kAnyThreads) hc_coll
     }
 
     // 5. codes and scales
-    if constexpr (kTail == Tail::kNormFp8 || kTail == Tail::kNormNvfp4) {
-      float global_scale = 0.0f;
-      if constexpr (kTail == Tail::kNormNvfp4) {
-        Nvfp4Row row{nullptr, nullptr, at.out.global_scale + token, 0.0f};
-        row.scale_by(__uint_as_float(max_warps(bits, largest[t % 2])), threadIdx.x == 0);
-        global_scale = row.of_row;
-      }
+    if constexpr (kTail == Tail::kNormNvfp4) bits = max_warps(bits, largest[t % 2]);
+    quantise<kTail>(at, token, __uint_as_float(bits), [&](const auto& row) {
       for (int first = 0; first < at.width; first += step) {
         const int column = first + own;
         if constexpr (!kKept) load_some(y + column, at.width - column, values);
-        quantise<kTail>(at, token, column, values, global_scale, column < at.width);
+        row.store(column, values, column < at.width);
       }
-    }
+    });
   }
 }
 
@@ -411,7 +409,7 @@ cudaError_t launch_hc_collapse(const Streams& x, const MixWeights& weights, cons
     const int mixing_tokens = !kept || x.tokens <= kFewTokens ? 1 : many ? kMaxMixing : std::max(warps / 4, 1);
     const int64_t mixing_ctas = out.comb == nullptr ? 0 : (x.tokens + mixing_tokens - 1) / mixing_tokens;
     const int resident = kSms * (kKeptThreads<T> / threads);  // CTAs
-    const int64_t each = (x.tokens + resident - 1) / resident;
+    const int64_t each = std::max<int64_t>((x.tokens + resident - 1) / resident, 1);
     const int row_tokens = !kept ? 1 : static_cast<int>(std::min<int64_t>(std::min(warps, kMaxRows), each));
     const int64_t row_ctas = (x.tokens + row_tokens - 1) / row_tokens;
     const int groups = group_count(x.width), values = weights.outputs + kSquareSums;
