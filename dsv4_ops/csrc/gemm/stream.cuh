@@ -52,9 +52,7 @@ class StreamingProduct {
     stream.units = Divisor(window * StagedX<kFormat, kTokens>::kUnits);
     stream.tokens_divisor = Divisor(stream.tokens);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
-    stream.x_groups = kFormat == Format::kFp8 || kFormat == Format::kMxfp4
-                          ? window * kShape.piece_values / stream.product.x_group
-                          : 0;
+    stream.x_groups = stream.x_group_shift > 0 ? window * kShape.piece_values >> stream.x_group_shift : 0;
     return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * kTokens * stream.x_groups);
   }
 
@@ -134,8 +132,8 @@ class StreamingProduct {
     ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
   }
 
-  // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights' fragments.
-  // Tokens that are not there repeat the last one; nobody stores their sums.
+  // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights'
+  // fragments. Tokens that are not there repeat the last one; nobody stores their sums.
   __device__ __forceinline__ void load_x(uint32_t (&words)[kTokenTiles][2], int chunk) const {
     const uint8_t* const base = shared + x_lane + chunk * 16;
     if constexpr (kTokenTiles == 1) {
@@ -241,9 +239,7 @@ class StreamingProduct {
   }
 
   __device__ __forceinline__ void multiply_mxfp4(int stage, int offset) {
-    constexpr int kGroup = 32;
     const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes;
-    const int groups_of_scale = p.x_group / kGroup;  // 1, 2 or 4
 #pragma unroll(kSplit ? 1 : 2)
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
@@ -268,7 +264,7 @@ class StreamingProduct {
         Sums part;
         clear(part);
         multiply_codes(part, a, x_words);
-        promote(part, weight_scales, (offset * kTileChunks + chunk) / groups_of_scale);
+        promote(part, weight_scales, (offset * kTileChunks + chunk) >> (s.x_group_shift - 5));
       }
     }
   }
@@ -305,10 +301,10 @@ class StreamingProduct {
         uint32_t a[kTiles][2][4], b[2][kTokenTiles][2];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          const auto factor = [&](int half) { return j ? __high2half2(factors[m][half]) : __low2half2(factors[m][half]); };
+          const auto factor = [j](__half2 both) { return j ? __high2half2(both) : __low2half2(both); };
           uint32_t up[4], low[4];
-          nvfp4_halves(up, words[m][2 * j], factor(0));
-          nvfp4_halves(low, words[m][2 * j + 1], factor(1));
+          nvfp4_halves(up, words[m][2 * j], factor(factors[m][0]));
+          nvfp4_halves(low, words[m][2 * j + 1], factor(factors[m][1]));
           fp4_fragments(a[m], up, low);
         }
         if constexpr (kTokenTiles == 1) {
@@ -346,8 +342,8 @@ class StreamingProduct {
 
   // ---- Sums ----
 
-  // Add the ranges of the CTA's rows and store them. `buffer` alternates: who writes to it has passed the barrier of the
-  // tile between, behind which nobody reads it.
+  // Add the ranges of the CTA's rows and store them. `buffer` alternates: who writes to it has passed the barrier of
+  // the tile between, behind which nobody reads it.
   __device__ __forceinline__ void add_and_store(int tile, int buffer) {
     float* const all = reinterpret_cast<float*>(shared + kRingBytes) + buffer * kSumFloats;
     float* const mine = all + (range_here * subtiles + subtile) * kTokens * kSumPitch;
@@ -419,6 +415,7 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   Stream plan{};
   plan.product = product;
   plan.tokens = tokens;
+  plan.x_group_shift = product.x_group > 0 ? 5 + product.x_group / 64 : 0;
   plan.first_token = first_token;
   const int ranges = ranges_of(kFormat, product);
   while (1 << plan.range_shift < ranges) ++plan.range_shift;

@@ -7,8 +7,9 @@
 
 namespace dsv4 {
 
-// The pieces of one range of k, of one tile of rows after the other. A stage is kTiles tiles of weight_fragments.cuh and,
-// behind them, the FP4 scales [row][group] of their rows; the scale of an FP8 block comes to a register, a piece ahead.
+// The pieces of one range of k, of one tile of rows after the other. A stage is kTiles tiles of weight_fragments.cuh
+// and, behind them, the FP4 scales [row][group] of their rows; the scale of an FP8 block comes to a register, a piece
+// ahead.
 template <Format kFormat, int kTiles, int kStages>
 class WeightRing {
   static constexpr FormatShape kShape = shape_of(kFormat);
