@@ -211,10 +211,11 @@ __device__ __forceinline__ void make_map(const float* scores, int count, const S
 template <int kThreads, typename Write>
 __device__ __forceinline__ void for_each_bit(const uint32_t* map, int words, Write write) {
   const int lane = threadIdx.x % kWarp;
+  uint32_t before = 0;  // bits of this lane's words before `first`
+  int next = lane;
   for (int first = threadIdx.x - lane; first < words; first += kThreads) {
-    uint32_t before = 0;
 #pragma unroll 4
-    for (int i = lane; i < first; i += kWarp) before += __popc(map[i]);
+    for (; next < first; next += kWarp) before += __popc(map[next]);
     uint32_t word = first + lane < words ? map[first + lane] : 0;
     uint32_t place = __reduce_add_sync(kAllLanes, before) + sum_of_lower_lanes(__popc(word));
     for (; word != 0; word &= word - 1) {

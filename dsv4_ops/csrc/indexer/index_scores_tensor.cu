@@ -240,8 +240,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   Sums<kPaired> sums{};
   sums.row = kMostRows;
   const int own_row = kPaired ? part % 2 : 0;
-  int entry = first_tile * kTile + row + 8 * upper;
-  int64_t tile_offset = (sink_row + own_row) * sink.stride + entry;
+  const int64_t row_offset = (sink_row + own_row) * sink.stride;
   int tile = first_tile;
   for (int stage = 0; tile < end_tile; tile += stride) {
     uint8_t* const slot = stages + stage + first_slot;
@@ -255,16 +254,20 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
     }
     ptx::cp_async_commit();
     stage = stage == (kReady - 1) * kStageBytes ? 0 : stage + kStageBytes;
-    int64_t offset = tile_offset;
-    for (int first = 0; first < all_rows; first += kN / kHeads) {
+    const auto product = [&](int first) {  // with the queries of rows from `first` on
       float acc[kN / 2];
       start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
-      put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);  // of the product before
+      // Of the product before. The condition, which always holds, keeps ptxas from mixing shuffles with the steps of the
+      // product, the last of which would wait for them.
+      if (task.capacity > 0) put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
       sums.scale = keys.scale;
       sums.row = first + own_row;
-      sums.entry = entry;
-      sums.offset = offset;
-      offset += 2 * sink.stride;
+      if (first == 0) {
+        sums.entry = tile * kTile + row + 8 * upper;
+        sums.offset = row_offset + sums.entry;
+      } else {
+        sums.offset += 2 * sink.stride;
+      }
       if constexpr (kPaired) own_weights.load(weights, first, part);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(acc);
@@ -273,9 +276,16 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
         own_weights.load(weights, first + 1, part);
         sums.rows[1] = sum_heads<kForm, kHeads / 2>(acc, own_weights);
       }
+    };
+    if (!kPaired) {
+      product(0);
+    } else if (all_rows == F::kMostRows) {
+#pragma unroll
+      for (int first = 0; first < F::kMostRows; first += 2) product(first);
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < all_rows; first += 2) product(first);
     }
-    entry += stride * kTile;
-    tile_offset += stride * kTile;
   }
   put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
 

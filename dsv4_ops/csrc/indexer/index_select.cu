@@ -60,40 +60,54 @@ struct Ahead {
   }
 };
 
-// `count` keys to shared memory as scores. Whole tiles of keys exist, zeros where there is no entry: these become NaN.
+// Four keys to shared memory as scores; no entry becomes NaN.
+__device__ __forceinline__ void put_four(uint4 four, float* to, Range& range) {
+  range.add(four.x);
+  range.add(four.y);
+  range.add(four.z);
+  range.add(four.w);
+  *reinterpret_cast<float4*>(to) = {from_ordered(four.x), from_ordered(four.y), from_ordered(four.z),
+                                    from_ordered(four.w)};
+}
+
+// `count` keys, a multiple of 4, to shared memory; load(i) are four of them.
+template <int kThreads, typename Load>
+__device__ __forceinline__ void fetch(const Load& load, int begin, int count, float* to, Range& range) {
+#pragma unroll 4
+  for (int i = begin + 4 * threadIdx.x; i < count; i += 4 * kThreads) put_four(load(i), to + i, range);
+}
+
+// The keys of a row. Whole tiles of them exist, zeros where there is no entry.
 template <int kThreads>
-__device__ __forceinline__ Range fetch(const Ahead<kThreads>& ahead, const uint32_t* from, int count, float* to) {
+__device__ __forceinline__ Range fetch_row(const Ahead<kThreads>& ahead, const uint32_t* from, int count, float* to) {
   Range range;
-  const auto put = [&](int first, uint4 four) {
-    range.add(four.x);
-    range.add(four.y);
-    range.add(four.z);
-    range.add(four.w);
-    *reinterpret_cast<float4*>(to + first) = {from_ordered(four.x), from_ordered(four.y), from_ordered(four.z),
-                                              from_ordered(four.w)};
-  };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     const int first = 4 * (threadIdx.x + i * kThreads);
-    if (first < count) put(first, ahead.keys[i]);
+    if (first < count) put_four(ahead.keys[i], to + first, range);
   }
-#pragma unroll 4
-  for (int first = 4 * (threadIdx.x + kAhead * kThreads); first < count; first += 4 * kThreads) {
-    put(first, *reinterpret_cast<const uint4*>(from + first));
-  }
+  const auto load = [=](int i) { return *reinterpret_cast<const uint4*>(from + i); };
+  fetch<kThreads>(load, 4 * kAhead * kThreads, count, to, range);
   return range;
 }
 
-// The largest key of every 2^merged neighbouring groups as a score, and NaN up to a multiple of 16.
+// The largest keys of every 2^merged neighbouring groups, and zeros up to `count`.
 template <int kThreads>
 __device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, int count, float* to) {
+  const auto largest = [=](int i) {
+    uint32_t key = 0;
+    for (int j = i << merged; j < min((i + 1) << merged, groups); ++j) key = max(key, maxima[j]);
+    return key;
+  };
+  const auto load = [=](int i) {  // groups of whole tiles: a multiple of 4
+    return i < groups ? *reinterpret_cast<const uint4*>(maxima + i) : uint4{};
+  };
+  const auto load_merged = [=](int i) { return uint4{largest(i), largest(i + 1), largest(i + 2), largest(i + 3)}; };
   Range range;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    uint32_t largest = 0;
-    for (int j = i << merged; j < min((i + 1) << merged, groups); ++j) largest = max(largest, maxima[j]);
-    range.add(largest);
-    to[i] = from_ordered(largest);
+  if (merged == 0) {
+    fetch<kThreads>(load, 0, count, to, range);
+  } else {
+    fetch<kThreads>(load_merged, 0, count, to, range);
   }
   return range;
 }
@@ -121,7 +135,7 @@ template <int kThreads>
 __device__ __forceinline__ bool select_short(const Ahead<kThreads>& ahead, const uint32_t* row_keys, int seen, int k,
                                              const Shared& shared, int32_t* picks, Exchange& exchange) {
   const int count = (seen + kTile - 1) / kTile * kTile;
-  const ScoreBins bins(merge<kThreads>(fetch(ahead, row_keys, count, shared.scores), exchange));
+  const ScoreBins bins(merge<kThreads>(fetch_row(ahead, row_keys, count, shared.scores), exchange));
   if (!bins.usable()) return false;
   const Cut cut = find_cut<kThreads>(shared.scores, count, bins, k, exchange);
   if (cut.inside > kFew) return false;
@@ -138,12 +152,11 @@ __device__ __forceinline__ bool select_long(const Selection& in, const uint32_t*
                                             int seen, int k, const Shared& shared, int32_t* picks,
                                             Exchange& exchange) {
   // 1. the list of groups
-  const int groups = (seen + kGroup - 1) / kGroup, tiles_end = (seen + kTile - 1) / kTile * kTile;
+  const int tiles_end = (seen + kTile - 1) / kTile * kTile, groups = tiles_end / kGroup;
   int merged = 0;
   while ((groups - 1) >> merged >= in.room) ++merged;
-  const int count = ((groups - 1) >> merged) + 1;
-  if (count <= k) return false;
-  const int padded = (count + kMapWord - 1) / kMapWord * kMapWord;
+  if ((seen - 1) / kGroup >> merged < k) return false;  // not more than k groups have entries
+  const int padded = (((groups - 1) >> merged) / kMapWord + 1) * kMapWord;
   const ScoreBins bins(
       merge<kThreads>(fetch_maxima<kThreads>(maxima, groups, merged, padded, shared.scores), exchange));
   if (!bins.usable()) return false;
