@@ -339,17 +339,20 @@ __global__ void __launch_bounds__(kThreads, 2)
       ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
     }
+    ptx::fence_async_proxy();  // bulk copies arrive there
   }
   __syncthreads();
   const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
   const uint32_t row = blockIdx.x / head_tiles;
   const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
-  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
+  const int position = ptx::load_relaxed(position_of(attention.rope, row));
+  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
+    ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
     if (slab == kSlabs - 1) {
       gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     } else {
