@@ -348,8 +348,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int position = ptx::load_relaxed(position_of(attention.rope, row));
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
     ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
@@ -358,33 +358,33 @@ __global__ void __launch_bounds__(kThreads, 2)
     } else {
       gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     }
-    return;
-  }
-  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
-  const int own_head = first_head + group * kHeads;
-  const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
-  const float2 turn = inverse_turn(attention.rope, keys.position);
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
+  } else {
+    const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
+    const int own_head = first_head + group * kHeads;
+    const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+    const float2 turn = inverse_turn(attention.rope, position);
+    ptx::wait_for_predecessors();
+    ptx::launch_dependents();
 
-  if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
-  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
-  float output[kHeads / 2];
-  Total total;
-  fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
-  float* const reciprocals = memory.reciprocals + group * kHeads;
-  if (thread < kHeads) {
-    reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
+    constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
+    float output[kHeads / 2];
+    Total total;
+    fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
+    float* const reciprocals = memory.reciprocals + group * kHeads;
+    if (thread < kHeads) {
+      reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    }
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    float reciprocal[kColumns<kHeads>];
+    load_columns<kHeads>(reciprocals, reciprocal);
+    finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
+    stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
+    store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
+                              attention.heads - own_head, slab * kSlab);
   }
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(reciprocals, reciprocal);
-  finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
-  stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
-  store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
-                            attention.heads - own_head, slab * kSlab);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
