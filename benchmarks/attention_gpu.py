@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.inputs import Inputs
 from benchmarks.timing import Timer
+from dsv4_ops.ops.attention_mixed import split_queries
 from dsv4_ops.registry import TABLE
 
 WINDOW, PAGE, DIM, ROPE = 128, 64, 512, 64
@@ -24,7 +25,7 @@ CONTEXTS = tuple(1024 * 4**power for power in range(6))  # 1K .. 1M
 class Goal:
     """One call: `batch` sequences of `rows` query rows at the end of `context` tokens."""
 
-    kind: str  # window, selected (k entries of the context's) or compressed (all entries of ratio 128)
+    kind: str  # window, selected (k entries of the context's), mixed (the same) or compressed (all of ratio 128)
     heads: int
     batch: int
     rows: int = 1
@@ -33,12 +34,12 @@ class Goal:
 
     @property
     def name(self) -> str:
-        keys = {"window": "", "selected": f"+{self.k}", "compressed": f"+{self.context // RATIO_HCA}"}[self.kind]
-        return f"{self.kind} H={self.heads} B={self.batch} S={self.rows} {WINDOW}{keys} of {self.context}"
+        more = f"+{self.keys - WINDOW}" if self.kind != "window" else ""
+        return f"{self.kind} H={self.heads} B={self.batch} S={self.rows} {WINDOW}{more} of {self.context}"
 
     @property
     def keys(self) -> int:
-        return WINDOW + {"window": 0, "selected": self.k, "compressed": self.context // RATIO_HCA}[self.kind]
+        return WINDOW + (self.context // RATIO_HCA if self.kind == "compressed" else self.k)
 
     def arguments(self, inputs: Inputs) -> tuple:
         batch, rows = self.batch, self.rows
@@ -48,10 +49,11 @@ class Goal:
         rope, at = inputs.rope_table(ROPE, self.context), inputs.positions(batch, rows, self.context - 1)
         if self.kind == "window":
             return q, pool, sink, rope, table, at, WINDOW, PAGE
-        ratio, page = (RATIO_CSA, PAGE) if self.kind == "selected" else (RATIO_HCA, 2)
+        ratio, page = (RATIO_HCA, 2) if self.kind == "compressed" else (RATIO_CSA, PAGE)
         far_table = inputs.block_table(batch, self.context // ratio, page)
         far_pool = inputs.kv_pool(far_table, page, DIM, ROPE)
-        pools, tables = (q, pool, far_pool, sink, rope), (table, far_table)
+        queries = split_queries(q, ROPE) if self.kind == "mixed" else (q,)
+        pools, tables = (*queries, pool, far_pool, sink, rope), (table, far_table)
         if self.kind == "compressed":
             return *pools, *tables, at, WINDOW, ratio, PAGE, page
         entries = (self.context - rows) // ratio  # complete for all rows
@@ -73,6 +75,7 @@ def goals() -> Iterator[Goal]:
     for heads in (64, 128):
         for k in (512, 1024):
             yield Goal("selected", heads, 1, rows=4096, k=k)
+    yield Goal("mixed", 64, 1, rows=4096, k=1024)
     for context in CONTEXTS:
         yield Goal("window", 64, 1, context=context)
         yield Goal("selected", 64, 1, k=min(512, context // RATIO_CSA - 1), context=context)

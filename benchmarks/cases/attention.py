@@ -11,6 +11,7 @@ from benchmarks.floors import Traffic
 from benchmarks.inputs import Inputs
 from benchmarks.peers import kernel
 from benchmarks.shapes import MOST_DECODE_ROWS, Widths
+from dsv4_ops.ops.attention_mixed import split_queries
 from dsv4_ops.ops.pages import kv_entry_bytes
 
 
@@ -22,6 +23,15 @@ def traffic(w: Widths, batch: int, compressed: int, page_size: int = 1) -> Traff
     query = 2 * batch * heads * width
     read = query + batch * (keys * entry + tables) + position_bytes(w, batch) + 4 * heads
     return Traffic(read, query + 4 * batch * heads, bf16_flops=2 * 2 * batch * heads * width * keys)
+
+
+def mixed_traffic(w: Widths, batch: int, compressed: int) -> Traffic:
+    """The same where queries are E4M3 codes with a scale, and products of codes are half of the products."""
+    heads, nope = w.num_attention_heads, w.head_dim - w.rope_dim
+    plain = traffic(w, batch, compressed)
+    fp8 = 2 * batch * heads * nope * (w.sliding_window + compressed)
+    read = plain.read - batch * heads * (nope - 4)
+    return Traffic(read, plain.written, bf16_flops=plain.bf16_flops - fp8, fp8_flops=fp8)
 
 
 def cases(w: Widths, tokens: int) -> Iterator[Case]:
@@ -52,6 +62,10 @@ def cases(w: Widths, tokens: int) -> Iterator[Case]:
         chosen = i.uniform(batch, 1, entries).topk(k).indices.sort(-1).values.to(torch.int32)
         return q, pool, far_pool, sink, rope, table, far_table, chosen, at, window, page, page
 
+    def make_mixed(i: Inputs) -> tuple:
+        q, *others = make_selected(i)
+        return *split_queries(q, w.rope_dim), *others
+
     def make_compressed(i: Inputs) -> tuple:
         q, pool, sink, rope, table, at = near(i)
         far_pool, far_table = compressed(i, far, far_page)
@@ -73,3 +87,4 @@ def cases(w: Widths, tokens: int) -> Iterator[Case]:
         "sparse_attention_compressed", tokens, f"{shape}, {far} entries", traffic(w, batch, far, far_page),
         make_compressed, peers((flashmla, "hca_32k"), (sglang, "hca_32k")),
     )  # fmt: skip
+    yield Case("sparse_attention_mixed", tokens, f"{shape}, k {k}", mixed_traffic(w, batch, k), make_mixed)

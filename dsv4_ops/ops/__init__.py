@@ -6,6 +6,7 @@
 from dsv4_ops.kernels import load_kernels
 from dsv4_ops.ops import (
     attention,
+    attention_mixed,
     compressor,
     fused_quant,
     gemm,
@@ -31,6 +32,7 @@ FAMILIES = (
     compressor,
     indexer,
     attention,
+    attention_mixed,
     gemm,
     router,
     moe,

@@ -28,10 +28,11 @@ from dsv4_ops.ops.norm import ACTIVATION_DTYPES, swiglu_reference
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale, nvfp4_row_scale_reference, quant_nvfp4_reference
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference, quant_fp8_reference
 from dsv4_ops.ops.router import expect_slots
-from dsv4_ops.registry import Cuda, Inline, define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts
 BLOCKS_AT_ONCE = 8  # experts that lie dequantised in memory at the same time
+DECODE_ROWS = 64  # beyond so many rows a GPU may compute whole matrices of every expert: csrc/moe/prefill.h
 
 Operand = tuple[Tensor, Tensor | float]  # fp32 values [b, N, K] and a factor of every product with them (global scale)
 
@@ -251,6 +252,24 @@ def alloc_moe_nvfp4(
     return alloc_moe(x, 2)
 
 
+def alloc_workspace(x: Tensor, d: int, ids: Tensor, w1: Tensor) -> Tensor:
+    """h and the result of every pair, and a global scale for each: workspace_of in csrc/moe/moe.h."""
+    pairs, size = ids.numel(), 4 if x.dtype == torch.float32 else 2
+    parts = (pairs * w1.shape[1] * size, pairs * d * size, pairs * 4)
+    needed = sum((part + 15) // 16 * 16 for part in parts)
+    if pairs > DECODE_ROWS * ids.shape[-1] and size == 2:
+        needed = max(needed, prefill_bytes(pairs, w1.shape[0], d, w1.shape[1]))
+    return x.new_empty((needed,), dtype=torch.uint8)
+
+
+def prefill_bytes(pairs: int, experts: int, d: int, inner: int) -> int:
+    """The workspace of a prefill, whose rows are those of every expert in multiples of 16: csrc/moe/prefill.h."""
+    used = min(pairs, experts)
+    rows, blocks = (pairs + 15 * used) // 16 * 16, (pairs + 127 * used) // 128
+    parts = (rows * inner * 2, rows * d * 2, pairs * 4, *[rows * 4] * 4, blocks * 16, 8)
+    return sum((part + 255) // 256 * 256 for part in parts)
+
+
 # x [T, d] bf16 | f32, ids [T, k] int32 (outside 0 .. E-1: nothing is added), weights [T, k] f32,
 # w1, w3 [E, I, d], w2 [E, d, I] bf16 | f32 -> y [T, d] f32
 moe_dense = define(
@@ -259,7 +278,7 @@ moe_dense = define(
     reference=moe_dense_reference,
     check=check_moe_dense,
     inline=Inline.STATIC_SHAPES,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 FP8_INPUT_ARGUMENTS = (
@@ -274,7 +293,7 @@ moe_fp8 = define(
     alloc=lambda x, x_scale, ids, weights, w1, w1_scale, w3, w3_scale, w2, w2_scale, limit: alloc_moe(x, 1),
     reference=moe_fp8_input(dequantise_blocks),
     check=check_moe_fp8,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 # x [T, d] E4M3, x_scale [T, d/group] uint8, ids, weights as moe_dense, w1, w3 [E, I, d/2], w2 [E, d, I/2] uint8, their
@@ -284,7 +303,7 @@ moe_mxfp4 = define(
     alloc=lambda x, x_scale, ids, weights, w1, w1_scale, w3, w3_scale, w2, w2_scale, limit: alloc_moe(x, 1),
     reference=moe_fp8_input(dequantise_mxfp4),
     check=check_moe_mxfp4,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 # x [T, d/2] uint8, x_scale [T, d/16] E4M3, x_global [T, 1] | [1] f32, ids, weights as moe_dense, w1, w3 [E, I, d/2],
@@ -296,5 +315,5 @@ moe_nvfp4 = define(
     alloc=alloc_moe_nvfp4,
     reference=moe_nvfp4_reference,
     check=check_moe_nvfp4,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, x_global, ids, weights, w1, *others: alloc_workspace(x, 2 * x.shape[-1], ids, w1),
 )

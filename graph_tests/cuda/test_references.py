@@ -4,30 +4,9 @@ import pytest
 import torch
 
 from dsv4_ops.registry import TABLE, Cuda
-from graph_tests.cuda.kernel_checks import bits, check_kernel, close
-from graph_tests.ops.test_gemm import operands
+from graph_tests.cuda.kernel_checks import check_kernel, close
 
 pytestmark = pytest.mark.cuda
-
-
-FORMATS = ("dense", "fp8", "mxfp4", "nvfp4")
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_linear(kind):
-    arguments, _, _ = operands(kind, (7, 192), 200, exact=True)
-    check_kernel(f"linear_{kind}", arguments, bits)  # every sum is exact
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_grouped_linear(kind):
-    arguments, _, _ = operands(kind, (5, 3, 192), 3 * 64, exact=True)
-    check_kernel(f"grouped_linear_{kind}", arguments, bits)
-
-
-def test_linear_fp32():
-    arguments, _, _ = operands("dense", (7, 192), 200, exact=True)
-    check_kernel("linear_fp32", arguments, bits)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 40])

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "attention/attention.h"
+#include "attention/mixed_attention.h"
 #include "common/bind_pool.h"
 #include "common/bind_rope.h"
 
@@ -71,6 +72,17 @@ void add_compressed_pool(const Call& call, SparseAttention& attention, const Ten
               "float32 where D - R is no multiple of 64", pool);
 }
 
+void add_selected(const Call& call, SparseAttention& attention, const Tensor& q, const Tensor& pool,
+                  const Tensor& table, const Tensor& indices, int64_t page_size) {
+  add_compressed_pool(call, attention, q, pool, table, page_size);
+  call.expect_tensor("indices", indices, {kInt32}, {q.size(0), q.size(1), kAny});
+  const Rows rows = call.rows("indices", indices, 4);
+  call.expect(rows.width <= INT32_MAX / 2, "indices", "[B, S, k] with k at most 2^30", indices);
+  attention.keys.indices = data<int32_t>(indices);
+  attention.keys.indices_stride = rows.stride;
+  attention.keys.k = static_cast<int>(rows.width);
+}
+
 void launch(const Call& call, SparseAttention attention, const std::optional<Tensor>& workspace) {
   if (attention.rows == 0) return;
   if (workspace.has_value()) {
@@ -107,13 +119,7 @@ std::tuple<Tensor, Tensor> sparse_attention_selected(const Tensor& q, const Tens
   const Call call("sparse_attention_selected", q);
   SparseAttention attention =
       describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
-  add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
-  call.expect_tensor("indices", indices, {kInt32}, {q.size(0), q.size(1), kAny});
-  const Rows rows = call.rows("indices", indices, 4);
-  call.expect(rows.width <= INT32_MAX / 2, "indices", "[B, S, k] with k at most 2^30", indices);
-  attention.keys.indices = data<int32_t>(indices);
-  attention.keys.indices_stride = rows.stride;
-  attention.keys.k = static_cast<int>(rows.width);
+  add_selected(call, attention, q, compressed_pool, compressed_table, indices, compressed_page_size);
   launch(call, attention, workspace);
   return {o, lse};
 }
@@ -135,10 +141,52 @@ std::tuple<Tensor, Tensor> sparse_attention_compressed(const Tensor& q, const Te
   return {o, lse};
 }
 
+// A part of queries [B, S, H, ...] with any strides but the last one's, whose vectors start at multiples of 16 bytes.
+VectorStrides expect_part(const Call& call, const char* name, const Tensor& part, ScalarType dtype, const Tensor& o,
+                          int64_t width) {
+  call.expect_tensor(name, part, {dtype}, {o.size(0), o.size(1), o.size(2), width});
+  const VectorStrides strides{part.stride(0), part.stride(1), part.stride(2)};
+  const int64_t element = dtype == kE4m3 ? 1 : 2;
+  const auto aligned = [&](int dim) { return part.size(dim) <= 1 || part.stride(dim) * element % 16 == 0; };
+  const bool fits = (part.stride(3) == 1 || width == 1) && aligned(0) && aligned(1) && aligned(2) &&
+                    reinterpret_cast<uintptr_t>(part.const_data_ptr()) % 16 == 0;
+  call.expect(fits, name, "vectors with last stride 1 that start at multiples of 16 bytes", part);
+  return strides;
+}
+
+std::tuple<Tensor, Tensor> sparse_attention_mixed(
+    const Tensor& q_nope, const Tensor& q_scale, const Tensor& q_rope, const Tensor& window_pool,
+    const Tensor& compressed_pool, const Tensor& sink, const Tensor& rope_table, const Tensor& window_table,
+    const Tensor& compressed_table, const Tensor& indices, const Tensor& positions, int64_t window,
+    int64_t window_page_size, int64_t compressed_page_size, Tensor o, Tensor lse) {
+  const Call call("sparse_attention_mixed", o);
+  call.expect_tensor("o", o, {kBfloat16}, {kAny, kAny, kAny, kAny});
+  MixedAttention mixed{};
+  mixed.attention =
+      describe_call(call, o, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
+  mixed.attention.q = nullptr;
+  add_selected(call, mixed.attention, o, compressed_pool, compressed_table, indices, compressed_page_size);
+  const int64_t rope = mixed.attention.rope.dim;
+  call.expect(!mixed.attention.keys.window_pool.plain, "window_pool", "uint8 (packed)", window_pool);
+  call.expect(!mixed.attention.keys.compressed_pool.plain, "compressed_pool", "uint8 (packed)", compressed_pool);
+  mixed.queries.nope_strides = expect_part(call, "q_nope", q_nope, kE4m3, o, o.size(3) - rope);
+  mixed.queries.rope_strides = expect_part(call, "q_rope", q_rope, kBfloat16, o, rope);
+  call.expect_tensor("q_scale", q_scale, {kFloat32}, {o.size(0), o.size(1), o.size(2)});
+  mixed.queries.scale_strides = {q_scale.stride(0), q_scale.stride(1), q_scale.stride(2)};
+  mixed.queries.nope = static_cast<const uint8_t*>(q_nope.const_data_ptr());
+  mixed.queries.scale = data<float>(q_scale);
+  mixed.queries.rope = q_rope.const_data_ptr();
+  if (mixed.attention.rows == 0) return {o, lse};
+  call.check(on_tensor_cores(mixed.attention) ? launch_sparse_attention_mixed(mixed, call.stream())
+                                              : launch_sparse_attention_mixed_plain(mixed, call.stream()));
+  return {o, lse};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, m) {
   m.impl("sparse_attention_window.out", TORCH_BOX(&sparse_attention_window));
   m.impl("sparse_attention_selected.out", TORCH_BOX(&sparse_attention_selected));
   m.impl("sparse_attention_compressed.out", TORCH_BOX(&sparse_attention_compressed));
+  m.impl("sparse_attention_mixed.out", TORCH_BOX(&sparse_attention_mixed));
 }
 
 }  // namespace

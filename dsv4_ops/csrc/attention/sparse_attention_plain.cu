@@ -1,12 +1,13 @@
-// Sparse attention without tensor cores, for every form that sparse_attention.cu does not take: fp32 queries or pools
-// (exact mode), other head dimensions, and GPUs without wgmma, until those have a kernel of their own. Computes in
-// fp32.
+// Sparse attention without tensor cores, for every form that sparse_attention.cu and sparse_attention_mixed.cu do not
+// take: fp32 queries or pools (exact mode), other head dimensions, and GPUs without wgmma, until those have a kernel of
+// their own. Computes in fp32.
 //
 // A CTA owns one head of one row. Warp w takes keys 4w .. 4w + 3, then those 32 further on, with a running softmax of
 // its own; a lane has dimensions lane, lane + 32, ... of query, keys and output. The eight results are added up in
 // order. Every head reads the keys for itself, from L2: this is about correctness, not about speed. Shared memory:
 // output of each warp [8][D], their largest scores and sums [8] each, 16.1 KB for D = 512.
 #include "attention/keys.cuh"
+#include "attention/mixed_attention.h"
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
 #include "common/reduce.cuh"
@@ -29,6 +30,8 @@ __device__ __forceinline__ float decode_finite_e4m3(uint32_t code) {
 struct Shape {
   int dim, rope_dim;
 };
+
+struct NoQueries {};  // but attention.q
 
 __device__ __forceinline__ float load_key_value(const Pool& pool, const Place& place, Shape shape, int dim) {
   if (pool.plain) {
@@ -57,24 +60,44 @@ __device__ __forceinline__ void load_key(const KeySources& sources, const RowKey
   }
 }
 
+// Values of a query: of a tensor [B, S, H, D], or of its parts.
 template <typename T>
+__device__ __forceinline__ float query_value(const SparseAttention& attention, NoQueries, int64_t row, int head,
+                                             int dim) {
+  return to_float(static_cast<const T*>(attention.q)[(row * attention.heads + head) * attention.q_stride + dim]);
+}
+
+template <typename T>
+__device__ __forceinline__ float query_value(const SparseAttention& attention, const MixedQueries& queries, int64_t row,
+                                             int head, int dim) {
+  const int64_t sequence = row / attention.rope.tokens, token = row % attention.rope.tokens;
+  const auto at = [&](const VectorStrides& strides) {
+    return sequence * strides.sequence + token * strides.token + head * strides.head;
+  };
+  const int nope = attention.dim - attention.rope.dim;
+  if (dim >= nope) return to_float(static_cast<const T*>(queries.rope)[at(queries.rope_strides) + dim - nope]);
+  return decode_e4m3(queries.nope[at(queries.nope_strides) + dim]) * queries.scale[at(queries.scale_strides)];
+}
+
+template <typename T, typename Queries>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sparse_attention_plain_kernel(const __grid_constant__ SparseAttention attention) {
+    sparse_attention_plain_kernel(const __grid_constant__ SparseAttention attention,
+                                  const __grid_constant__ Queries queries) {
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   __shared__ float outputs[kWarps][kLargestDim], largests[kWarps], sums[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t vector = blockIdx.x, head = vector % attention.heads;
+  const int64_t vector = blockIdx.x;
+  const int head = vector % attention.heads;
   const RowKeys row = keys_of_row(attention.keys, attention.rope, vector / attention.heads);
   const Shape shape{attention.dim, attention.rope.dim};
-  const T* const q = static_cast<const T*>(attention.q) + vector * attention.q_stride;
 
   // 1. The keys of this warp
   float query[kValues], output[kValues] = {}, largest = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
     const int dim = i * kWarp + lane;
-    query[i] = dim < shape.dim ? to_float(q[dim]) : 0.0f;
+    query[i] = dim < shape.dim ? query_value<T>(attention, queries, vector / attention.heads, head, dim) : 0.0f;
   }
   const float scale = 1.0f / sqrtf(static_cast<float>(shape.dim));
   for (int first = warp * kKeys; first < row.count; first += kWarps * kKeys) {
@@ -148,8 +171,13 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 cudaError_t launch_sparse_attention_plain(const SparseAttention& attention, cudaStream_t stream) {
   const Launch at{dim3(attention.rows * attention.heads), dim3(kWarps * kWarp), stream};
   return with_dtype(attention.dtype, [&](auto element) {
-    return launch_kernel(sparse_attention_plain_kernel<decltype(element)>, at, attention);
+    return launch_kernel(sparse_attention_plain_kernel<decltype(element), NoQueries>, at, attention, NoQueries());
   });
+}
+
+cudaError_t launch_sparse_attention_mixed_plain(const MixedAttention& mixed, cudaStream_t stream) {
+  const Launch at{dim3(mixed.attention.rows * mixed.attention.heads), dim3(kWarps * kWarp), stream};
+  return launch_kernel(sparse_attention_plain_kernel<__nv_bfloat16, MixedQueries>, at, mixed.attention, mixed.queries);
 }
 
 }  // namespace dsv4

@@ -5,25 +5,30 @@
 //
 // A CTA has one of two roles, so that the two long chains of a token run on different SMs:
 //
-//   rows     One token each. The CTA adds the partial sums of pre and of the squares (n + 4 values), and each warp for
-//            itself turns them into the weights pre. A thread owns 8 neighbouring columns of all 4 streams, loaded
-//            while the partial sums arrive, and keeps them in registers up to the quantiser. Barriers: one after the
-//            partial sums, one for the norm's sum of squares, one for the largest magnitude where the format is NVFP4.
-//   mixing   The first CTAs of the grid: post, and comb by Sinkhorn's iteration, of one token (few tokens) or of a
-//            token a warp. hc_head has none.
+//   rows     The CTA adds the partial sums of pre and of the squares (n + 4 values), and a warp turns them into the
+//            weights pre. A thread owns 8 neighbouring columns of all 4 streams, loaded while the partial sums arrive,
+//            and keeps them in registers up to the quantiser. Barriers: one after the partial sums, one for the norm's
+//            sum of squares, one for the largest magnitude where the format is NVFP4. A CTA has one token, in which
+//            case each warp finds pre for itself, or for many tokens up to 8 after one another: a warp finds pre for
+//            one of them, and the streams of the next token are on their way while this one is normed.
+//   mixing   post, and comb by Sinkhorn's iteration: of one token (few tokens), or the partial sums and logits of a
+//            token a warp, and then Sinkhorn of a token a lane. hc_head has none.
+//
+// For few tokens mixing comes first in the grid, because it takes longest. For many it comes last, and the last tokens
+// come first, which L2 still holds from hc_mix.
 //
 // Other n, rows that are not whole vectors, and rows wider than 8192 (fp32: 4096) are read again in every phase
 // instead of kept.
 //
-// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][outputs + 4] fp32, then the logits of comb
-// [tokens][n][n]: 960 bytes for one token of 4096 columns and n = 4, 15 KiB for 16. Static: 256 bytes, two words a
-// warp.
+// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][values] fp32, n + 4 values of them for rows and
+// outputs + 4 for mixing, whose logits of comb [tokens][n][n] follow. Static: two words a warp, twice, and pre.
 //
 // Budget of one token at decode sizes, in cycles: partial sums from L2 (one access, 8 in flight a thread) and their
 // adds, barrier, adds of the groups, mean, root and sigmoid: a load and about 300. Then the row: 240 instructions a
 // warp, of 16 warps on 4 schedulers for 4096 columns, and two barriers. Beside it comb: 2 * iterations - 1 steps of 4
 // multiply-adds and a reciprocal, each of which waits for the last, about 50 cycles; with 20 iterations that is the
-// longest chain and bounds the launch. For many tokens the floor is n * d elements read and the results written.
+// longest chain and bounds the launch. For many tokens the floor is n * d elements read and the results written, beside
+// about 250 instructions a warp and token.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -40,8 +45,10 @@ constexpr int kMaxWarps = 32;
 constexpr int kAnyThreads = 256;  // of a CTA that does not keep its row
 template <typename T>
 constexpr int kKeptThreads = sizeof(T) == 2 ? 1024 : 512;  // at most, of one that does
-constexpr int kMaxMixing = 16;    // tokens of a CTA with the role mixing
-constexpr int kFewTokens = 64;    // up to here such a CTA has one
+constexpr int kFewTokens = 64;    // up to here a CTA with the role mixing has one
+constexpr int kMaxMixing = 32;    // tokens of such a CTA
+constexpr int kMaxRows = 8;       // tokens of a CTA with the role rows
+constexpr int kSms = 132;
 
 struct Arguments {
   const void* x;
@@ -56,26 +63,47 @@ struct Arguments {
   int groups;
   int mixing_ctas;
   int mixing_tokens;  // of a CTA
+  int row_tokens;     // of a CTA
+  bool backwards;     // roles and tokens
   Collapsed out;
 };
 
 // ---- partial sums ----
 
-// Add the chunks of each group, in order: values 0 .. values - 1 of `tokens` tokens to sums [tokens][groups][values].
+// Add the chunks of each group, in order: values 0 .. values - 1 of `tokens` tokens to sums [tokens][groups][values]. A
+// warp has a group, a lane a value.
 __device__ __forceinline__ void add_chunks(const Arguments& at, int64_t first, int tokens, int values, float* sums) {
-  const int places = at.weights.outputs + kSquareSums;
-  for (int i = threadIdx.x; i < tokens * at.groups * values; i += blockDim.x) {
-    const int value = i % values, group = i / values % at.groups;
-    const int64_t token = first + i / values / at.groups;
-    const int chunk = group * at.chunks_per_group;
-    const int count = min(at.chunks_per_group, at.chunks - chunk);
-    const float* const partial = at.partial + (token * at.chunks + chunk) * places + value;
-    float parts[kSplitsPerGroup];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int places = at.weights.outputs + kSquareSums, all = tokens * at.groups;
+  const float* const partial = at.partial + first * at.chunks * places;
+  for (int value = lane; value < values; value += kWarp) {
+    if (at.chunks_per_group == 1) {  // nothing to add, and one chunk behind the other: 8 at a time
+      for (int begin = warp; begin < all; begin += kSplitsPerGroup * warps) {
+        float parts[kSplitsPerGroup];
 #pragma unroll
-    for (int c = 0; c < kSplitsPerGroup; ++c) parts[c] = c < count ? __ldcg(partial + c * places) : -0.0f;
+        for (int i = 0; i < kSplitsPerGroup; ++i) {
+          const int group = begin + i * warps;
+          if (group < all) parts[i] = __ldcg(partial + group * places + value);
+        }
 #pragma unroll
-    for (int c = 1; c < kSplitsPerGroup; ++c) parts[0] += parts[c];  // x + -0 is x
-    sums[i] = parts[0];
+        for (int i = 0; i < kSplitsPerGroup; ++i) {
+          const int group = begin + i * warps;
+          if (group < all) sums[group * values + value] = parts[i];
+        }
+      }
+      continue;
+    }
+    for (int group = warp; group < all; group += warps) {
+      const int token = group / at.groups, chunk = (group - token * at.groups) * kSplitsPerGroup;
+      const int count = min(kSplitsPerGroup, at.chunks - chunk);
+      const float* const chunks = partial + (token * at.chunks + chunk) * places + value;
+      float parts[kSplitsPerGroup];
+#pragma unroll
+      for (int c = 0; c < kSplitsPerGroup; ++c) parts[c] = c < count ? __ldcg(chunks + c * places) : -0.0f;
+#pragma unroll
+      for (int c = 1; c < kSplitsPerGroup; ++c) parts[0] += parts[c];  // x + -0 is x
+      sums[group * values + value] = parts[0];
+    }
   }
 }
 
@@ -116,8 +144,9 @@ __device__ __forceinline__ float sigmoid(float logit) { return 1.0f / (1.0f + ex
 
 // ---- role mixing ----
 
-// post and comb of one token by a warp; `affine` belongs to value `lane`, `logits` holds n * n floats.
-__device__ void mix_token(const Arguments& at, int64_t token, Affine affine, const float* sums, float* logits) {
+// post and the logits of comb of one token by a warp; `affine` belongs to value `lane`.
+__device__ __forceinline__ void find_logits(const Arguments& at, int64_t token, Affine affine, const float* sums,
+                                            float* logits) {
   const int lane = threadIdx.x % kWarp, n = at.streams;
   const int values = at.weights.outputs + kSquareSums;
   float inverse = 0.0f;
@@ -135,23 +164,25 @@ __device__ void mix_token(const Arguments& at, int64_t token, Affine affine, con
       logits[output - 2 * n] = logit;
     }
   }
-  __syncwarp();
-  float* const comb = at.out.comb + token * n * n;
-  if (n == 4) {
-    float matrix[4][4];
+}
+
+// comb of n = 4 by a thread.
+__device__ __forceinline__ void store_comb_4(const Arguments& at, int64_t token, const float* logits) {
+  float matrix[4][4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+  for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) matrix[j][k] = logits[j * 4 + k];
-    }
-    sinkhorn_4(matrix, at.weights.hc_eps, at.weights.iterations);
-    if (lane != 0) return;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      reinterpret_cast<float4*>(comb)[j] = {matrix[j][0], matrix[j][1], matrix[j][2], matrix[j][3]};
-    }
-    return;
+    for (int k = 0; k < 4; ++k) matrix[j][k] = logits[j * 4 + k];
   }
+  sinkhorn_4(matrix, at.weights.hc_eps, at.weights.iterations);
+  float4* const comb = reinterpret_cast<float4*>(at.out.comb) + token * 4;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) comb[j] = {matrix[j][0], matrix[j][1], matrix[j][2], matrix[j][3]};
+}
+
+// comb of another n by a warp, which `logits` are shared by.
+__device__ __forceinline__ void store_comb_any(const Arguments& at, int64_t token, float* logits) {
+  const int lane = threadIdx.x % kWarp, n = at.streams;
   float row[kMaxStreams];
 #pragma unroll
   for (int k = 0; k < kMaxStreams; ++k) row[k] = lane < n && k < n ? logits[lane * n + k] : 0.0f;
@@ -159,20 +190,25 @@ __device__ void mix_token(const Arguments& at, int64_t token, Affine affine, con
   sinkhorn_warp(row, n, at.weights.hc_eps, at.weights.iterations, logits);
 #pragma unroll
   for (int k = 0; k < kMaxStreams; ++k) {
-    if (lane < n && k < n) comb[lane * n + k] = row[k];
+    if (lane < n && k < n) at.out.comb[token * n * n + lane * n + k] = row[k];
   }
 }
 
-__device__ void mix_tokens(const Arguments& at, Affine affine, float* sums) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * at.mixing_tokens;
+__device__ void mix_tokens(const Arguments& at, int64_t first, Affine affine, float* sums) {
   const int tokens = static_cast<int>(min(static_cast<int64_t>(at.mixing_tokens), at.tokens - first));
-  const int values = at.weights.outputs + kSquareSums;
+  const int values = at.weights.outputs + kSquareSums, matrix = at.streams * at.streams;
   add_chunks(at, first, tokens, values, sums);
   __syncthreads();
-  const int warp = threadIdx.x / kWarp;
-  if (warp >= tokens) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float* const logits = sums + at.mixing_tokens * at.groups * values;
-  mix_token(at, first + warp, affine, sums + warp * at.groups * values, logits + warp * at.streams * at.streams);
+  for (int token = warp; token < tokens; token += blockDim.x / kWarp) {
+    find_logits(at, first + token, affine, sums + token * at.groups * values, logits + token * matrix);
+    __syncwarp();
+    if (at.streams != 4) store_comb_any(at, first + token, logits + token * matrix);
+  }
+  if (at.streams != 4) return;
+  if (tokens > 1) __syncthreads();  // one token is the first warp's own
+  if (warp == 0 && lane < tokens) store_comb_4(at, first + lane, logits + lane * matrix);
 }
 
 // ---- role rows ----
@@ -232,94 +268,122 @@ __device__ __forceinline__ void quantise(const Arguments& at, int64_t token, int
 template <typename T, bool kKept, Tail kTail>
 __global__ void __launch_bounds__(kKept ? kKeptThreads<T> : kAnyThreads) hc_collapse_kernel(const Arguments at) {
   extern __shared__ float sums[];
-  __shared__ alignas(16) float scratch[kMaxWarps];
-  __shared__ uint32_t largest[kMaxWarps];
+  __shared__ alignas(16) float scratch[2][kMaxWarps];
+  __shared__ uint32_t largest[2][kMaxWarps];
+  __shared__ float4 pres[kMaxRows];
   const int own = threadIdx.x * kCount, step = kKept ? at.width : blockDim.x * kCount;  // columns
   const bool kept = kKept && own < at.width;
   // 1. parameters
-  const bool is_row = static_cast<int>(blockIdx.x) >= at.mixing_ctas;
+  const int place = at.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const bool is_row = place >= at.mixing_ctas;
   const Affine affine = load_affine(at, threadIdx.x % kWarp);
   float weights[kCount] = {};
   if (kept && kTail != Tail::kNone && is_row) load_norm_weights(at, own, weights);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   if (!is_row) {
-    mix_tokens(at, affine, sums);
+    mix_tokens(at, static_cast<int64_t>(place) * at.mixing_tokens, affine, sums);
     return;
   }
-  const int64_t token = blockIdx.x - at.mixing_ctas;
-  const T* const x = static_cast<const T*>(at.x) + token * at.streams * at.stride;
-  T* const y = static_cast<T*>(at.out.y) + token * at.width;
+  const int64_t first_token = static_cast<int64_t>(place - at.mixing_ctas) * at.row_tokens;
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(at.row_tokens), at.tokens - first_token));
+  const int values_of_pre = at.streams + kSquareSums;
 
   // 2. streams and partial sums
+  const int64_t token_stride = at.streams * at.stride;
+  const T* x = static_cast<const T*>(at.x) + first_token * token_stride;
   Columns<T> streams[4] = {};
-  if (kept) {
+  const auto load_streams = [&] {
 #pragma unroll
     for (int j = 0; j < 4; ++j) streams[j].load_once(x + j * at.stride + own);
-  }
-  add_chunks(at, token, 1, at.streams + kSquareSums, sums);
+  };
+  if (kept) load_streams();
+  add_chunks(at, first_token, tokens, values_of_pre, sums);
   __syncthreads();
-  const float pre = find_pre(at, sums, affine);
-
-  // 3. the weighted sum, rounded
-  float values[kCount] = {};
-  float squares = 0.0f;
-  for (int first = 0; first < at.width; first += step) {
-    const int column = first + own;
-    if constexpr (kKept) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float stream[kCount];
-        streams[j].to_floats(stream);
-        add_stream(j, __shfl_sync(kAllLanes, pre, j), stream, values);
-      }
-    } else {
-      for (int j = 0; j < at.streams; ++j) {
-        float stream[kCount];
-        load_some(x + j * at.stride + column, at.width - column, stream);
-        add_stream(j, __shfl_sync(kAllLanes, pre, j), stream, values);
-      }
-    }
-    round_all_to<T>(values);
-    squares += sum_of_squares(values);
-    if constexpr (!kKept) {
-      store_some(y + column, at.width - column, values);
-    } else if (kTail == Tail::kNone && kept) {
-      store_floats(y + column, values);
-    }
-  }
-  if constexpr (kTail == Tail::kNone) return;
-
-  // 4. the normed row
-  const float inverse = inverse_rms(sum_warps<kMaxWarps>(squares, scratch), at.width, at.weights.norm_eps);
-  uint32_t bits = 0;
-  for (int first = 0; first < at.width; first += step) {
-    const int column = first + own;
-    if constexpr (!kKept) {
-      load_norm_weights(at, column, weights);
-      load_some(y + column, at.width - column, values);  // what this thread has stored
-    }
-    rms_norm<T>(values, weights, inverse);
-    if constexpr (kKept) {
-      if (kept) store_floats(y + column, values);
-    } else {
-      store_some(y + column, at.width - column, values);
-    }
-    bits = max(bits, max_magnitude_bits(values));
+  const int finds = at.row_tokens == 1 ? 0 : threadIdx.x / kWarp;  // the token whose pre this warp finds
+  float pre = 0.0f;
+  if (finds < tokens) pre = find_pre(at, sums + finds * at.groups * values_of_pre, affine);
+  if (at.row_tokens > 1) {
+    const int lane = threadIdx.x % kWarp;
+    if (finds < tokens && lane < 4) reinterpret_cast<float*>(pres + finds)[lane] = pre;
+    __syncthreads();
   }
 
-  // 5. codes and scales
-  if constexpr (kTail == Tail::kNormFp8 || kTail == Tail::kNormNvfp4) {
-    float global_scale = 0.0f;
-    if constexpr (kTail == Tail::kNormNvfp4) {
-      Nvfp4Row row{nullptr, nullptr, at.out.global_scale + token, 0.0f};
-      row.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
-      global_scale = row.of_row;
-    }
+  for (int t = 0; t < tokens; ++t) {
+    const int64_t token = first_token + t;
+    T* const y = static_cast<T*>(at.out.y) + token * at.width;
+
+    // 3. the weighted sum, rounded
+    float values[kCount] = {};
+    float squares = 0.0f;
     for (int first = 0; first < at.width; first += step) {
       const int column = first + own;
-      if constexpr (!kKept) load_some(y + column, at.width - column, values);
-      quantise<kTail>(at, token, column, values, global_scale, column < at.width);
+      if constexpr (kKept) {
+        float4 of_stream;
+        if (at.row_tokens > 1) {
+          of_stream = pres[t];
+        } else {
+          of_stream = {__shfl_sync(kAllLanes, pre, 0), __shfl_sync(kAllLanes, pre, 1), __shfl_sync(kAllLanes, pre, 2),
+                       __shfl_sync(kAllLanes, pre, 3)};
+        }
+        const float each[4] = {of_stream.x, of_stream.y, of_stream.z, of_stream.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float stream[kCount];
+          streams[j].to_floats(stream);
+          add_stream(j, each[j], stream, values);
+        }
+        x += token_stride;
+        if (kept && t + 1 < tokens) load_streams();
+      } else {
+        for (int j = 0; j < at.streams; ++j) {
+          float stream[kCount];
+          load_some(x + j * at.stride + column, at.width - column, stream);
+          add_stream(j, __shfl_sync(kAllLanes, pre, j), stream, values);
+        }
+      }
+      round_all_to<T>(values);
+      squares += sum_of_squares(values);
+      if constexpr (!kKept) {
+        store_some(y + column, at.width - column, values);
+      } else if (kTail == Tail::kNone && kept) {
+        store_floats(y + column, values);
+      }
+    }
+    if constexpr (kTail == Tail::kNone) continue;
+
+    // 4. the normed row
+    const float sum = sum_warps<kMaxWarps>(squares, scratch[t % 2]);
+    const float inverse = inverse_rms(sum, at.width, at.weights.norm_eps);
+    uint32_t bits = 0;
+    for (int first = 0; first < at.width; first += step) {
+      const int column = first + own;
+      if constexpr (!kKept) {
+        load_norm_weights(at, column, weights);
+        load_some(y + column, at.width - column, values);  // what this thread has stored
+      }
+      rms_norm<T>(values, weights, inverse);
+      if constexpr (kKept) {
+        if (kept) store_floats(y + column, values);
+      } else {
+        store_some(y + column, at.width - column, values);
+      }
+      bits = max(bits, max_magnitude_bits(values));
+    }
+
+    // 5. codes and scales
+    if constexpr (kTail == Tail::kNormFp8 || kTail == Tail::kNormNvfp4) {
+      float global_scale = 0.0f;
+      if constexpr (kTail == Tail::kNormNvfp4) {
+        Nvfp4Row row{nullptr, nullptr, at.out.global_scale + token, 0.0f};
+        row.scale_by(__uint_as_float(max_warps(bits, largest[t % 2])), threadIdx.x == 0);
+        global_scale = row.of_row;
+      }
+      for (int first = 0; first < at.width; first += step) {
+        const int column = first + own;
+        if constexpr (!kKept) load_some(y + column, at.width - column, values);
+        quantise<kTail>(at, token, column, values, global_scale, column < at.width);
+      }
     }
   }
 }
@@ -342,8 +406,14 @@ cudaError_t launch_hc_collapse(const Streams& x, const MixWeights& weights, cons
     using T = decltype(element);
     const bool kept = x.streams == 4 && reads_vectors(x.width) && x.width <= kKeptThreads<T> * kCount;
     const int threads = kept ? (x.width / kCount + kWarp - 1) / kWarp * kWarp : kAnyThreads;
-    const int mixing_tokens = kept && x.tokens > kFewTokens ? std::min(threads / kWarp, kMaxMixing) : 1;
+    const int warps = threads / kWarp;
+    const bool many = x.tokens >= kManyTokens;
+    const int mixing_tokens = !kept || x.tokens <= kFewTokens ? 1 : many ? kMaxMixing : std::max(warps / 4, 1);
     const int64_t mixing_ctas = out.comb == nullptr ? 0 : (x.tokens + mixing_tokens - 1) / mixing_tokens;
+    const int resident = kSms * (kKeptThreads<T> / threads);  // CTAs
+    const int64_t each = (x.tokens + resident - 1) / resident;
+    const int row_tokens = !kept ? 1 : static_cast<int>(std::min<int64_t>(std::min(warps, kMaxRows), each));
+    const int64_t row_ctas = (x.tokens + row_tokens - 1) / row_tokens;
     const int groups = group_count(x.width), values = weights.outputs + kSquareSums;
     const Arguments arguments{.x = x.data,
                               .tokens = x.tokens,
@@ -353,13 +423,17 @@ cudaError_t launch_hc_collapse(const Streams& x, const MixWeights& weights, cons
                               .weights = weights,
                               .partial = partial,
                               .chunks = chunk_count(x.tokens, x.width),
-                              .chunks_per_group = x.tokens < kManyTokens ? kSplitsPerGroup : 1,
+                              .chunks_per_group = many ? 1 : kSplitsPerGroup,
                               .groups = groups,
                               .mixing_ctas = static_cast<int>(mixing_ctas),
                               .mixing_tokens = mixing_tokens,
+                              .row_tokens = row_tokens,
+                              .backwards = many,
                               .out = out};
-    const size_t floats = mixing_tokens * (groups * values + x.streams * x.streams);
-    const Launch at{dim3(mixing_ctas + x.tokens), dim3(threads), stream, floats * sizeof(float)};
+    const int of_mixing = mixing_tokens * (groups * values + x.streams * x.streams);
+    const int of_rows = row_tokens * groups * (x.streams + kSquareSums);
+    const size_t bytes = std::max(mixing_ctas > 0 ? of_mixing : 0, of_rows) * sizeof(float);
+    const Launch at{dim3(mixing_ctas + row_ctas), dim3(threads), stream, bytes};
     return launch_kernel(kept ? choose_kernel<T, true>(out.tail) : choose_kernel<T, false>(out.tail), at, arguments);
   });
 }

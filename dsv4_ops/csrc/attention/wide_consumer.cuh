@@ -1,0 +1,226 @@
+// The consuming warpgroups of sparse_attention_wide.cu: queries, scores, weights, output sums.
+//
+// Heads lie on the outer dimension of both products, so a thread has two heads, row and row + 8 of the layout of
+// ptx::wgmma, and shares them with the three other lanes of its quad: largest score and sum of weights need two shuffles
+// and no barrier, and the weights are operands of the second product as they lie in registers. The arithmetic is that of
+// softmax.cuh and products.cuh, with the same order of sums.
+#pragma once
+
+#include "attention/keys.cuh"
+#include "attention/output.cuh"
+#include "attention/wide_output.cuh"
+#include "attention/wide_tiles.cuh"
+#include "common/ptx.cuh"
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+namespace dsv4::wide {
+
+// Sixteen rope dimensions of queries that a thread brings to shared memory, a slab of 64 heads by all consumers.
+struct RopePart {
+  uint4 chunks[2];
+
+  __device__ __forceinline__ void load(const __nv_bfloat16* rope, bool exists) {  // of head threadIdx.x / 4
+    static_assert(kConsumers == kHeads * kRopeDim / 16);
+    const __nv_bfloat16* const from = rope + threadIdx.x % 4 * 16;
+    chunks[0] = exists ? ptx::load_once(from) : uint4{0, 0, 0, 0};
+    chunks[1] = exists ? ptx::load_once(from + 8) : uint4{0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void store(uint8_t* slab) {
+    const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
+    split_pairs(chunks[0], chunks[1]);
+    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk)) = chunks[0];
+    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk + 1)) = chunks[1];
+  }
+};
+
+// Copies of queries have arrived, and what all consumers wrote can be read by wgmma.
+__device__ __forceinline__ void meet_with_queries() {
+  ptx::cp_async_wait<0>();
+  ptx::fence_async_proxy();
+  ptx::named_barrier(kConsumersBarrier, kConsumers);
+}
+
+// A pair of values, one for each head of a thread.
+struct OfHeads {
+  float value[2];
+};
+
+// Weights exp2(score - largest) of a unit, in the registers of the scores; the largest score and the sum of each head.
+__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHeads& largest, OfHeads& sum) {
+  const int lane = threadIdx.x % kWarp;
+  if (valid != ~uint64_t{0}) {
+    const uint64_t mine = valid >> lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) scores[i] = mine >> (i / 4 * 8 + i % 2) & 1 ? scores[i] : -INFINITY;
+  }
+#pragma unroll
+  for (int head = 0; head < 2; ++head) {
+    float most[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 8 * i + 2 * head;
+      most[i] = fmaxf(fmaxf(scores[at], scores[at + 1]), fmaxf(scores[at + 4], scores[at + 5]));
+    }
+    float value = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2)) * kScoreScale;
+    largest.value[head] = value;
+    const float offset = value == -INFINITY ? 0.0f : -value;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& score = scores[i / 2 * 4 + 2 * head + i % 2];
+      score = ptx::ex2_approx_ftz(__fmaf_rn(score, kScoreScale, offset));
+    }
+  }
+  // With key = 16 * block + 8 * i + place: i first, then places 4, 2 and 1 apart, then blocks 0 + 1, 2 + 3 and both. A
+  // lane has places 2 * (lane % 4) and the next one. Lanes share out the blocks as they go.
+  const bool upper = lane & 2, odd = lane & 1;
+#pragma unroll
+  for (int head = 0; head < 2; ++head) {
+    float sums[4][2];
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 8 * block + 2 * head + i;
+        sums[block][i] = __fadd_rn(scores[at], scores[at + 4]);
+      }
+    }
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float kept = upper ? sums[2 + block][i] : sums[block][i], sent = upper ? sums[block][i] : sums[2 + block][i];
+        sums[block][i] = __fadd_rn(kept, __shfl_xor_sync(kAllLanes, sent, 2));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float kept = odd ? sums[1][i] : sums[0][i], sent = odd ? sums[0][i] : sums[1][i];
+      sums[0][i] = __fadd_rn(kept, __shfl_xor_sync(kAllLanes, sent, 1));
+    }
+    float value = __fadd_rn(sums[0][0], sums[0][1]);
+    value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 1));
+    sum.value[head] = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 2));
+  }
+}
+
+// Scores to weights for the unit of stage `own`, for both warpgroups.
+template <typename Queries, typename Memory>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own) {
+  float scores[32];
+  queries.multiply(memory, own, scores);
+  OfHeads largest, sum;
+  weigh(scores, *reinterpret_cast<const uint64_t*>(memory.valid[own]), largest, sum);
+  const int thread = threadIdx.x % kWarpgroup;
+  Weighed& weighed = memory.weighed[own];
+#pragma unroll
+  for (int i = 0; i < kUnit / 16; ++i) {
+    const float* const eight = scores + 8 * i;
+    weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
+                                  pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
+  }
+  weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
+  ptx::named_barrier_arrive(weighed_barrier(own), kConsumers);
+}
+
+// Half of the output of 64 heads, not yet divided.
+struct Output {
+  float sums[kHalfSlabs][32];
+  Total totals[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) sums[slab][i] = 0.0f;
+    }
+    totals[0] = totals[1] = Total();
+  }
+
+  // Add the unit that lies in `stage`, and hand its half of the tile back.
+  template <typename Memory>
+  __device__ __forceinline__ void add(const Memory& memory, int stage, int half) {
+    const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
+    const Weighed& weighed = memory.weighed[stage];
+    const int thread = threadIdx.x % kWarpgroup;
+    uint4 weights[kUnit / 16];
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; ++i) weights[i] = weighed.weights[i][thread];
+    const float4 unit = weighed.totals[thread];
+    const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
+    if (__any_sync(kAllLanes, steps[0].before != 1.0f || steps[1].before != 1.0f)) {
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) sums[slab][i] = __fmul_rn(sums[slab][i], steps[i / 2 % 2].before);
+      }
+    }
+    const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
+    float part[32];
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+      ptx::pin_registers(part);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kUnit / 16; ++step) {
+        ptx::wgmma_64<true>(part, weights[step], ptx::advance_descriptor(b, slab * kSlabBytes + step * 2048), step > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(part);
+      if (slab == kHalfSlabs - 1) ptx::named_barrier_arrive(empty_barrier(stage, half), kHandOverThreads);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
+      }
+    }
+  }
+};
+
+// A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
+// queries to shared memory and to multiply keys by them.
+template <typename Queries, typename Operands, typename Memory>
+__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention, Memory& memory,
+                                             int own) {
+  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
+  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
+  const auto copy = [&](uint32_t tile) {
+    Queries::copy(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
+    ptx::cp_async_commit();
+  };
+  Queries queries;
+  const auto load = [&](uint32_t tile) { queries.load(operands, tile / head_tiles, tile % head_tiles * kHeads); };
+  copy(blockIdx.x);
+  load(blockIdx.x);
+  RowKeys keys = keys_of_row(attention.keys, attention.rope, blockIdx.x / head_tiles);
+  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
+    const uint32_t next = min(tile + gridDim.x, work - 1);
+    const int units = (keys.count + kUnit - 1) / kUnit, position = keys.position;
+    queries.store(memory);
+    meet_with_queries();
+    Output output;
+    output.clear();
+    if (units == 0) copy(next);
+    for (int first = 0; first < units; first += kStages) {
+      const int last = min(first + kStages, units) - 1;
+      if (first + own <= last) weigh_unit(queries, memory, own);
+      for (int unit = first; unit <= last; ++unit) {
+        const int stage = unit - first;
+        if (stage != own) ptx::named_barrier(weighed_barrier(stage), kConsumers);
+        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
+          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+          copy(next);
+        }
+        output.add(memory, stage, own);
+      }
+    }
+    load(next);
+    keys = keys_of_row(attention.keys, attention.rope, next / head_tiles);
+    store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
+  }
+  ptx::cp_async_wait<0>();
+}
+
+}  // namespace dsv4::wide
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL

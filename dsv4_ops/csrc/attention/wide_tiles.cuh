@@ -1,0 +1,89 @@
+// What the warpgroups of sparse_attention_wide.cu share: tiles of keys in shared memory, and who hands what to whom.
+//
+// Unit number u of a row lies in stage u % 2. Consuming warpgroup w computes the scores of the units of stage w, and of
+// every unit the output of dimensions 256 * w .. 256 * w + 255, its half. Half of the producing warps write each half.
+//
+// All hand-overs are named barriers at which one side arrives and the other one waits, so every thread that has touched
+// the memory takes part:
+//
+//   full[stage][half]   producers of the half -> the warpgroup of the stage
+//   empty[stage][half]  the warpgroup of the half -> its producers
+//   weighed[stage]      the warpgroup of the stage -> the other one: weights of the unit
+//
+// That covers the rest: weights of a unit are written once both halves of the tile are full again, hence after the
+// other warpgroup, which read the weights before, handed its half back.
+#pragma once
+
+#include "attention/attention.h"
+#include "attention/softmax.cuh"
+#include "attention/tile.cuh"
+#include "common/ptx_sm90.cuh"
+#include "common/ptx_sm90_attention.cuh"
+
+namespace dsv4::wide {
+
+constexpr int kHeads = 64;
+constexpr int kStages = 2;
+constexpr int kHalfSlabs = kSlabs / 2;
+constexpr int kSlabBytes = kUnit * kRowBytes;  // of keys, and of queries: there are as many
+constexpr int kTileBytes = kSlabs * kSlabBytes;
+static_assert(kHeads == kUnit);
+
+constexpr int kProducerWarps = 8;
+constexpr int kConsumers = 2 * kWarpgroup;
+constexpr int kHalfProducers = kProducerWarps / 2 * kWarp;
+constexpr int kThreads = kConsumers + kProducerWarps * kWarp;
+
+// Named barriers; 0 is __syncthreads.
+constexpr int kHandOverThreads = kWarpgroup + kHalfProducers;  // at full and empty
+__device__ __forceinline__ constexpr int full_barrier(int stage, int half) { return 1 + 2 * stage + half; }
+__device__ __forceinline__ constexpr int empty_barrier(int stage, int half) { return 5 + 2 * stage + half; }
+__device__ __forceinline__ constexpr int weighed_barrier(int stage) { return 9 + stage; }
+constexpr int kConsumersBarrier = 11;
+__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 12 + own; }
+
+// A unit as its warpgroup hands it to both: each thread's part of the weights, and of its two heads the largest score
+// and the sum of the weights.
+struct Weighed {
+  uint4 weights[kUnit / 16][kWarpgroup];
+  float4 totals[kWarpgroup];
+};
+
+// Of sparse_attention_wide.cu.
+struct SharedMemory {
+  static constexpr bool kCodes = false;
+  alignas(1024) uint8_t keys[kStages * kTileBytes];
+  alignas(1024) uint8_t query[kTileBytes];
+  Weighed weighed[kStages];
+  alignas(8) uint8_t valid[kStages][8];  // a bit for each key
+};
+static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
+
+// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. The codes of one tile at a time lie in groups of
+// 64 dimensions [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are
+// for the output and the rope dimensions of scores.
+constexpr int kGroups = kNope / 64;
+constexpr int kGroupBytes = kUnit * 64;
+
+struct MixedMemory {
+  static constexpr bool kCodes = true;
+  alignas(1024) uint8_t keys[kStages * kTileBytes];
+  alignas(1024) uint8_t codes[kGroups * kGroupBytes];
+  alignas(1024) uint8_t query_codes[kGroups * kGroupBytes];
+  alignas(1024) uint8_t query_rope[kSlabBytes];
+  Weighed weighed[kStages];
+  float scales[kStages][kGroups][kUnit];
+  alignas(8) uint8_t valid[kStages][8];
+};
+static_assert(sizeof(MixedMemory) <= 227 * 1024, "what a CTA can have");
+
+// The warpgroup of the stage has multiplied the codes -> all producers.
+__device__ __forceinline__ constexpr int codes_barrier(int stage) { return 14 + stage; }
+constexpr int kCodesThreads = kWarpgroup + 2 * kHalfProducers;
+
+// Byte of chunk `chunk` (0 .. 3) of a row of a group.
+__device__ __forceinline__ uint32_t code_offset(uint32_t row, uint32_t chunk) {
+  return row * 64 + ((chunk ^ row / 2 % 4) * 16);
+}
+
+}  // namespace dsv4::wide

@@ -1,0 +1,275 @@
+// The routed experts of a decode step, from x to the result of every pair (a slot of a token): two launches, each of
+// which streams the weights of every chosen expert once for all of its pairs.
+//
+//   1. h = swiglu(w1 x, w3 x) * route weight     experts_first_kernel    64 KiB of weights a unit (4096 wide, FP4)
+//   2. results = w2 quantise(h)                  experts_second_kernel
+//
+// One CTA (8 warps) stays on each SM and takes its share of all units: a unit is 32 rows of the weights of one group of
+// up to `capacity` pairs of an expert, in one pass for each 16 pairs. Work is thus divided by bytes, to 32 rows. Every
+// CTA finds the groups for itself from the ids (pairs.cuh). Each warp multiplies a part of k of its own, so that a sum
+// is made of the same terms in the same order whoever else is in the batch; the eight sums of an element meet in shared
+// memory, where two warps in turn add them in the order of the warps and finish 16 rows by 8 pairs each while the
+// others go on.
+//
+//   HBM -> (cp.async, ring of 4 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
+//   x, h -> (8-bit codes, f16 or bf16 in shared memory, once a group) -> B operand
+//
+// Shared memory: ring 68 KiB (FP4; 64 otherwise) | sums of 8 warps, twice 8 KiB | rows of x | their scales | row facts |
+// block scales of an FP8 expert | groups of pairs. With one token that is 90 KiB, so that the second kernel becomes
+// resident while the first runs: the ids are older than the first kernel, so it starts to stream w2 before it waits.
+//
+// Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
+// the issue of instructions: an SM gets 18 bytes, 36 codes, a cycle, and 8 codes a lane of a warp take 20 instructions
+// with up to 8 pairs and 24 with up to 16, of 28 that there is time for.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/swiglu.cuh"
+#include "common/vector.cuh"
+#include "moe/decode_formats.cuh"
+#include "moe/decode_inputs.cuh"
+#include "moe/decode_plan.h"
+#include "moe/decode_stream.cuh"
+#include "moe/moe.h"
+#include "moe/pairs.cuh"
+
+namespace dsv4 {
+namespace moe {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of all warps: a unit and 8 pairs
+constexpr int kSharedMost = 227 * 1024;
+
+// What the CTA knows of where it is.
+struct Cta {
+  const Moe& moe;
+  const DecodePlan& plan;
+  uint8_t* shared;
+  int turn = 0;  // of the warps that finish sums
+
+  __device__ __forceinline__ float4* sums(int buffer) const {
+    return reinterpret_cast<float4*>(shared + plan.partials + buffer * kSumsBytes);
+  }
+};
+
+// Sums of rows lane / 4 and lane / 4 + 8 of fragment m of a unit -> h of two pairs, or results of two pairs.
+template <typename Format, bool kFirst>
+__device__ __forceinline__ void finish(const GroupRows& rows, const Walk& walk, int m, int first_row, float4 sum) {
+  const int lane = threadIdx.x % kWarp;
+  const RowFacts facts = rows.facts();
+  const float sums[2][2] = {{sum.x, sum.z}, {sum.y, sum.w}};  // of a pair: gate and up, or two rows of w2
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + lane % 4 * 2 + i;
+    if (row >= rows.count()) continue;
+    float upper = sums[i][0], lower = sums[i][1];
+    if constexpr (Format::kFormat == MoeFormat::kNvfp4) {
+      upper *= facts.gate_factor[row];
+      lower *= kFirst ? facts.up_factor[row] : facts.gate_factor[row];
+    }
+    if constexpr (Format::kFormat == MoeFormat::kMxfp4) {  // a scale that is NaN: see Mxfp4::power_of_two
+      upper = __fmaf_rn(upper, 0.0f, upper);
+      lower = __fmaf_rn(lower, 0.0f, lower);
+    }
+    const int64_t pair = facts.pair[row];
+    if constexpr (kFirst) {
+      const SwigluLimit limit(rows.moe.limit);
+      const float gate = limit.gate(round_to<bf16>(upper)), up = limit.up(round_to<bf16>(lower));
+      auto* const h = reinterpret_cast<bf16*>(rows.moe.workspace) + pair * rows.moe.inner;
+      h[walk.tile * 16 + m * 8 + lane / 4] = from_float<bf16>(silu<bf16>(gate) * up * facts.route_weight[row]);
+    } else {
+      auto* const results = reinterpret_cast<bf16*>(rows.moe.workspace + rows.plan.results);
+      bf16* const at = results + pair * rows.moe.d + walk.tile * 32 + m * 16 + lane / 4;
+      at[0] = from_float<bf16>(upper);
+      at[8] = from_float<bf16>(lower);
+    }
+  }
+}
+
+// One pass over a unit: 8 * kTiles rows of x from `first_row` on.
+template <typename Format, bool kFirst, int kTiles>
+__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const GroupRows& rows,
+                                         const Walk& walk, int first_row) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  LaneRows<kTiles> x{};
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    x.rows[tile] = rows.x(min(first_row + 8 * tile + lane / 4, rows.count() - 1)) + lane % 4 * 16;
+  }
+  x.scales = rows.x_scales() + first_row + lane % 4 * 2;
+  x.scale_stride = cta.plan.padded_capacity();
+  if constexpr (Format::kFormat == MoeFormat::kFp8) {
+    const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
+    x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
+    x.lower_scales = x.upper_scales + (kFirst ? cta.plan.row_tiles.value() * unit_rows / kMoeWidth * blocks : 0);
+  }
+  Sums<kTiles> sums = {};
+#pragma unroll 1
+  for (int step = stream.first_step(); step < stream.end_step(); ++step) {
+    Format::step(sums, stream.next(), x, step, lane);
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    float4* const of_warps = cta.sums(cta.turn % 2) + lane;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float(&sum)[4] = sums[tile][m];
+      of_warps[(warp * 2 + m) * kWarp] = {sum[0], sum[1], sum[2], sum[3]};
+    }
+    // One barrier is enough: who writes to this buffer again has passed the barrier of the other one, and who reads it
+    // now comes to that barrier afterwards.
+    __syncthreads();
+    if (warp / 2 == cta.turn % (kWarps / 2)) {
+      const int m = warp % 2;
+      float4 total = of_warps[m * kWarp];
+#pragma unroll
+      for (int other = 1; other < kWarps; ++other) {
+        const float4 sum = of_warps[(other * 2 + m) * kWarp];
+        total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
+      }
+      finish<Format, kFirst>(rows, walk, m, first_row + 8 * tile, total);
+    }
+    ++cta.turn;
+  }
+}
+
+// All units of the CTA. `rows` is as the stream found it: with the groups, and no rows yet.
+template <typename Format, bool kFirst>
+__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst>& stream, GroupRows& rows,
+                                             Walk walk) {
+  rows.group = -1;
+  while (!walk.done()) {
+    if (rows.group != walk.group) {
+      __syncthreads();  // nobody reads the group before any more
+      rows.group = walk.group;
+      if constexpr (kFirst) {
+        fill_from_x<Format>(rows);
+      } else {
+        fill_from_h<Format>(rows);
+      }
+      __syncthreads();
+    }
+    const int first_row = walk.pass * kPassRows;
+    if (rows.count() - first_row <= 8) {
+      multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row);
+    } else {
+      multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row);
+    }
+    walk.advance(cta.plan, rows.groups);
+  }
+}
+
+// The block of tokens of a CTA.
+struct Block {
+  int64_t first_token;
+  int pairs;
+
+  __device__ __forceinline__ Block(const Moe& moe, const DecodePlan& plan)
+      : first_token(static_cast<int64_t>(blockIdx.y) * plan.block_tokens),
+        pairs(static_cast<int>(min(moe.tokens - first_token, static_cast<int64_t>(plan.block_tokens))) * moe.k) {}
+};
+
+template <typename Format>
+__global__ void __launch_bounds__(kThreads, 2)
+    experts_first_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
+                         const __grid_constant__ PairIds ids) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  const Block block(moe, plan);
+  PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
+  groups.find<kThreads>(ids, block.first_token, block.pairs);
+  Cta cta{moe, plan, shared};
+  GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
+  const Walk walk = Walk::begin(plan, groups);
+  WeightStream<Format, true> stream(moe, plan, groups, walk, shared);
+  multiply_all(cta, stream, rows, walk);
+}
+
+template <typename Format>
+__global__ void __launch_bounds__(kThreads, 2)
+    experts_second_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
+                          const __grid_constant__ PairIds ids) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  // The ids may be read before the wait. The kernel in front of this one on the stream, experts_first_kernel, lets this
+  // one start only after its own wait, that is when everything before it, the router too, has finished and can be seen.
+  const Block block(moe, plan);
+  PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
+  groups.find<kThreads>(ids, block.first_token, block.pairs);
+  Cta cta{moe, plan, shared};
+  GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
+  const Walk walk = Walk::begin(plan, groups);
+  WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  multiply_all(cta, stream, rows, walk);
+}
+
+template <typename Format, bool kFirst>
+DecodePlan plan_of(const Moe& moe) {
+  DecodePlan plan{};
+  plan.width = kFirst ? moe.d : moe.inner;
+  plan.steps = plan.width / Format::kStep;
+  plan.row_bytes = plan.steps * kStageRowBytes;
+  plan.block_tokens = static_cast<int>(std::min<int64_t>(moe.tokens, std::max(1, kBlockPairs / moe.k)));
+  plan.eighths = Divisor(plan.width / 8);
+  plan.results = workspace_of(moe).results;
+  plan.x_stride = plan.width / 8 * Format::kEightBytes + kPartBytes;
+  const int blocks = plan.width / kMoeWidth;
+  const auto lay_out = [&](int capacity) {
+    plan.capacity = capacity;
+    const int slots = plan.padded_capacity();
+    plan.partials = kWarps * kStages * kStageBytes<Format>;
+    plan.x = plan.partials + 2 * kSumsBytes;
+    plan.x_scales = plan.x + capacity * plan.x_stride;
+    plan.row_facts = plan.x_scales + (Format::kBlockScales ? slots * blocks * 4 : 0);
+    plan.weight_scales = plan.row_facts + slots * RowFacts::kBytes;
+    const int expert_blocks = (kFirst ? 2 * moe.inner : moe.d) / kMoeWidth * blocks;
+    plan.groups = plan.weight_scales + (Format::kFormat == MoeFormat::kFp8 ? (expert_blocks + 3) / 4 * 16 : 0);
+    plan.size = plan.groups + PairGroups::shared_bytes(plan.block_tokens * moe.k);
+  };
+  // As many rows as there can be; more than a pass only in whole passes.
+  int capacity = static_cast<int>(std::min<int64_t>(moe.tokens, kMostRows));
+  for (lay_out(capacity); capacity > 1 && plan.size > kSharedMost; lay_out(capacity)) {
+    capacity = capacity > kPassRows ? kPassRows : capacity > 8 ? 8 : capacity - 1;
+  }
+  return plan;
+}
+
+template <typename Format>
+cudaError_t launch(const Moe& moe, cudaStream_t stream) {
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  const auto start = [&](auto kernel, DecodePlan plan, int row_tiles) {
+    const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
+    const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
+    plan.row_tiles = Divisor(row_tiles);
+    plan.ctas = Divisor(ctas);
+    const auto blocks = static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens);
+    const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
+    const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
+    return launch_kernel(kernel, at, moe, plan, ids);
+  };
+  status = start(experts_first_kernel<Format>, plan_of<Format, true>(moe), moe.inner / (kStageRows / 2));
+  if (status != cudaSuccess) return status;
+  return start(experts_second_kernel<Format>, plan_of<Format, false>(moe), moe.d / kStageRows);
+}
+
+}  // namespace
+}  // namespace moe
+
+cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream) {
+  switch (moe.format) {
+    case MoeFormat::kDense: return moe::launch<moe::Dense>(moe, stream);
+    case MoeFormat::kFp8: return moe::launch<moe::Fp8>(moe, stream);
+    case MoeFormat::kMxfp4: return moe::launch<moe::Mxfp4>(moe, stream);
+    case MoeFormat::kNvfp4: return moe::launch<moe::Nvfp4>(moe, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dsv4

@@ -1,0 +1,36 @@
+// The numbers that host and device agree on for a product of a decode step: who does what, and where it lies.
+#pragma once
+
+#include <cstdint>
+
+#include "common/divisor.cuh"
+
+namespace dsv4::moe {
+
+// Rows of x that a CTA holds at a time, 16 of which a stage of weights meets at once, while they are in shared memory.
+constexpr int kPassRows = 16, kMostRows = 32;
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kStages = 4;  // of 2 KiB a warp: one is multiplied with, three are under way
+
+struct DecodePlan {
+  int width;         // values of a row of x, and of the weight
+  int steps;         // stages of a row
+  int row_bytes;     // of the weight
+  int block_tokens;  // whose pairs are sorted together
+  int capacity;      // rows of x in shared memory
+  Divisor row_tiles{1};  // units of 32 weight rows of an expert
+  Divisor ctas{1};       // of a block of tokens
+  Divisor eighths{1};    // width / 8
+  int64_t results;       // where they start in the workspace, in bytes
+  // Bytes in shared memory, and where its parts start. The ring of stages lies at 0.
+  int x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
+
+  // Slots of row facts, and rows of x scales: whole tiles of eight.
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int padded_capacity() const { return (capacity + 7) / 8 * 8; }
+};
+
+}  // namespace dsv4::moe
