@@ -56,11 +56,12 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
-constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile
+constexpr int kTiles = 2;  // of weigh_units_kernel
+constexpr int kParts = 4;  // in which it hands over a tile
 
 template <int kHeads>
 struct WeighMemory {
-  StagedTiles<kStages, kParts> tiles;
+  StagedTiles<kTiles, kParts> tiles;
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
   float largest[4 * kHeads];
   float sum[4 * kHeads];
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       lookups = FirstLookups(attention.keys, keys, own);
     }
     if (own.blocks > 0) {
-      produce<kProducerWarps, kStages, kParts>(attention.keys, keys, tiles, own, lookups, StageUses());
+      produce<kProducerWarps, kTiles, kParts>(attention.keys, keys, tiles, own, lookups);
     }
     return;
   }
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::named_barrier(kBarrier, kWarpgroup);
   const uint32_t query = ptx::shared_address(memory.query);
   for (int unit = first, tile = 0; unit < row_units; unit += step, ++tile) {
-    const int stage = tile % kStages, parity = tile / kStages & 1;
+    const int stage = tile % kTiles, parity = tile / kTiles & 1;
     const uint32_t tile_keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
     float scores[kHeads / 2], own_largest = -INFINITY;
     static_assert(kParts == 4 && kSlabs == 8, "two slabs a part");
