@@ -392,11 +392,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The smallest tile of heads with which `count` CTAs a row and tile get an SM each, and no smaller than needed.
-int choose_tile(const SparseAttention& attention, int64_t count, int processors) {
+// The smallest tile of heads, but not of 8 where there are more, with which `count` CTAs a row and tile are no more than
+// `room`; or 64.
+int choose_tile(const SparseAttention& attention, int64_t count, int64_t room) {
   for (const int tile : {8, 16, 32}) {
     if (attention.heads <= tile) return tile;
-    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= processors) return tile;
+    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= room) return tile;
   }
   return 64;
 }
@@ -412,8 +413,8 @@ cudaError_t launch_in_turn(void (*kernel)(Parameters...), const Launch& at, Argu
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
-  // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
-  const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
+  // No more CTAs than the largest number of units of one asks for: add_units_kernel starts where SMs are idle.
+  const int most = static_cast<int>(std::max<int64_t>(processors / tiles, 1)), rounds = (units + most - 1) / most;
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
   const Launch at{dim3(tiles, groups), dim3(kThreads), stream, sizeof(WeighMemory<kHeads>)};
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
@@ -435,8 +436,11 @@ int64_t partial_floats(const SparseAttention& attention) {
 
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int units = units_of(attention);
+  const int add_tile = choose_tile(attention, kSlabs, processors);
+  // Two of its CTAs fit an SM, and they are to find some that the first kernel leaves to them.
+  const int64_t room = processors - attention.rows * tiles_of(attention.heads, add_tile) * kSlabs / 2;
   const auto weigh = [&] {
-    switch (choose_tile(attention, units, processors)) {
+    switch (choose_tile(attention, units, room)) {
       case 8:
         return launch_weigh<8>(attention, units, processors, stream);
       case 16:
@@ -449,7 +453,7 @@ cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int 
   };
   const cudaError_t status = weigh();
   if (status != cudaSuccess) return status;
-  switch (choose_tile(attention, kSlabs, processors)) {
+  switch (add_tile) {
     case 8:
       return launch_add<8, 1>(attention, units, stream);
     case 16:
