@@ -15,7 +15,6 @@
 
 namespace dsv4 {
 
-constexpr int kStages = 2;  // tiles in shared memory, where nothing else is said
 constexpr int kBlock = 8;   // keys of a warp at a time
 constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
@@ -31,7 +30,6 @@ struct StagedTiles {
   uint64_t empty[kCount];                     // the tile has been used
   alignas(8) uint8_t valid[kCount * 8];       // a bit for each key
 };
-using TileMemory = StagedTiles<kStages>;
 
 struct Tiles {
   uint8_t* keys;
@@ -43,18 +41,6 @@ struct Tiles {
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
-
-// How often each stage has been filled and used: the parity of its barriers.
-struct StageUses {
-  uint32_t even = 0, odd = 0;
-
-  __device__ __forceinline__ uint32_t of(int stage) const { return stage == 0 ? even : odd; }
-  __device__ __forceinline__ void add(int tiles) {
-    even += (tiles + 1) / 2;
-    odd += tiles / 2;
-  }
-};
-static_assert(kStages == 2, "StageUses counts two");
 
 // By all threads of the CTA, first of all. A tile is free again after so many arrivals.
 template <int kCount, int kParts>
@@ -162,12 +148,10 @@ struct FirstLookups {
   }
 };
 
-// Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0, each of which has been used for
-// `uses` tiles of other rows before.
+// Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0.
 template <int kWarps, int kCount, int kParts>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles,
-                                        const WarpKeys<kWarps>& own, const FirstLookups& lookups,
-                                        const StageUses& uses) {
+                                        const WarpKeys<kWarps>& own, const FirstLookups& lookups) {
   constexpr int kBlocks = WarpKeys<kWarps>::kBlocks, kBatch = WarpKeys<kWarps>::kBatch, kPart = kSlabs / kParts;
   const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
   const int blocks = own.blocks, warp = own.warp;
@@ -202,7 +186,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (large)
       scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
 
-    const uint32_t use = uses.of(stage) + tile / kCount;
+    const int use = tile / kCount;
     if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
     const int key = part * kBlock + column;
     uint8_t* const keys = tiles.keys + stage * kTileBytes;
@@ -240,14 +224,6 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     }
     scales = next_scales;
   }
-}
-
-// The same for units first .. last - 1, from the first lookup on.
-template <int kWarps, int kCount = kStages>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
-                                        int last, int warp, const StageUses& uses) {
-  const WarpKeys<kWarps> own(first, last, 1, warp);
-  produce<kWarps, kCount, 1>(sources, row, tiles, own, FirstLookups(sources, row, own), uses);
 }
 
 }  // namespace dsv4

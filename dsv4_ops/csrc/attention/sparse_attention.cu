@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
     ptx::give_registers<kProducerRegisters>();
     const int warp = threadIdx.x / kWarp - 4;
-    produce<kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, 0, units, warp, StageUses());
+    const WarpKeys<kProducerWarps> own(0, units, 1, warp);
+    const FirstLookups lookups(attention.keys, keys, own);
+    produce<kProducerWarps, kRing<kHeads>, 1>(attention.keys, keys, tiles, own, lookups);
     return;
   }
   ptx::take_registers<kConsumerRegisters>();

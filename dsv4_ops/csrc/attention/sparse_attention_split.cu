@@ -56,11 +56,12 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
-constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile
+constexpr int kTiles = 2;  // of weigh_units_kernel
+constexpr int kParts = 4;  // in which it hands over a tile
 
 template <int kHeads>
 struct WeighMemory {
-  StagedTiles<kStages, kParts> tiles;
+  StagedTiles<kTiles, kParts> tiles;
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
   float largest[4 * kHeads];
   float sum[4 * kHeads];
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       lookups = FirstLookups(attention.keys, keys, own);
     }
     if (own.blocks > 0) {
-      produce<kProducerWarps, kStages, kParts>(attention.keys, keys, tiles, own, lookups, StageUses());
+      produce<kProducerWarps, kTiles, kParts>(attention.keys, keys, tiles, own, lookups);
     }
     return;
   }
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::named_barrier(kBarrier, kWarpgroup);
   const uint32_t query = ptx::shared_address(memory.query);
   for (int unit = first, tile = 0; unit < row_units; unit += step, ++tile) {
-    const int stage = tile % kStages, parity = tile / kStages & 1;
+    const int stage = tile % kTiles, parity = tile / kTiles & 1;
     const uint32_t tile_keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
     float scores[kHeads / 2], own_largest = -INFINITY;
     static_assert(kParts == 4 && kSlabs == 8, "two slabs a part");
@@ -339,60 +340,64 @@ __global__ void __launch_bounds__(kThreads, 2)
       ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
     }
+    ptx::fence_async_proxy();  // bulk copies arrive there
   }
   __syncthreads();
   const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
   const uint32_t row = blockIdx.x / head_tiles;
   const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
-  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
+  const int position = ptx::load_relaxed(position_of(attention.rope, row));
+  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
+    ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
     if (slab == kSlabs - 1) {
       gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     } else {
       gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     }
-    return;
-  }
-  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
-  const int own_head = first_head + group * kHeads;
-  const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
-  const float2 turn = inverse_turn(attention.rope, keys.position);
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
+  } else {
+    const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
+    const int own_head = first_head + group * kHeads;
+    const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+    const float2 turn = inverse_turn(attention.rope, position);
+    ptx::wait_for_predecessors();
+    ptx::launch_dependents();
 
-  if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
-  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
-  float output[kHeads / 2];
-  Total total;
-  fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
-  float* const reciprocals = memory.reciprocals + group * kHeads;
-  if (thread < kHeads) {
-    reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
+    constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
+    float output[kHeads / 2];
+    Total total;
+    fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
+    float* const reciprocals = memory.reciprocals + group * kHeads;
+    if (thread < kHeads) {
+      reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    }
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    float reciprocal[kColumns<kHeads>];
+    load_columns<kHeads>(reciprocals, reciprocal);
+    finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
+    stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
+    store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
+                              attention.heads - own_head, slab * kSlab);
   }
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(reciprocals, reciprocal);
-  finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
-  stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
-  store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
-                            attention.heads - own_head, slab * kSlab);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 #endif
 }
 
-// The smallest tile of heads with which `count` CTAs a row and tile get an SM each, and no smaller than needed.
-int choose_tile(const SparseAttention& attention, int64_t count, int processors) {
+// The smallest tile of heads, but not of 8 where there are more, with which `count` CTAs a row and tile are no more than
+// `room`; or 64.
+int choose_tile(const SparseAttention& attention, int64_t count, int64_t room) {
   for (const int tile : {8, 16, 32}) {
     if (attention.heads <= tile) return tile;
-    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= processors) return tile;
+    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= room) return tile;
   }
   return 64;
 }
@@ -408,8 +413,8 @@ cudaError_t launch_in_turn(void (*kernel)(Parameters...), const Launch& at, Argu
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
-  // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
-  const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
+  // No more CTAs than the largest number of units of one asks for: add_units_kernel starts where SMs are idle.
+  const int most = static_cast<int>(std::max<int64_t>(processors / tiles, 1)), rounds = (units + most - 1) / most;
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
   const Launch at{dim3(tiles, groups), dim3(kThreads), stream, sizeof(WeighMemory<kHeads>)};
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
@@ -431,8 +436,11 @@ int64_t partial_floats(const SparseAttention& attention) {
 
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int units = units_of(attention);
+  const int add_tile = choose_tile(attention, kSlabs, processors);
+  // Two of its CTAs fit an SM, and they are to find some that the first kernel leaves to them.
+  const int64_t room = processors - attention.rows * tiles_of(attention.heads, add_tile) * kSlabs / 2;
   const auto weigh = [&] {
-    switch (choose_tile(attention, units, processors)) {
+    switch (choose_tile(attention, units, room)) {
       case 8:
         return launch_weigh<8>(attention, units, processors, stream);
       case 16:
@@ -445,7 +453,7 @@ cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int 
   };
   const cudaError_t status = weigh();
   if (status != cudaSuccess) return status;
-  switch (choose_tile(attention, kSlabs, processors)) {
+  switch (add_tile) {
     case 8:
       return launch_add<8, 1>(attention, units, stream);
     case 16:

@@ -72,6 +72,9 @@ __device__ __forceinline__ int32_t load_relaxed(const int32_t* address) {
   return value;
 }
 
+// fence.acq_rel.gpu: loads after it see at least what the loads before it could have seen; what L1 holds is dropped.
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // min.NaN.f32, max.NaN.f32: NaN if an operand is NaN, where fminf and fmaxf return the other operand.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float result;
