@@ -119,8 +119,8 @@ struct WeighedUnits {
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8
-// of a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l / 4
+// of a block and quarter l % 4 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
@@ -128,7 +128,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
   constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   const Keys own(0, units, 1, warp);
   Lookup upcoming[kLookups], later[kLookups];
