@@ -1,17 +1,17 @@
 // Sparse attention with scores from FP8 products: queries and keys are multiplied as the E4M3 codes that they are, rope
 // dimensions and output in bf16. Otherwise sparse_attention_wide.cu, whose warpgroups, hand-overs and fold these are.
 //
-// Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64 heads
-// x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the tensor
-// cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the rounding
-// of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are added.
+// Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64
+// heads x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the
+// tensor cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the
+// rounding of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are
+// added.
 //
-// Shared memory, 217 KB: two tiles of keys in bf16 2 x 64 KB, for the output; codes of one tile 28 KB; queries 28 + 8 KB;
-// of two units weights 8 KB, totals 2 KB and scales 1.8 KB each. There is room for the codes of one tile only: a tile is
-// written once the one before it has its scores.
+// Shared memory, 224 KB: two tiles of keys in bf16 2 x 64 KB, for the output, and of their codes 2 x 28 KB, which
+// make room for the weights once they have been multiplied; queries 28 and 8 KB; scales 3.6 KB.
 //
-// Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and 1024;
-// shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
+// Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and
+// 1024; shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
 #include <algorithm>
 
 #include "attention/mixed_attention.h"
@@ -67,7 +67,7 @@ struct Queries {
   // scores [64 heads, 64 keys] = queries . keys of the tile of a stage
   __device__ __forceinline__ void multiply(const MixedMemory& memory, int stage, float (&scores)[32]) const {
     const uint64_t a = ptx::wgmma_descriptor_64(ptx::shared_address(memory.query_codes));
-    const uint64_t b = ptx::wgmma_descriptor_64(ptx::shared_address(memory.codes));
+    const uint64_t b = ptx::wgmma_descriptor_64(ptx::shared_address(memory.codes[stage]));
     const float* const key_scales = memory.scales[stage][0] + threadIdx.x % 4 * 2;
     const auto start = [&](int keys, int group, float(&part)[16]) {
       ptx::pin_registers(part);
@@ -114,7 +114,6 @@ struct Queries {
       ptx::pin_registers(parts[0]);
       add(1, group, parts[0]);
     }
-    ptx::named_barrier_arrive(codes_barrier(stage), kCodesThreads);
 #pragma unroll
     for (int i = 0; i < 32; ++i) scores[i] = __fmul_rn(scores[i], scales[i / 2 % 2]);
 

@@ -1,9 +1,9 @@
 // The consuming warpgroups of sparse_attention_wide.cu: queries, scores, weights, output sums.
 //
 // Heads lie on the outer dimension of both products, so a thread has two heads, row and row + 8 of the layout of
-// ptx::wgmma, and shares them with the three other lanes of its quad: largest score and sum of weights need two shuffles
-// and no barrier, and the weights are operands of the second product as they lie in registers. The arithmetic is that of
-// softmax.cuh and products.cuh, with the same order of sums.
+// ptx::wgmma, and shares them with the three other lanes of its quad: largest score and sum of weights need two
+// shuffles and no barrier, and the weights are operands of the second product as they lie in registers. The arithmetic
+// is that of softmax.cuh and products.cuh, with the same order of sums.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -90,7 +90,8 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHea
     for (int block = 0; block < 2; ++block) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float kept = upper ? sums[2 + block][i] : sums[block][i], sent = upper ? sums[block][i] : sums[2 + block][i];
+        const float low = sums[block][i], high = sums[2 + block][i];
+        const float kept = upper ? high : low, sent = upper ? low : high;
         sums[block][i] = __fadd_rn(kept, __shfl_xor_sync(kAllLanes, sent, 2));
       }
     }
@@ -113,14 +114,19 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
   OfHeads largest, sum;
   weigh(scores, *reinterpret_cast<const uint64_t*>(memory.valid[own]), largest, sum);
   const int thread = threadIdx.x % kWarpgroup;
-  Weighed& weighed = memory.weighed[own];
+  // What lay there is no longer read by any warp.
+  if constexpr (Memory::kCodes) ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
 #pragma unroll
-  for (int i = 0; i < kUnit / 16; ++i) {
-    const float* const eight = scores + 8 * i;
-    weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
-                                  pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
+  for (int copy = 0; copy < Memory::kCopies; ++copy) {
+    Weighed& weighed = memory.weighed(own, copy);
+#pragma unroll
+    for (int i = 0; i < kUnit / 16; ++i) {
+      const float* const eight = scores + 8 * i;
+      weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
+                                    pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
+    }
+    weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
   }
-  weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
   ptx::named_barrier_arrive(weighed_barrier(own), kConsumers);
 }
 
@@ -140,9 +146,9 @@ struct Output {
 
   // Add the unit that lies in `stage`, and hand its half of the tile back.
   template <typename Memory>
-  __device__ __forceinline__ void add(const Memory& memory, int stage, int half) {
+  __device__ __forceinline__ void add(Memory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
-    const Weighed& weighed = memory.weighed[stage];
+    const Weighed& weighed = memory.weighed(stage, half);
     const int thread = threadIdx.x % kWarpgroup;
     uint4 weights[kUnit / 16];
 #pragma unroll

@@ -1,4 +1,4 @@
-// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, and 16 neighbouring bytes of a lane.
+// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, 16 neighbouring bytes of a lane.
 #pragma once
 
 #include "attention/output.cuh"

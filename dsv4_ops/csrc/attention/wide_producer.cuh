@@ -1,10 +1,10 @@
 // The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
 //
-// A warp has one half of the dimensions and takes blocks of 16 keys: lane l has keys l % 8 and l % 8 + 8, and of every
-// group of 64 dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store
-// fills all banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the
-// registers. Keys are looked up a tile at a time, a lane for each of the warp's 32: their indices two tiles ahead, their
-// pages one tile ahead.
+// A warp has one half of the dimensions and takes blocks of 8 keys: lane l has key l % 8, and of every group of 64
+// dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store fills all
+// banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the registers: all
+// warps together have 18 KB under way. Keys are looked up for two tiles at a time, a lane for each of the warp's keys:
+// their indices two batches ahead, their pages one batch ahead.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -119,26 +119,17 @@ __device__ __forceinline__ void store_valid(uint32_t address, uint32_t bits) {
   }
 }
 
-// What the producers of a half have handed over and not yet taken back.
-struct HandedOver {
-  uint32_t stages = 0;    // a bit for each
-  int codes_stage = -1;  // of the tile whose codes lie in memory
-
-  template <int kHalf>
-  __device__ __forceinline__ void take_back(int stage) {
-    if (stages >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
-    stages &= ~(1u << stage);
-  }
-  __device__ __forceinline__ void take_back_codes() {
-    if (codes_stage >= 0) ptx::named_barrier(codes_barrier(codes_stage), kCodesThreads);
-    codes_stage = -1;
-  }
-};
+// Take back half kHalf of a stage where it was handed over: bit `stage` of `handed_over`.
+template <int kHalf>
+__device__ __forceinline__ void take_back(int stage, uint32_t& handed_over) {
+  if (handed_over >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
+  handed_over &= ~(1u << stage);
+}
 
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
 template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
-                                        HandedOver& handed_over) {
+                                        uint32_t& handed_over) {
   const int lane = threadIdx.x % kWarp, column = lane % 8, quarter = lane / 8;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
@@ -198,8 +189,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       for (int i = 0; i < kLaneKeys; ++i) scales[i] = __vminu4(scales[i], kLargestScale * 0x01010101u);
     }
     if (inside == 0) {
-      handed_over.take_back<kHalf>(stage);
-      if (Memory::kCodes) handed_over.take_back_codes();
+      take_back<kHalf>(stage, handed_over);
       if (kHalf == 0 && lane == 0) store_valid(valid + 8 * stage, present_now >> unit % kBatch * kWarpKeys);
     }
     const uint32_t address = tiles + stage * kTileBytes + inside * kBlockBytes;
@@ -222,7 +212,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
         if constexpr (Memory::kCodes) {
           if (slab < kHalfSlabs - kHalf) {
             const int key = inside * kBlock + i * 8;
-            ptx::store_shared(codes + slab * kGroupBytes + key * 64, shares[i].parts[slab]);
+            ptx::store_shared(codes + (stage * kGroups + slab) * kGroupBytes + key * 64, shares[i].parts[slab]);
           }
         }
         shares[i].load(slab, quarter);
@@ -239,8 +229,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     if (inside == kBlocks - 1) {
       ptx::fence_async_proxy();
       ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
-      handed_over.stages |= 1u << stage;
-      handed_over.codes_stage = stage;
+      handed_over |= 1u << stage;
     }
   }
 }
@@ -250,14 +239,13 @@ template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  HandedOver handed_over;
+  uint32_t handed_over = 0;
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
     produce<kHalf>(attention.keys, keys, memory, pair, handed_over);
   }
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) handed_over.take_back<kHalf>(stage);
-  if (Memory::kCodes) handed_over.take_back_codes();
+  for (int stage = 0; stage < kStages; ++stage) take_back<kHalf>(stage, handed_over);
 }
 
 // Producing warp number `warp` of the CTA.

@@ -54,32 +54,38 @@ struct SharedMemory {
   static constexpr bool kCodes = false;
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
-  Weighed weighed[kStages];
+  Weighed weighed_units[kStages];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
+
+  // Where the unit of a stage is handed over: both warpgroups read the same.
+  static constexpr int kCopies = 1;
+  __device__ __forceinline__ Weighed& weighed(int stage, int) { return weighed_units[stage]; }
 };
 static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
 
-// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. The codes of one tile at a time lie in groups of
-// 64 dimensions [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are
-// for the output and the rope dimensions of scores.
+// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. Those of a tile lie in groups of 64 dimensions
+// [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are for the
+// output and the rope dimensions of scores. Once a unit has its scores, its weights lie where its codes were: a copy in
+// each half, so that what a warpgroup hands back is what it has read.
 constexpr int kGroups = kNope / 64;
 constexpr int kGroupBytes = kUnit * 64;
 
 struct MixedMemory {
   static constexpr bool kCodes = true;
   alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(1024) uint8_t codes[kGroups * kGroupBytes];
+  alignas(1024) uint8_t codes[kStages][kGroups * kGroupBytes];
   alignas(1024) uint8_t query_codes[kGroups * kGroupBytes];
   alignas(1024) uint8_t query_rope[kSlabBytes];
-  Weighed weighed[kStages];
   float scales[kStages][kGroups][kUnit];
   alignas(8) uint8_t valid[kStages][8];
+
+  static constexpr int kCopies = 2;
+  __device__ __forceinline__ Weighed& weighed(int stage, int half) {
+    return *reinterpret_cast<Weighed*>(codes[stage] + half * kHalfSlabs * kGroupBytes);
+  }
 };
 static_assert(sizeof(MixedMemory) <= 227 * 1024, "what a CTA can have");
-
-// The warpgroup of the stage has multiplied the codes -> all producers.
-__device__ __forceinline__ constexpr int codes_barrier(int stage) { return 14 + stage; }
-constexpr int kCodesThreads = kWarpgroup + 2 * kHalfProducers;
+static_assert(sizeof(Weighed) <= (kGroups - kHalfSlabs) * kGroupBytes);
 
 // Byte of chunk `chunk` (0 .. 3) of a row of a group.
 __device__ __forceinline__ uint32_t code_offset(uint32_t row, uint32_t chunk) {

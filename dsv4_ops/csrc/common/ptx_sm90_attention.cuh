@@ -66,8 +66,8 @@ __device__ __forceinline__ void wgmma_64(float (&d)[32], uint4 a, uint64_t b, in
       : "memory");
 }
 
-// Descriptor of an operand in shared memory whose rows of 64 bytes have the 64-byte swizzle, by k: the 16-byte chunk c of
-// row r stands at place c ^ (r / 2 % 4), and groups of eight rows follow each other.
+// Descriptor of an operand in shared memory whose rows of 64 bytes have the 64-byte swizzle, by k: the 16-byte chunk c
+// of row r stands at place c ^ (r / 2 % 4), and groups of eight rows follow each other.
 __device__ __forceinline__ uint64_t wgmma_descriptor_64(uint32_t address) {
   constexpr uint64_t kHigh = 2u << 30 | 512 >> 4;
   return kHigh << 32 | (16 >> 4 << 16 | (address & 0x3FFFFu) >> 4);
