@@ -102,6 +102,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
     float largest[kColumns<kHeads>], own_largest = -INFINITY;
     weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
                   [&](int column, float value) { largest[column] = value; });
+    ptx::fence_async_proxy();
     ptx::named_barrier(kBarrier, kWarpgroup);
 #pragma unroll
     for (int slab = 0; slab < kDepth; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
