@@ -40,8 +40,9 @@ def products(w: Widths, tokens: int, experts: str) -> list[Case]:
 
     return [
         linear("q_a + kv"),
-        linear("q_b + indexer"),
+        linear("q_b"),
         gemm.fp32_linear("CSA compressors", tokens, *fp32["CSA compressors"]),
+        linear("indexer q_b"),
         gemm.linear("dense", "weights_proj", tokens, w.index_n_heads, w.hidden_size),
         gemm.grouped_linear("fp8", w, tokens),
         linear("wo_b"),

@@ -1,8 +1,8 @@
 """Attention of the three block kinds: window; window + selected compressed entries (CSA); window + all of them (HCA).
 
 The projections are shared. What differs is which compressor runs before attention and which entries attention reads.
-Projections of one input are one product: of the hidden state wq_a and wkv, and all that the compressors project; of the
-query latent wq_b and the indexer's wq_b.
+Projections of one input are one product: of the hidden state wq_a and wkv, and all that the compressors project. wq_b
+and the indexer's are two: operators take queries whose heads lie at one distance over all tokens.
 Equations: DeepSeek-V4 report, section 2.3.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsv4_ops import ops
 from model.config import ModelConfig
-from model.linear import Binding, Parts, parameter, quantise
+from model.linear import Binding, parameter, quantise
 from model.state import WINDOW_PAGE_SIZE, LayerState, compressed_page_size
 from model.storage import Storage
 
@@ -58,33 +58,34 @@ class Indexer(nn.Module):
         super().__init__()
         self.heads, self.dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.ratio, self.format = ratio, index_format
+        self.wq_b = storage.linear(f"{name}.wq_b", self.heads * self.dim, config.q_lora_rank)
         self.weights_proj = storage.plain_linear({f"{name}.weights_proj": self.heads}, config.hidden_size)
         self.compressor = Compressor(f"{name}.compressor", config, self.dim, ratio, True, storage)
 
     def forward(
         self,
         x: Tensor,
-        q: Tensor,
+        qr: tuple[Tensor, ...],
         kv: Tensor,
         score: Tensor,
         positions: Tensor,
         rope_table: Tensor,
         state: LayerState,
     ) -> Tensor:
-        """x [B, S, d], its projections kv and score, q [B, S, heads * dim] -> indices [B, S, index_topk] int32, -1
-        padded."""
+        """x [B, S, d], its projections kv and score, qr = the quantised query latent -> indices [B, S, index_topk]
+        int32, -1 padded."""
         page_size = compressed_page_size(self.ratio)
         append = getattr(ops, f"index_compress_append_{self.format}")
         query = getattr(ops, f"index_query_{self.format}")
         select = getattr(ops, f"index_topk_{self.format}")
         table = state.compressed_table
         self.compressor(append, state.index_state, state.index_pool, kv, score, rope_table, table, positions)
-        q = q.unflatten(-1, (self.heads, self.dim))
+        q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
         query_parts = query(q, ops.linear_dense(x, self.weights_proj.weight), rope_table, positions)
         return select(*query_parts, state.index_pool, table, positions, self.ratio, page_size, self.topk)
 
     def bindings(self) -> list[Binding]:
-        return [*self.weights_proj.bindings(), *self.compressor.bindings()]
+        return [*self.wq_b.bindings(), *self.weights_proj.bindings(), *self.compressor.bindings()]
 
 
 class WindowAttention(nn.Module):
@@ -92,14 +93,13 @@ class WindowAttention(nn.Module):
 
     kind = "window"
 
-    def __init__(self, name: str, config: ModelConfig, storage: Storage, more_queries: Parts | None = None):
-        """more_queries: linears of the query latent that `attend` wants the results of."""
+    def __init__(self, name: str, config: ModelConfig, storage: Storage):
         super().__init__()
         self.name, self.window, self.eps = name, config.sliding_window, config.rms_norm_eps
         self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
         hidden, rank, width = config.hidden_size, config.q_lora_rank, self.heads * self.head_dim
         self.wqkv_a = storage.linears({f"{name}.wq_a": rank, f"{name}.wkv": self.head_dim}, hidden)
-        self.wq_b = storage.linears({f"{name}.wq_b": width} | (more_queries or {}), rank)
+        self.wq_b = storage.linear(f"{name}.wq_b", width, rank)
         self.wo_a = storage.grouped_linear(f"{name}.wo_a", self.groups, config.o_lora_rank, width // self.groups)
         self.wo_b = storage.linear(f"{name}.wo_b", hidden, self.groups * config.o_lora_rank)
         self.q_norm = parameter(rank, dtype=storage.dtype, device=storage.device)
@@ -109,18 +109,18 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, rope_table: Tensor, state: LayerState) -> Tensor:
         """x [B, S, d] (normed), positions [B, S] -> [B, S, d]."""
         qr, kv = self.wqkv_a.split(*quantise(x, self.wqkv_a.activation))
-        q, *more = self.wq_b.split(*quantise(ops.rms_norm(qr, self.q_norm, self.eps), self.wq_b.activation))
-        q = q.unflatten(-1, (self.heads, self.head_dim))
+        qr = quantise(ops.rms_norm(qr, self.q_norm, self.eps), self.wq_b.activation)
+        q = self.wq_b(*qr).unflatten(-1, (self.heads, self.head_dim))
         ops.qkv_norm_rope_append(
             state.window_pool, q, kv, self.kv_norm, rope_table, state.window_table, positions, self.eps,
             WINDOW_PAGE_SIZE,
         )  # fmt: skip
-        o, _ = self.attend(x, q, more, positions, rope_table, state)
+        o, _ = self.attend(x, q, qr, positions, rope_table, state)
         o = o.flatten(-2).unflatten(-1, (self.groups, -1))
         u = self.wo_a(*quantise(o, self.wo_a.activation))
         return self.wo_b(*quantise(u, self.wo_b.activation))
 
-    def attend(self, x, q, more, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
         return ops.sparse_attention_window(
             q, state.window_pool, self.attn_sink, rope_table, state.window_table, positions,
             self.window, WINDOW_PAGE_SIZE,
@@ -142,22 +142,20 @@ class SelectedAttention(WindowAttention):
     kind = "csa"
 
     def __init__(self, name: str, config: ModelConfig, ratio: int, storage: Storage, index_format: str):
-        index_width = config.index_n_heads * config.index_head_dim
-        super().__init__(name, config, storage, {f"{name}.indexer.wq_b": index_width})
+        super().__init__(name, config, storage)
         self.ratio = ratio
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, True, storage)
         self.indexer = Indexer(f"{name}.indexer", config, ratio, storage, index_format)
         projections = self.compressor.projections | self.indexer.compressor.projections
         self.to_compress = storage.plain_linear(projections, config.hidden_size, fp32=True)
 
-    def attend(self, x, q, more, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
         kv, score, index_kv, index_score = self.to_compress.fp32_products(x)
         self.compressor(
             ops.csa_compress_append, state.compressor_state, state.compressed_pool, kv, score, rope_table,
             state.compressed_table, positions,
         )  # fmt: skip
-        (index_q,) = more
-        indices = self.indexer(x, index_q, index_kv, index_score, positions, rope_table, state)
+        indices = self.indexer(x, qr, index_kv, index_score, positions, rope_table, state)
         return ops.sparse_attention_selected(
             q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
             state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, compressed_page_size(self.ratio),
@@ -179,7 +177,7 @@ class CompressedAttention(WindowAttention):
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, False, storage)
         self.to_compress = storage.plain_linear(self.compressor.projections, config.hidden_size, fp32=True)
 
-    def attend(self, x, q, more, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+    def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
         kv, score = self.to_compress.fp32_products(x)
         self.compressor(
             ops.hca_compress_append, state.compressor_state, state.compressed_pool, kv, score, rope_table,

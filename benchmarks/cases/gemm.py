@@ -58,7 +58,7 @@ def fp8_products(w: Widths) -> Iterator[tuple[str, int, int]]:
     queries, inner = w.num_attention_heads * w.head_dim, w.moe_intermediate_size
     yield "q_a + kv", w.q_lora_rank + w.head_dim, w.hidden_size
     yield "q_b", queries, w.q_lora_rank
-    yield "q_b + indexer", queries + w.index_n_heads * w.index_head_dim, w.q_lora_rank
+    yield "indexer q_b", w.index_n_heads * w.index_head_dim, w.q_lora_rank
     yield "wo_b", w.hidden_size, w.o_groups * w.o_lora_rank
     yield "shared w1 + w3", 2 * inner, w.hidden_size
     yield "shared w2", w.hidden_size, inner

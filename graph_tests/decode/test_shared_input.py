@@ -14,7 +14,6 @@ from model.weight_formats import FP8, WeightFormats
 CSA, HCA = 1, 2  # layers of CONFIG
 JOINED = {
     "attn.wqkv_a": ("attn.wq_a", "attn.wkv"),
-    "attn.wq_b": ("attn.wq_b", "attn.indexer.wq_b"),
     "ffn.shared.w13": ("ffn.shared_experts.w1", "ffn.shared_experts.w3"),
 }
 COMPRESSED = ("compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.compressor.wgate")

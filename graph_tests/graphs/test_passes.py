@@ -123,6 +123,7 @@ qkv_norm_rope_append
 linear_fp32
 csa_compress_append
 index_compress_append_fp4
+linear_fp8
 linear_dense
 index_query_fp4
 index_topk_fp4

@@ -31,15 +31,15 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
   const auto compute = [&](unsigned first) {
     tile.compute(gate_up + blockIdx.x * rows.stride, width, first, route_weight + blockIdx.x, limit);
   };
-  const auto store = [&](unsigned first) {
+  const auto store = [&](const auto& target, unsigned first) {
     if constexpr (Output::kSpan != 0) {
       const unsigned column = tile.column_of(first, 0);
-      output.store(column, tile.h, column < width);
+      target.store(column, tile.h, column < width);
     } else {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const unsigned column = tile.column_of(first, i);
-        store_row(output, column, tile.h[i], column < width);
+        store_row(target, column, tile.h[i], column < width);
       }
     }
   };
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
   output.begin(blockIdx.x, width);
   if constexpr (!Output::kNeedsAmax) {
     compute(blockIdx.y * step);
-    store(blockIdx.y * step);
+    store(output, blockIdx.y * step);
   } else {
     __shared__ uint32_t largest[kMaxThreads<Output> / kWarp];
     uint32_t bits = 0;
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) bits = max(bits, tile.h[i].max_magnitude_bits());
     }
-    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
+    const auto target = output.scaled(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
     for (unsigned first = 0; first < width; first += step) {
       if (step < width) compute(first);
-      store(first);
+      store(target, first);
     }
   }
 }

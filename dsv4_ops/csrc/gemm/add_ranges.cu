@@ -1,5 +1,5 @@
-// Adds the sums of ranges of k that a stream (stream.cuh) of 17 to 64 tokens left in the workspace [range][token][group *
-// rows], applies global scales and rounds to y. A thread owns an element of y.
+// Adds the sums of ranges of k that a stream (stream.cuh) of 17 to 64 tokens left in the workspace [range][token][N],
+// applies global scales and rounds to y. A thread owns an element of y.
 //
 // Floor: the sums, from L2 where they have just been written: 4 bytes times ranges an element.
 #include "common/launch.cuh"

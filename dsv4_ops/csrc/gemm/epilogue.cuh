@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_product(const Product& p, int64_t x_row, i
   if constexpr (kFormat == Format::kMxfp4) sum = __fmul_rn(sum, kE2m1HalvesUnit);
   if constexpr (kFormat == Format::kNvfp4) {
     const float global = __fmul_rn(p.x_global[x_row * p.x_global_stride], *p.weight_global);
-    sum = __fmul_rn(__fmul_rn(sum, kNvfp4HalvesUnit * kNvfp4HalvesUnit), global);
+    sum = __fmul_rn(__fmul_rn(sum, kE2m1HalvesUnit * kE2m1HalvesUnit), global);
   }
   store_rounded(p, x_row * p.rows + row, sum);
 }

@@ -1,5 +1,5 @@
-// E4M3 weights with a scale (UE8M0 or fp32) for each 128 x 128 block, E4M3 activations with a UE8M0 scale for each group of
-// 32, 64 or 128: the sum of a group is scaled and added in fp32.
+// E4M3 weights with a scale (UE8M0 or fp32) for each 128 x 128 block, E4M3 activations with a UE8M0 scale for each
+// group of 32, 64 or 128: the sum of a group is scaled and added in fp32.
 // See stream.cuh for what a CTA owns and what bounds it.
 #include "gemm/stream.cuh"
 

@@ -1,7 +1,7 @@
-// Products that the streaming kernels do not take: fp32 operands, and rows that do not start at multiples of 16 bytes or
-// whose scales cannot be copied four at a time. A warp owns an element of y: its lanes take every 32nd value of k, in
-// fp32, and their sums are added in a tree, so a row has the same bits in any batch. Correct for anything, not fast: a
-// weight is read again for every token.
+// Products that the streaming kernels do not take: fp32 operands, rows that do not start at multiples of 16 bytes, FP4
+// scales that cannot be copied four at a time, groups whose rows straddle FP8 blocks. A warp owns an element of y: its
+// lanes take every 32nd value of k, in fp32, and their sums are added in a tree, so a row has the same bits in any
+// batch. Correct for anything, not fast: a weight is read again for every token.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
 #include "gemm/epilogue.cuh"

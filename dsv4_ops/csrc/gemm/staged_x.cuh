@@ -26,14 +26,15 @@ struct Stream {
   int window;          // pieces of a range whose x is in shared memory
   int x_pitch;         // bytes of a token in a window
   int x_groups;        // scale groups of x in a window
+  int x_group_shift;   // log2 of their size; 0 without such groups
   Divisor units = Divisor(1);       // 16 bytes of x, in a window of a token
   Divisor tokens_divisor = Divisor(1);
 
   __device__ __forceinline__ int first_piece(int range) const { return (range * pieces) >> range_shift; }
 };
 
-// Windows of x of some ranges of k: for each range and token a row of codes (E4M3) or values (f16, bf16) in the order of
-// the weights' fragments, and for each range and scale group of E4M3 codes the scales of all tokens in fp32.
+// Windows of x of some ranges of k: for each range and token a row of codes (E4M3) or values (f16, bf16) in the order
+// of the weights' fragments, and for each range and scale group of E4M3 codes the scales of all tokens in fp32.
 template <Format kFormat, int kTokens>
 class StagedX {
   static constexpr FormatShape kShape = shape_of(kFormat);
@@ -106,7 +107,8 @@ class StagedX {
       *reinterpret_cast<uint2*>(half) = {one.x, two.x};
       *reinterpret_cast<uint2*>(half + 16) = {one.y, two.y};
     } else if constexpr (kFormat == Format::kNvfp4) {
-      const __half2 low = nvfp4_factor(block_scales & 0xFFu), high = nvfp4_factor(block_scales >> 8);
+      const __half2 both = ptx::cvt_half2(static_cast<uint16_t>(block_scales));
+      const __half2 low = __low2half2(both), high = __high2half2(both);
       uint32_t pairs[4][4];
       nvfp4_halves(pairs[0], codes.x, low);
       nvfp4_halves(pairs[1], codes.y, low);
@@ -123,7 +125,8 @@ class StagedX {
 
   // Scale i is that of token i % kTokens in group i / kTokens; tokens and groups that are not there have 0.
   __device__ __forceinline__ void load_scales(uint32_t (&codes)[kScaleBatch], int first, int offset) const {
-    const int groups_of_piece = kShape.piece_values / p.x_group, groups = static_cast<int>(p.k) / p.x_group;
+    const int groups_of_piece = kShape.piece_values >> s.x_group_shift;
+    const int groups = static_cast<int>(p.k) >> s.x_group_shift;
 #pragma unroll
     for (int j = 0; j < kScaleBatch; ++j) {
       const int i = first + j * kThreads + threadIdx.x, token = i % kTokens, row = i / kTokens;

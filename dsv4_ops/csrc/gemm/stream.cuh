@@ -25,6 +25,7 @@
 #include "common/launch.cuh"
 #include "gemm/epilogue.cuh"
 #include "gemm/staged_x.cuh"
+#include "gemm/weight_ring.cuh"
 
 namespace dsv4 {
 
@@ -37,9 +38,8 @@ class StreamingProduct {
   static constexpr int kTiles = kSplit ? 2 : 1;    // of 16 rows, a warp
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
-  static constexpr int kScaleBytes = kTileRows * kShape.scale_bytes;
-  static constexpr int kStageBytes = kTiles * (kTileBytes + kScaleBytes);
-  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+  using Ring = WeightRing<kFormat, kTiles, kStages>;
+  static constexpr int kRingBytes = kWarps * Ring::kBytes;
   static constexpr int kSumFloats = kSplit ? 0 : kWarps * kTokens * kSumPitch;  // of one of the two buffers
 
  public:
@@ -52,44 +52,36 @@ class StreamingProduct {
     stream.units = Divisor(window * StagedX<kFormat, kTokens>::kUnits);
     stream.tokens_divisor = Divisor(stream.tokens);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
-    stream.x_groups = kFormat == Format::kFp8 || kFormat == Format::kMxfp4
-                          ? window * kShape.piece_values / stream.product.x_group
-                          : 0;
+    stream.x_groups = stream.x_group_shift > 0 ? window * kShape.piece_values >> stream.x_group_shift : 0;
     return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * kTokens * stream.x_groups);
   }
 
   __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared_memory)
-      : s(stream), p(stream.product), shared(shared_memory) {
-    lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    ranges_here = kSplit ? 1 : 1 << s.range_shift;
-    subtiles = kSplit ? kWarps : kWarps >> s.range_shift;
-    range_here = kSplit ? 0 : warp << s.range_shift >> 3;
-    subtile = warp - range_here * subtiles;
-    range = kSplit ? blockIdx.y : range_here;
-    begin = s.first_piece(range);
-    end = s.first_piece(range + 1);
-    tile_end = min(s.tiles, (static_cast<int>(blockIdx.x) + 1) * s.tiles_of_cta);
-    ring = warp * kStages * kStageBytes;
-    x_scales = kFixedBytes + ranges_here * s.tokens * s.x_pitch;
-    load_lane = tile_offset(lane % kTileRows, lane / kTileRows);
-    x_lane = kFixedBytes + range_here * s.tokens * s.x_pitch + lane / 8 % 2 * 16;
-    start_tile(blockIdx.x * s.tiles_of_cta);
-    start_scales(blockIdx.x * s.tiles_of_cta);
-  }
+      : s(stream),
+        p(stream.product),
+        shared(shared_memory),
+        lane(threadIdx.x % 32),
+        ranges_here(kSplit ? 1 : 1 << s.range_shift),
+        subtiles(kSplit ? kWarps : kWarps >> s.range_shift),
+        range_here(kSplit ? 0 : threadIdx.x / 32 << s.range_shift >> 3),
+        subtile(threadIdx.x / 32 - range_here * subtiles),
+        range(kSplit ? blockIdx.y : range_here),
+        begin(s.first_piece(range)),
+        end(s.first_piece(range + 1)),
+        first_tile(blockIdx.x * s.tiles_of_cta),
+        tile_end(min(s.tiles, first_tile + s.tiles_of_cta)),
+        x_scales(kFixedBytes + ranges_here * s.tokens * s.x_pitch),
+        load_lane(tile_offset(lane % kTileRows, lane / kTileRows)),
+        x_lane(kFixedBytes + range_here * s.tokens * s.x_pitch + lane / 8 % (kTokenTiles == 1 ? 4 : 2) * 16),
+        ring(s, shared, threadIdx.x / 32 * Ring::kBytes, lane, first_tile, tile_end, subtiles * Ring::kRows,
+             subtile * Ring::kRows, begin, end) {}
 
   // What does not depend on the kernels before: the first pieces of the weight and their scales.
-  __device__ __forceinline__ void prefetch() {
-#pragma unroll 1
-    for (int stage = 0; stage < kStages; ++stage) copy_next(ring + stage * kStageBytes);
-    load_block_scale();
-  }
+  __device__ __forceinline__ void prefetch() { ring.fill(); }
 
   __device__ __forceinline__ void run() {
     const int longest = (s.pieces + (1 << s.range_shift) - 1) >> s.range_shift;
     const int windows = (longest + s.window - 1) / s.window;
-    const int first_tile = blockIdx.x * s.tiles_of_cta;
-    int stage = ring;
     for (int tile = first_tile; tile < tile_end; ++tile) {
       clear(total);
       for (int window = 0; window < windows; ++window) {
@@ -102,13 +94,8 @@ class StreamingProduct {
         }
         const int last = min(end, begin + (window + 1) * s.window);
         for (int piece = begin + window * s.window; piece < last; ++piece) {
-          ptx::cp_async_wait<kStages - 1>();
-          __syncwarp();
-          multiply(stage, piece - begin - window * s.window);
-          __syncwarp();
-          copy_next(stage);
-          stage += kStageBytes;
-          if (stage == ring + kStages * kStageBytes) stage = ring;
+          multiply(ring.wait(), piece - begin - window * s.window);
+          ring.advance();
         }
       }
       if (ranges_here > 1) {
@@ -124,7 +111,7 @@ class StreamingProduct {
   using Sums = float[kTiles][kTokenTiles][4];
 
   __device__ __forceinline__ int row_of(int tile) const {  // in the group; of the warp's first row
-    return (tile * subtiles + subtile) * kTiles * kTileRows;
+    return (tile * subtiles + subtile) * Ring::kRows;
   }
 
   __device__ __forceinline__ static void clear(Sums& sums) {
@@ -138,88 +125,6 @@ class StreamingProduct {
     }
   }
 
-  // ---- Weights ----
-
-  // The first piece of a tile is the next to copy.
-  __device__ __forceinline__ void start_tile(int tile) {
-    next_tile = tile;
-    next_piece = begin;
-    const int row = row_of(tile);
-    next_rows = min(kTiles * kTileRows, static_cast<int>(p.rows) - row);
-    const int64_t first = blockIdx.z * p.rows + (next_rows > 0 ? row : 0);
-    next_source = static_cast<const uint8_t*>(p.weight) + (first + lane / kTileChunks) * s.row_pitch +
-                  begin * kTileRowBytes + lane % kTileChunks * 16;
-    if constexpr (kShape.scale_bytes > 0) {
-      next_scales = static_cast<const uint8_t*>(p.weight_scale) + first * p.weight_scale_stride +
-                    begin * kShape.scale_bytes;
-    }
-  }
-
-  // Start to copy the warp's next piece, if there is one, to `stage`; one group of copies either way.
-  __device__ __forceinline__ void copy_next(int stage) {
-    if (next_tile < tile_end) {
-      const bool whole = next_piece < s.whole_pieces && next_rows == kTiles * kTileRows;
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        const uint8_t* const source = next_source + m * kTileRows * s.row_pitch;
-        if (whole) {
-          copy_whole_tile(shared, stage + m * kTileBytes, source, 4 * s.row_pitch, lane);
-        } else {
-          copy_tile(shared + stage + m * kTileBytes, source, s.row_pitch, next_rows - m * kTileRows,
-                    s.row_bytes - next_piece * kTileRowBytes, lane);
-        }
-      }
-      if constexpr (kShape.scale_bytes > 0) {
-        copy_scales(shared + stage + kTiles * kTileBytes);
-        next_scales += kShape.scale_bytes;
-      }
-      next_source += kTileRowBytes;
-      if (++next_piece == end) start_tile(next_tile + 1);
-    }
-    ptx::cp_async_commit();
-  }
-
-  // The FP4 scales of a piece, four bytes a copy.
-  __device__ __forceinline__ void copy_scales(uint8_t* target) {
-    constexpr int kCopies = kShape.scale_bytes / 4, kRows = 32 / kCopies;  // copies of a row, rows at a time
-    constexpr int kGroup = kShape.piece_values / kShape.scale_bytes;
-    const int byte = lane % kCopies * 4;
-    const bool inside = next_piece * kShape.scale_bytes + byte < static_cast<int>(p.k) / kGroup;
-    const uint8_t* source = next_scales + lane / kCopies * p.weight_scale_stride + byte;
-#pragma unroll
-    for (int row = lane / kCopies, i = 0; i < kTiles * kTileRows; i += kRows) {
-      ptx::cp_async_4(target + (row + i) * kShape.scale_bytes + byte, source, inside && row + i < next_rows ? 4 : 0);
-      source += kRows * p.weight_scale_stride;
-    }
-  }
-
-  // ---- The scale of an FP8 block: its bits are loaded a piece ahead ----
-
-  __device__ __forceinline__ void start_scales(int tile) {
-    if constexpr (kFormat == Format::kFp8) {
-      scale_tile = tile;
-      scale_piece = begin;
-      const int64_t row = blockIdx.z * p.rows + min(static_cast<int64_t>(row_of(tile)), p.rows - 1);
-      next_scales = static_cast<const uint8_t*>(p.weight_scale) +
-                    (row / 128 * p.weight_scale_stride + begin) * (p.fp32_weight_scale ? 4 : 1);
-    }
-  }
-
-  // The bits for the next piece.
-  __device__ __forceinline__ void load_block_scale() {
-    if constexpr (kFormat == Format::kFp8) {
-      if (scale_tile >= tile_end) return;
-      if (p.fp32_weight_scale) {
-        block_scale = *reinterpret_cast<const uint32_t*>(next_scales);
-        next_scales += 4;
-      } else {
-        block_scale = *next_scales;
-        next_scales += 1;
-      }
-      if (++scale_piece == end) start_scales(scale_tile + 1);
-    }
-  }
-
   // ---- Products ----
 
   // Chunks `chunk` (even) and chunk + 1 of tile m of the stage.
@@ -227,8 +132,8 @@ class StreamingProduct {
     ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
   }
 
-  // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights' fragments.
-  // Tokens that are not there repeat the last one; nobody stores their sums.
+  // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights'
+  // fragments. Tokens that are not there repeat the last one; nobody stores their sums.
   __device__ __forceinline__ void load_x(uint32_t (&words)[kTokenTiles][2], int chunk) const {
     const uint8_t* const base = shared + x_lane + chunk * 16;
     if constexpr (kTokenTiles == 1) {
@@ -242,6 +147,13 @@ class StreamingProduct {
         words[n][0] = four[0], words[n][1] = four[1], words[n + 1][0] = four[2], words[n + 1][1] = four[3];
       }
     }
+  }
+
+  // The same of one tile of tokens and chunks `chunk` .. chunk + 3.
+  __device__ __forceinline__ void load_x_twice(uint32_t (&words)[2][1][2], int chunk) const {
+    uint32_t four[4];
+    ptx::ldmatrix_x4(four, shared + x_lane + chunk * 16 + min(lane % 8, s.tokens - 1) * s.x_pitch);
+    words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
   }
 
   // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
@@ -265,8 +177,7 @@ class StreamingProduct {
   // A piece of the warp's rows, the `offset`th in the window of x.
   __device__ __forceinline__ void multiply(int stage, int offset) {
     if constexpr (kFormat == Format::kFp8) {
-      const float scale = p.fp32_weight_scale ? __uint_as_float(block_scale) : decode_ue8m0(block_scale);
-      load_block_scale();
+      const float scale = ring.take_block_scale();
       if (p.x_group == 128) {
         multiply_fp8<4>(stage, scale, offset);
       } else if (p.x_group == 64) {
@@ -328,9 +239,7 @@ class StreamingProduct {
   }
 
   __device__ __forceinline__ void multiply_mxfp4(int stage, int offset) {
-    constexpr int kGroup = 32;
     const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes;
-    const int groups_of_scale = p.x_group / kGroup;  // 1, 2 or 4
 #pragma unroll(kSplit ? 1 : 2)
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
@@ -347,46 +256,69 @@ class StreamingProduct {
           e2m1_halves(up, words[m][2 * j]);
           e2m1_halves(low, words[m][2 * j + 1]);
           fp4_fragments(a[m], up, low);
-          weight_scales[m][0] = decode_ue8m0(scales[m * kScaleBytes + chunk]);
-          weight_scales[m][1] = decode_ue8m0(scales[m * kScaleBytes + 8 * kShape.scale_bytes + chunk]);
+          weight_scales[m][0] = decode_ue8m0(scales[m * Ring::kScaleBytes + chunk]);
+          weight_scales[m][1] = decode_ue8m0(scales[m * Ring::kScaleBytes + 8 * kShape.scale_bytes + chunk]);
         }
         uint32_t x_words[kTokenTiles][2];
         load_x(x_words, 2 * (offset * kTileChunks + chunk));
         Sums part;
         clear(part);
         multiply_codes(part, a, x_words);
-        promote(part, weight_scales, (offset * kTileChunks + chunk) / groups_of_scale);
+        promote(part, weight_scales, (offset * kTileChunks + chunk) >> (s.x_group_shift - 5));
       }
     }
   }
 
   __device__ __forceinline__ void multiply_nvfp4(int stage, int offset) {
-    const uint8_t* const scales = shared + stage + kTiles * kTileBytes + lane / 4 * kShape.scale_bytes + lane % 4 / 2;
-#pragma unroll(kSplit ? 1 : 4)
+    uint32_t scales[kTiles][2][2];  // codes, of the lane's two rows of a tile, of chunks 0 .. 3 and 4 .. 7
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = stage + kTiles * kTileBytes + m * Ring::kScaleBytes + (half * 8 + lane / 4) * kShape.scale_bytes;
+        const uint4 all = *reinterpret_cast<const uint4*>(shared + at);
+        const uint32_t mine = lane % 4 < 2 ? 0x6420 : 0x7531;  // a chunk is two groups: of lanes 0, 1 and 2, 3 of a row
+        scales[m][half][0] = __byte_perm(all.x, all.y, mine);
+        scales[m][half][1] = __byte_perm(all.z, all.w, mine);
+      }
+    }
+#pragma unroll
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
       uint32_t words[kTiles][4];
+      __half2 factors[kTiles][2];  // of the pair's chunks in the halves
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_weights(words[m], stage, m, 2 * pair);
+      for (int m = 0; m < kTiles; ++m) {
+        load_weights(words[m], stage, m, 2 * pair);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t codes = scales[m][half][pair / 2] >> pair % 2 * 16;
+          factors[m][half] = ptx::cvt_half2(static_cast<uint16_t>(codes));
+        }
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int chunk = 2 * pair + j;  // 32 values: two groups of 16, of lanes 0, 1 and 2, 3 of a row
-        uint32_t a[kTiles][2][4];
+        const int chunk = offset * kTileChunks + 2 * pair + j;  // 32 values: two fragments, four chunks of x
+        uint32_t a[kTiles][2][4], b[2][kTokenTiles][2];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          const uint8_t* const of_rows = scales + m * kScaleBytes + 2 * chunk;
+          const auto factor = [j](__half2 both) { return j ? __high2half2(both) : __low2half2(both); };
           uint32_t up[4], low[4];
-          nvfp4_halves(up, words[m][2 * j], nvfp4_factor(of_rows[0]));
-          nvfp4_halves(low, words[m][2 * j + 1], nvfp4_factor(of_rows[8 * kShape.scale_bytes]));
+          nvfp4_halves(up, words[m][2 * j], factor(factors[m][0]));
+          nvfp4_halves(low, words[m][2 * j + 1], factor(factors[m][1]));
           fp4_fragments(a[m], up, low);
+        }
+        if constexpr (kTokenTiles == 1) {
+          load_x_twice(b, 4 * chunk);
+        } else {
+          load_x(b[0], 4 * chunk);
+          load_x(b[1], 4 * chunk + 2);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t b[kTokenTiles][2];
-          load_x(b, 4 * (offset * kTileChunks + chunk) + 2 * half);
 #pragma unroll
           for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-            for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_f16(total[m][n], a[m][half], b[n]);
+            for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_f16(total[m][n], a[m][half], b[half][n]);
           }
         }
       }
@@ -410,8 +342,8 @@ class StreamingProduct {
 
   // ---- Sums ----
 
-  // Add the ranges of the CTA's rows and store them. `buffer` alternates: who writes to it has passed the barrier of the
-  // tile between, behind which nobody reads it.
+  // Add the ranges of the CTA's rows and store them. `buffer` alternates: who writes to it has passed the barrier of
+  // the tile between, behind which nobody reads it.
   __device__ __forceinline__ void add_and_store(int tile, int buffer) {
     float* const all = reinterpret_cast<float*>(shared + kRingBytes) + buffer * kSumFloats;
     float* const mine = all + (range_here * subtiles + subtile) * kTokens * kSumPitch;
@@ -466,14 +398,11 @@ class StreamingProduct {
   const Stream& s;
   const Product& p;
   uint8_t* shared;
-  int lane, subtile, subtiles, range, range_here, ranges_here;
-  int begin, end;                        // pieces of the warp's range
-  int tile_end;
-  int next_tile, next_piece, next_rows;  // the next piece to copy, and how many rows of the tile there are
-  const uint8_t *next_source, *next_scales;  // the lane's first 16 bytes of it, and the scales
-  int scale_tile, scale_piece;  // the piece whose FP8 scale is loaded next
-  uint32_t block_scale;
-  int ring, load_lane, x_lane, x_scales;  // offsets in shared memory: the warp's, the lane's in a stage and in x; of all
+  int lane, ranges_here, subtiles, range_here, subtile, range;
+  int begin, end;            // pieces of the warp's range
+  int first_tile, tile_end;  // of the CTA
+  int x_scales, load_lane, x_lane;  // offsets in shared memory: of the scales, the lane's in a tile and in x
+  Ring ring;
   Sums total;
 };
 
@@ -486,6 +415,7 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   Stream plan{};
   plan.product = product;
   plan.tokens = tokens;
+  plan.x_group_shift = product.x_group > 0 ? 5 + product.x_group / 64 : 0;
   plan.first_token = first_token;
   const int ranges = ranges_of(kFormat, product);
   while (1 << plan.range_shift < ranges) ++plan.range_shift;

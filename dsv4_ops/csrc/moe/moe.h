@@ -46,7 +46,7 @@ struct Moe {
 
   const void* x;     // tokens rows of d, FP4 packed by two
   Dtype x_dtype;     // the activation dtype: fp32 in dense alone
-  int64_t x_stride;  // bytes from row to row, as all strides here
+  int64_t x_stride;  // bytes from row to row; the other strides are in elements
   const void* x_scale;  // FP8 input: UE8M0, d / x_group a row; NVFP4: E4M3, d / 16
   int64_t x_scale_stride;
   int x_group;

@@ -203,7 +203,7 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
                                          ProductMemory<kFormat>& memory, Rings<kFormat>& rings,
                                          float (&acc)[2][kN / 2]) {
   using Shape = WeightShape<kFormat>;
-  const int thread = threadIdx.x, t = thread % 4, slot = thread / kWarp * 8 + thread % kWarp / 4;
+  const int lane = threadIdx.x % kWarp, t = lane % 4, slot = threadIdx.x / kWarp * 8 + lane / 4;
   const int chunks = product.k / Shape::kChunk;
   Factors<kFormat> factors;
   const uint8_t* block_scales[2];
@@ -233,17 +233,11 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
     uint64_t b = 0;
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) {
-      if (step % Shape::kStepsOfPiece == 0) {
-#pragma unroll
-        for (int set = 0; set < kRowSets; ++set) {
-          const int piece = set * Shape::kPieces + step / Shape::kStepsOfPiece;
-          pieces[set] = memory.weights[rings.weights.stage][piece][thread];
-        }
-      }
+      if (step % Shape::kStepsOfLoad == 0) load_weights<kFormat>(pieces, memory.weights[rings.weights.stage], step);
       if (step % 4 == 0) factors.prepare(step);
       decode_step<kFormat>(a[step % 2][0], pieces, 0, step, factors);
       decode_step<kFormat>(a[step % 2][1], pieces, 1, step, factors);
-      if (step == Shape::kSteps - Shape::kStepsOfPiece) {
+      if (step == Shape::kSteps - Shape::kStepsOfLoad) {
         ptx::mbarrier_arrive(ptx::shared_address(memory.empty_weights + rings.weights.stage));
       }
       if (step % 4 == 0) {
@@ -256,7 +250,7 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (step % 4 == 0) {
-        if (chunk > 0 || step > 0) ptx::mbarrier_arrive(read_panel);
+        if (lane == 0 && (chunk > 0 || step > 0)) ptx::mbarrier_arrive(read_panel);
         read_panel = ptx::shared_address(memory.empty_panels + rings.panels.stage);
         rings.panels.advance();
       }
@@ -269,7 +263,7 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
     }
   }
   ptx::wgmma_wait<0>();
-  ptx::mbarrier_arrive(read_panel);
+  if (lane == 0) ptx::mbarrier_arrive(read_panel);
   ptx::pin_registers(acc[0]);
   ptx::pin_registers(acc[1]);
 }
@@ -474,7 +468,9 @@ __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
     for (uint64_t& barrier : memory.full_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kProducers);
     for (uint64_t& barrier : memory.empty_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers);
     for (uint64_t& barrier : memory.full_panels) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
-    for (uint64_t& barrier : memory.empty_panels) ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers);
+    for (uint64_t& barrier : memory.empty_panels) {
+      ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers / kWarp);
+    };
     ptx::fence_async_proxy();
   }
   __syncthreads();

@@ -20,7 +20,7 @@ __device__ __forceinline__ int blocks_of(int units) { return (units + kMostUnits
 
 struct PairIds {
   const int* ids;
-  int64_t stride;  // of tokens, in ints
+  int64_t stride;  // of tokens
   Divisor k;
   int pairs;
 
@@ -31,11 +31,6 @@ struct PairIds {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ T* advance(T* pointer, int64_t bytes) {
-  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(pointer) + bytes);
-}
-
 __global__ void __launch_bounds__(kThreads)
     prefill_sort_kernel(const __grid_constant__ Moe moe, const __grid_constant__ PrefillRows rows, Divisor k) {
   extern __shared__ int counts[];  // [experts]
@@ -44,8 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int expert = blockIdx.x, thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const PairIds ids{moe.ids, moe.ids_stride / static_cast<int64_t>(sizeof(int)), k,
-                    static_cast<int>(moe.tokens) * moe.k};
+  const PairIds ids{moe.ids, moe.ids_stride, k, static_cast<int>(moe.tokens) * moe.k};
   for (int i = thread; i < moe.experts; i += kThreads) counts[i] = 0;
   if (thread == 0) units_before = blocks_before = 0;
   __syncthreads();
@@ -90,8 +84,8 @@ __global__ void __launch_bounds__(kThreads)
       const int place = row + __popc(mine & ((1u << lane) - 1)), token = k.divide(pair);
       rows.row_of_pair[pair] = place;
       rows.pair_of_row[place] = pair;
-      rows.route[place] = advance(moe.route_weights, token * moe.route_stride)[pair - token * moe.k];
-      if (moe.format == MoeFormat::kNvfp4) rows.factor[place] = *advance(moe.x_global, token * moe.x_global_stride);
+      rows.route[place] = moe.route_weights[token * moe.route_stride + (pair - token * moe.k)];
+      if (moe.format == MoeFormat::kNvfp4) rows.factor[place] = moe.x_global[token * moe.x_global_stride];
     } else if (expert == 0 && pair < ids.pairs && (id < 0 || id >= moe.experts)) {
       rows.row_of_pair[pair] = -1;
     }

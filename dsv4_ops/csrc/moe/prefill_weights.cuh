@@ -27,7 +27,7 @@ struct WeightShape {
   static constexpr int kRowBytes = kFp4 ? 64 : 128;                       // that a row has in a stage
   static constexpr int kPieces = kRowBytes / 64;                          // of 16 bytes, that a thread has of a row
   static constexpr int kSteps = kChunk / 16;
-  static constexpr int kStepsOfPiece = kSteps / kPieces;
+  static constexpr int kStepsOfLoad = kFormat == MoeFormat::kDense ? 1 : kSteps / kPieces;
   static constexpr int kStages = kFp4 ? 4 : 3;
   static constexpr int kPanels = kFp4 ? 7 : 5;  // of 64 columns of x, that are in place or on their way
   // Scales come in 16 bytes a row, with the first of the stages that they serve.
@@ -109,6 +109,23 @@ class Factors {
   bool large_;
 };
 
+// A thread's part of a stage that `step` begins with, for each of its rows: a piece; of bf16 the half that a step takes,
+// so that no register of an operand under way is loaded.
+template <MoeFormat kFormat>
+__device__ __forceinline__ void load_weights(uint4 (&pieces)[kRowSets], const uint4 (*stage)[kConsumers], int step) {
+  using Shape = WeightShape<kFormat>;
+#pragma unroll
+  for (int set = 0; set < kRowSets; ++set) {
+    const uint4* const piece = stage[set * Shape::kPieces + step * Shape::kPieces / Shape::kSteps] + threadIdx.x;
+    if constexpr (kFormat == MoeFormat::kDense) {
+      const uint2 half = reinterpret_cast<const uint2*>(piece)[step % 2];
+      pieces[set] = {half.x, half.y, 0, 0};
+    } else {
+      pieces[set] = *piece;
+    }
+  }
+}
+
 template <>
 class Factors<MoeFormat::kDense> {
  public:
@@ -131,7 +148,7 @@ __device__ __forceinline__ uint32_t place_e4m3(uint32_t word, int i) {
   return sign | (moved & 0x07F007F0u);
 }
 
-// The first operand of `step` for the rows of matrix `matrix`, from a thread's pieces of the stage.
+// The first operand of `step` for the rows of matrix `matrix`, from what a thread loaded of the stage.
 template <MoeFormat kFormat>
 __device__ __forceinline__ void decode_step(uint32_t (&a)[4], const uint4 (&pieces)[kRowSets], int matrix, int step,
                                             const Factors<kFormat>& factors) {
@@ -143,7 +160,7 @@ __device__ __forceinline__ void decode_step(uint32_t (&a)[4], const uint4 (&piec
     for (int half = 0; half < 2; ++half) {
       uint32_t& value = a[lower + 2 * half];
       if constexpr (kFormat == MoeFormat::kDense) {
-        value = words[step % 2 * 2 + half];
+        value = words[half];
       } else if constexpr (kFormat == MoeFormat::kFp8) {
         value = mul_bf16x2(place_e4m3(words[step % 4], half), factors.factor(set));
       } else {

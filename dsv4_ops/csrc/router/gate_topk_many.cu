@@ -1,5 +1,5 @@
-// gate_topk for many rows: a warp owns a row, a CTA of 4 warps four rows (gate_topk.cu says what is computed, and has the
-// kernel for few rows).
+// gate_topk for many rows: a warp owns a row, a CTA of 4 warps four rows. gate_topk.cu says what is computed, and has
+// the kernel for few rows.
 //
 // A lane has experts [kPerLane * lane, kPerLane * (lane + 1)), from the load of their logits on. It sorts their keys;
 // in k rounds the largest key of all lists is taken off, lowest lane on ties, and in the end it is found which expert
