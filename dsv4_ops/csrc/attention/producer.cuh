@@ -7,9 +7,9 @@
 // of the next: all banks.
 //
 // All of a block is loaded before the block in front of it is unpacked, into registers of its own: a warp has 4.5 KB
-// under way all the time, and what is under way where a tile is handed over has been so for as long as it takes to unpack
-// a block. That matters since fence.proxy.async waits for the loads of its thread. Keys are looked up 32 at a time, a
-// lane for each, for four blocks: their indices two batches ahead, their pages one batch ahead.
+// under way all the time, and what is under way where a tile is handed over has been so for as long as it takes to
+// unpack a block. That matters since fence.proxy.async waits for the loads of its thread. Keys are looked up 32 at a
+// time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch ahead.
 #pragma once
 
 #include "attention/keys.cuh"
