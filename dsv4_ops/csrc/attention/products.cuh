@@ -100,8 +100,8 @@ struct Exchange {
 };
 
 // Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
-// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the total
-// of, keep(column, largest) takes those of its columns.
+// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the
+// total of, keep(column, largest) takes those of its columns.
 template <int kHeads, int kStride = kWeightBytes, typename Keep>
 __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
                                       float& own_largest, Keep keep) {
