@@ -99,9 +99,9 @@ struct Exchange {
   float* sum;        // [4][kHeads]
 };
 
-// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and the sums of each warp's: to be
-// read after the caller's barrier. `own_largest` is that of the head that this thread keeps the total of, keep(column,
-// largest) takes those of its columns.
+// Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
+// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the
+// total of, keep(column, largest) takes those of its columns.
 template <int kHeads, int kStride = kWeightBytes, typename Keep>
 __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
                                       float& own_largest, Keep keep) {
@@ -139,7 +139,6 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
     const int place = i / 4 * kStride + (2 * warp + i / 2 % 2) * 128 + lane * 4;
     *reinterpret_cast<uint32_t*>(memory.weights + place) = pack_bf16(scores[i], scores[i + 1]);
   }
-  ptx::fence_async_proxy();
   reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
 }
 

@@ -119,8 +119,9 @@ struct WeighedUnits {
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8
-// of a block and quarter l / 8 of its dimensions; it keeps 128 bytes under way: eight blocks, or four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l / 4
+// of a block and quarter l % 4 of its dimensions. It loads 128 bytes at once, of eight blocks or four of the rope slab;
+// while those are handed over nothing is under way but the lookups of what follows (see producer.cuh).
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
@@ -128,43 +129,44 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
   constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   const Keys own(0, units, 1, warp);
   Lookup upcoming[kLookups], later[kLookups];
   KeyPlace places[kLookups];
   int batches = 0;  // looked up
-  const auto look_ahead = [&] {
+  const auto find_entries = [&](Lookup(&found)[kLookups]) {
 #pragma unroll
-    for (int i = 0; i < kLookups; ++i) {
-      places[i] = place_of(sources, row, upcoming[i]);
-      upcoming[i] = later[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+    for (int i = 0; i < kLookups; ++i) found[i] = own.find_entry(sources, row, batches++);
+  };
+  const auto find_pages = [&] {
 #pragma unroll
     for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
   };
   uint4 parts[kUnderWay][kPieces];
   uint32_t scales[kUnderWay];
-  const auto load = [&](int i) {
-    const KeyPlace& place = places[i / kBatch];
-    const int source = i % kBatch * kBlock + column;
-    const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
-    const uint8_t* const data = from_lane(place.data, source) + offset;
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
-    scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
-  };
-  for (int i = 0; i < kLookups; ++i) upcoming[i] = own.find_entry(sources, row, batches++);
-  for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
-  for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
-  look_ahead();
-#pragma unroll
-  for (int i = 0; i < kUnderWay; ++i) load(i);
-
+  find_entries(upcoming);
+  find_entries(later);
+  find_pages();
   for (int first = 0; first < own.blocks; first += kUnderWay) {
-    look_ahead();
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) {
+      places[i] = place_of(sources, row, upcoming[i]);
+      upcoming[i] = later[i];
+    }
+    find_pages();
+    find_entries(later);
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      const KeyPlace& place = places[i / kBatch];
+      const int source = i % kBatch * kBlock + column;
+      const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+      const uint8_t* const data = from_lane(place.data, source) + offset;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
+      scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
+    }
+    __syncwarp();  // keeps ptxas from moving the loads to where they are used
 #pragma unroll
     for (int i = 0; i < kUnderWay; ++i) {
       const int block = first + i, unit = block / kBlocks, stage = unit % Memory::kDepth, use = unit / Memory::kDepth;
@@ -185,7 +187,6 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
           multiply_chunk(b, second_factor(scales[i]));
         }
       }
-      load(i);
       const int key = (block % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
       uint8_t* const keys = memory.stages[stage].keys;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
@@ -392,8 +393,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The smallest tile of heads, but not of 8 where there are more, with which `count` CTAs a row and tile are no more than
-// `room`; or 64.
+// The smallest tile of heads, but not of 8 where there are more, with which `count` CTAs a row and tile are no more
+// than `room`; or 64.
 int choose_tile(const SparseAttention& attention, int64_t count, int64_t room) {
   for (const int tile : {8, 16, 32}) {
     if (attention.heads <= tile) return tile;

@@ -1,10 +1,11 @@
 // The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
 //
-// A warp has one half of the dimensions and takes blocks of 8 keys: lane l has key l % 8, and of every group of 64
-// dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in a row of each key and a store fills all
-// banks. As soon as a piece of a block is unpacked, the same piece of the next block is loaded into the registers: all
-// warps together have 18 KB under way. Keys are looked up for two tiles at a time, a lane for each of the warp's keys:
-// their indices two batches ahead, their pages one batch ahead.
+// A warp has one half of the dimensions and 16 keys of every tile, which it takes in two blocks of 8: lane l has key
+// l / 4 of a block, and of every group of 64 dimensions the quarter l % 4, for the reasons given in producer.cuh. While
+// the first block is unpacked, the second one is loaded into the same registers, a piece after each piece; the first
+// block of the next tile is loaded once the tile is handed over. Keys are looked up for two tiles at a time, a lane for
+// each: their indices two batches ahead, their pages one batch ahead. A value is loaded into the registers that it is
+// used from: a copy at the end of a loop would wait for it.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -16,10 +17,10 @@
 namespace dsv4::wide {
 
 constexpr int kWarpKeys = kUnit / (kProducerWarps / 2);  // of a warp in a tile
-constexpr int kBlock = kWarpKeys / 2;                    // of a warp at a time
-constexpr int kLaneKeys = kBlock / 8;                    // of a lane
+constexpr int kBlock = 8;                                // keys of a warp at a time
 constexpr int kBlocks = kWarpKeys / kBlock;              // of a warp in a tile
 constexpr int kBatch = kWarp / kWarpKeys;                // tiles whose keys are looked up together
+static_assert(kBlocks == 2);
 
 // What an absent key has instead of an entry: zeros, with which products are harmless.
 __device__ const uint4 absent_key[kEntryBytes / 16] = {};
@@ -37,12 +38,32 @@ struct KeyPlace {
   const uint8_t* scales;
 };
 
+// Entries of two batches of keys, each in a register of its own from the load to its use.
+struct Entries {
+  int32_t even = kNoEntry, odd = kNoEntry;  // of batches
+
+  // The entry of a key as entry_of_key finds it, under way if it is an index.
+  __device__ __forceinline__ void find(const KeySources& sources, const RowKeys& row, int batch, int key) {
+    const int place = key - row.window_keys, ring = ring_entries(sources);
+    const bool exists = key < row.count, window = place < 0, is_odd = batch % 2 != 0;
+    int entry = window ? row.first_entry + key : place;
+    if (window && entry >= ring) entry -= ring;
+    if (!exists) entry = kNoEntry;
+    even = is_odd ? even : entry;
+    odd = is_odd ? entry : odd;
+    const bool is_index = exists && !window && row.indices != nullptr;
+    ptx::load_global_if(even, row.indices + place, is_index && !is_odd);
+    ptx::load_global_if(odd, row.indices + place, is_index && is_odd);
+  }
+  __device__ __forceinline__ int of(int batch) const { return batch % 2 != 0 ? odd : even; }
+};
+
+// Its page, under way.
 __device__ __forceinline__ void find_page(const KeySources& sources, const RowKeys& row, Lookup& lookup) {
-  if (lookup.entry < 0) return;
   const bool window = lookup.key < row.window_keys;
   const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
-  lookup.page = pool.table[row.sequence * pool.table_stride +
-                           divide(lookup.entry, window ? sources.window_page : sources.compressed_page)];
+  const int page = divide(max(lookup.entry, 0), window ? sources.window_page : sources.compressed_page);
+  ptx::load_global_if(lookup.page, pool.table + row.sequence * pool.table_stride + page, lookup.entry >= 0);
 }
 
 __device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
@@ -62,16 +83,16 @@ __device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
   return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
 }
 
-// A lane's share of one key: where its half lies and what is loaded of it.
+// A lane's share of one key: where its half lies, and what is loaded of it.
 template <int kHalf>
 struct Share {
   const uint8_t* data;
   uint4 parts[kHalfSlabs + kHalf];
-  uint32_t scales;  // a byte for each group of the half
 
-  __device__ __forceinline__ void aim(const KeyPlace& places, int lane, int quarter) {
+  // To the key that lane `lane` has looked up; its scales, a byte for each group of the half, under way.
+  __device__ __forceinline__ uint32_t aim(const KeyPlace& places, int lane, int quarter) {
     data = from_lane(places.data, lane) + kHalf * (kDim / 2) + quarter * 16;
-    scales = ptx::load_global(from_lane(places.scales, lane) + kHalf * 4);
+    return ptx::load_global(from_lane(places.scales, lane) + kHalf * 4);
   }
 
   // What becomes a slab: 16 codes, or 16 rope dimensions.
@@ -111,14 +132,6 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
   }
 }
 
-__device__ __forceinline__ void store_valid(uint32_t address, uint32_t bits) {
-  if constexpr (kWarpKeys == 32) {
-    ptx::store_shared(address, bits);
-  } else {
-    ptx::store_shared(address, static_cast<uint16_t>(bits));
-  }
-}
-
 // Take back half kHalf of a stage where it was handed over: bit `stage` of `handed_over`.
 template <int kHalf>
 __device__ __forceinline__ void take_back(int stage, uint32_t& handed_over) {
@@ -130,107 +143,86 @@ __device__ __forceinline__ void take_back(int stage, uint32_t& handed_over) {
 template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
                                         uint32_t& handed_over) {
-  const int lane = threadIdx.x % kWarp, column = lane % 8, quarter = lane / 8;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
-  constexpr int kBlockBytes = kBlock * kRowBytes;
-  const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes +
-                         pair * kBlocks * kBlockBytes + chunk_offset(column, 2 * quarter);
-  const uint32_t valid = ptx::shared_address(memory.valid) + pair * (kWarpKeys / 8);
+  constexpr int kCodeSlabs = kHalfSlabs - kHalf;
+  const int first_key = pair * kWarpKeys;
+  const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes + first_key * kRowBytes +
+                         chunk_offset(column, 2 * quarter);
+  const uint32_t valid = ptx::shared_address(memory.valid) + first_key / 8;
   uint32_t codes = 0, code_scales = 0;  // of this lane's first key
   if constexpr (Memory::kCodes) {
-    const int key = pair * kWarpKeys + column;
+    const int key = first_key + column;
     codes = ptx::shared_address(memory.codes) + kHalf * kHalfSlabs * kGroupBytes + code_offset(key, quarter);
     code_scales = ptx::shared_address(memory.scales) + ((kHalf * kHalfSlabs + quarter) * kUnit + key) * 4;
   }
 
-  const auto find_entry = [&](int batch) {
-    const int key = (batch * kBatch + lane / kWarpKeys) * kUnit + pair * kWarpKeys + lane % kWarpKeys;
-    return Lookup{key, entry_of_key(sources, row, key), 0};
+  const auto key_of = [&](int batch) {
+    return (batch * kBatch + lane / kWarpKeys) * kUnit + first_key + lane % kWarpKeys;
   };
-  Lookup upcoming = find_entry(0), later = find_entry(1);
+  Entries entries;
+  entries.find(sources, row, 0, key_of(0));
+  entries.find(sources, row, 1, key_of(1));
+  Lookup upcoming{key_of(0), entries.of(0), 0};
   find_page(sources, row, upcoming);
-  KeyPlace ready = place_of(sources, row, upcoming);
-  uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
-  upcoming = later;
-  find_page(sources, row, upcoming);
-  later = find_entry(2);
+  KeyPlace ready;
+  uint32_t present;  // of the keys in `ready`
+  const auto advance = [&](int batch) {
+    ready = place_of(sources, row, upcoming);
+    present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
+    upcoming = {key_of(batch + 1), entries.of(batch + 1), 0};
+    find_page(sources, row, upcoming);
+    entries.find(sources, row, batch + 2, key_of(batch + 2));
+  };
+  advance(0);
 
-  Share<kHalf> shares[kLaneKeys];
+  Share<kHalf> share;
+  uint32_t scales[kBlocks];
+  const auto start_tile = [&](int unit) {
+    scales[0] = share.aim(ready, unit % kBatch * kWarpKeys + column, quarter);
 #pragma unroll
-  for (int i = 0; i < kLaneKeys; ++i) {
-    shares[i].aim(ready, i * 8 + column, quarter);
-#pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) shares[i].load(slab, quarter);
-  }
-
-  for (int block = 0; block < units * kBlocks; ++block) {
-    const int unit = block / kBlocks, inside = block % kBlocks, stage = unit % kStages;
-    const int following = (block + 1) % (kBatch * kBlocks);
-    const uint32_t present_now = present;
-    if (following == 0) {
-      ready = place_of(sources, row, upcoming);
-      present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
-      upcoming = later;
-      find_page(sources, row, upcoming);
-      later = find_entry(unit / kBatch + 3);
+    for (int slab = 0; slab < kHalfSlabs; ++slab) share.load(slab, quarter);
+  };
+  start_tile(0);
+  for (int unit = 0; unit < units; ++unit) {
+    const int stage = unit % kStages;
+    take_back<kHalf>(stage, handed_over);
+    if (kHalf == 0 && lane == 0) {
+      ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
-    constexpr uint32_t kUsedBytes = kHalf == 0 ? ~0u : 0xFFFFFFu;
-    uint32_t scales[kLaneKeys], all_scales[kLaneKeys], large_bits = 0;
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      scales[i] = all_scales[i] = shares[i].scales;
-      large_bits |= large_scales(scales[i] & kUsedBytes);
-      shares[i].aim(ready, following * kBlock + i * 8 + column, quarter);
-    }
-    const bool large = __any_sync(kAllLanes, large_bits != 0);
-    if (large) {
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) scales[i] = __vminu4(scales[i], kLargestScale * 0x01010101u);
-    }
-    if (inside == 0) {
-      take_back<kHalf>(stage, handed_over);
-      if (kHalf == 0 && lane == 0) store_valid(valid + 8 * stage, present_now >> unit % kBatch * kWarpKeys);
-    }
-    const uint32_t address = tiles + stage * kTileBytes + inside * kBlockBytes;
-    if constexpr (Memory::kCodes) {
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) {
-        const int key = inside * kBlock + i * 8;
-        const float scale = decode_ue8m0(all_scales[i] >> 8 * quarter & 0xFF);
-        if (quarter < kHalfSlabs - kHalf) {
-          ptx::store_shared(code_scales + (stage * kGroups * kUnit + key) * 4, __float_as_uint(scale));
-        }
+    for (int block = 0; block < kBlocks; ++block) {
+      const uint32_t address = tiles + stage * kTileBytes + block * kBlock * kRowBytes;
+      const bool large = __any_sync(kAllLanes, large_scales(scales[block] & (~0u >> 8 * kHalf)) != 0);
+      const uint32_t first_scales = large ? __vminu4(scales[block], kLargestScale * 0x01010101u) : scales[block];
+      if (block == 0) scales[1] = share.aim(ready, unit % kBatch * kWarpKeys + kBlock + column, quarter);
+      if constexpr (Memory::kCodes) {
+        const float scale = decode_ue8m0(scales[block] >> 8 * quarter & 0xFF);
+        const int offset = (stage * kGroups * kUnit + block * kBlock) * 4;
+        if (quarter < kCodeSlabs) ptx::store_shared(code_scales + offset, __float_as_uint(scale));
       }
-    }
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) {
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) {
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
         uint4 first, second;
-        shares[i].unpack(slab, scales[i], first, second);
+        share.unpack(slab, first_scales, first, second);
         if constexpr (Memory::kCodes) {
-          if (slab < kHalfSlabs - kHalf) {
-            const int key = inside * kBlock + i * 8;
-            ptx::store_shared(codes + (stage * kGroups + slab) * kGroupBytes + key * 64, shares[i].parts[slab]);
-          }
+          const int offset = (stage * kGroups + slab) * kGroupBytes + block * kBlock * 64;
+          if (slab < kCodeSlabs) ptx::store_shared(codes + offset, share.parts[slab]);
         }
-        shares[i].load(slab, quarter);
-        const int offset = slab * kSlabBytes + i * 8 * kRowBytes;
-        ptx::store_shared(address + offset, first);
-        ptx::store_shared((address ^ 16) + offset, second);
+        ptx::store_shared(address + slab * kSlabBytes, first);
+        ptx::store_shared((address ^ 16) + slab * kSlabBytes, second);
+        if (block == 0) share.load(slab, quarter);
+        __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
       }
-      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+      if (large) multiply_again<kHalf>(scales[block], address);
     }
-    if (large) {
-#pragma unroll
-      for (int i = 0; i < kLaneKeys; ++i) multiply_again<kHalf>(all_scales[i], address + i * 8 * kRowBytes);
-    }
-    if (inside == kBlocks - 1) {
-      ptx::fence_async_proxy();
-      ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
-      handed_over |= 1u << stage;
-    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
+    handed_over |= 1u << stage;
+    if (unit + 1 == units) break;
+    if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
+    start_tile(unit + 1);
   }
 }
 
@@ -240,8 +232,13 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, c
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
   uint32_t handed_over = 0;
+  const auto position = [&](uint32_t tile) {
+    return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
+  };
+  int next = position(blockIdx.x);
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles);
+    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
+    next = position(tile + gridDim.x);
     produce<kHalf>(attention.keys, keys, memory, pair, handed_over);
   }
 #pragma unroll

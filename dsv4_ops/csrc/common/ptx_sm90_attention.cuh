@@ -45,6 +45,14 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
 // As kRegistersOfThreeWarpgroups of ptx_sm90.cuh, for a CTA of four.
 constexpr int kRegistersOfFourWarpgroups = 4 * 128;
 
+// ld.global, predicated: where `condition` holds, 4 bytes take the place of `value`. A branch around a load makes the
+// compiler copy what was loaded, and wait for it, where the branch ends.
+__device__ __forceinline__ void load_global_if(int32_t& value, const int32_t* address, bool condition) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.s32 %0, [%1];}"
+               : "+r"(value)
+               : "l"(address), "r"(static_cast<int>(condition)));
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // wgmma.mma_async.m64n64k16.f32.bf16.bf16 with A from registers: d = a * b, or d += a * b. d as in ptx::wgmma. With row

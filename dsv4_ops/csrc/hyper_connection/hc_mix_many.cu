@@ -32,20 +32,17 @@ constexpr int64_t kSmallTokens = 256;           // up to here a warp has 16 toke
 static_assert(kWarps == kStreams, "a warp cuts the fn of a stream");
 static_assert(kItems <= kUnits, "an item a unit");
 
-// Warp j cuts the columns of stream j. `fn`: where this lane's share begins for its output of the first tile.
+// Warp j cuts the columns of stream j, an item at a time. `fn`: where this lane's share begins for its output of the
+// first tile.
 __device__ __forceinline__ void load_item(const MixArguments& at, const float* fn, int item, float (&values)[kCount]) {
   const int half = item / kTiles, tile = item % kTiles, output = tile * 8 + threadIdx.x % 32 / 4;
-  if (output < at.outputs) {
-    const float* const share = fn + static_cast<int64_t>(tile * 8 * kStreams) * at.width + half * kUnitColumns;
+  const float* const share = fn + static_cast<int64_t>(tile) * (8 * kStreams * at.width) + half * kUnitColumns;
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) {
-      const float2 pair = *reinterpret_cast<const float2*>(share + i / 2 * 8);
-      values[i] = pair.x;
-      values[i + 1] = pair.y;
-    }
-  } else {
-#pragma unroll
-    for (float& value : values) value = 0.0f;
+  for (int i = 0; i < kCount; i += 2) {
+    float2 pair = {0.0f, 0.0f};
+    if (output < at.outputs) pair = *reinterpret_cast<const float2*>(share + i / 2 * 8);
+    values[i] = pair.x;
+    values[i + 1] = pair.y;
   }
 }
 
@@ -56,8 +53,8 @@ __device__ __forceinline__ void store_item(int item, float (&values)[kCount], ui
   split_parts(values, parts);
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
-    fragments[((half * kParts + part) * kTiles + tile) * 32] = {parts[part][0], parts[part][1],
-                                                                          parts[part][2], parts[part][3]};
+    fragments[((half * kParts + part) * kTiles + tile) * 32] = {parts[part][0], parts[part][1], parts[part][2],
+                                                                parts[part][3]};
   }
 }
 
@@ -180,20 +177,21 @@ __global__ void __launch_bounds__(kThreads, 2) hc_mix_many_kernel(const MixArgum
   const auto copy = [&](int unit) {  // from kUnits on those of the next split
     const int columns = unit / kUnits * kSplitColumns + unit % kHalves * kUnitColumns;
     const __nv_bfloat16* source = x + unit % kUnits / kHalves * at.stride + columns;
+    uint4* const slot = target + unit % kSlots * kUnitChunks;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      ptx::cp_async_16(target + unit % kSlots * kUnitChunks + row * 32, source, 8 * row < rows_left ? 16 : 0);
+      ptx::cp_async_16(slot + row * 32, source, 8 * row < rows_left ? 16 : 0);
       source += 8 * kStreams * at.stride;
     }
   };
-#pragma unroll
+#pragma unroll 1
   for (int unit = 0; unit < kAhead; ++unit) {
     copy(unit);
     ptx::cp_async_commit();
   }
   __syncthreads();
 
-  // 3. split by split
+  // 3. split by split. The loops are not unrolled: their body is what the instruction caches next to a scheduler hold.
   Sums<kMmas> group = {};
   int buffer = 0;
 #pragma unroll 1
@@ -201,17 +199,18 @@ __global__ void __launch_bounds__(kThreads, 2) hc_mix_many_kernel(const MixArgum
     const bool more = split + 1 < last_split;
     fn += kSplitColumns;
     Sums<kMmas> sums = {};
-#pragma unroll
+#pragma unroll 1
     for (int unit = 0; unit < kUnits; ++unit) {
       ptx::cp_async_wait<kAhead - 1>();
       __syncwarp();  // all lanes' copies of this unit are here, and the slot of the last one is free
       if (unit + kAhead < kUnits || more) copy(unit + kAhead);
       ptx::cp_async_commit();
+      const bool cuts = more && unit < kItems;
       float values[kCount];
-      if (more && unit < kItems) load_item(at, fn, unit, values);
+      if (cuts) load_item(at, fn, unit, values);
       const uint4* const of_unit = fragments + buffer + unit * kParts * kTiles * 32 + lane;
       add(multiply<kMmas>(ring + unit % kSlots * kUnitChunks, of_unit), sums);
-      if (more && unit < kItems) store_item(unit, values, own + (buffer ^ kFragments));
+      if (cuts) store_item(unit, values, own + (buffer ^ kFragments));
     }
     x += kSplitColumns;
     add(sums, group);

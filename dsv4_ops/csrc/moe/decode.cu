@@ -56,14 +56,15 @@ struct Cta {
 
 // Sums of rows lane / 4 and lane / 4 + 8 of fragment m of a unit -> h of two pairs, or results of two pairs.
 template <typename Format, bool kFirst>
-__device__ __forceinline__ void finish(const GroupRows& rows, const Walk& walk, int m, int first_row, float4 sum) {
+__device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk, int m, int first_row, int end_row,
+                                       float4 sum) {
   const int lane = threadIdx.x % kWarp;
   const RowFacts facts = rows.facts();
   const float sums[2][2] = {{sum.x, sum.z}, {sum.y, sum.w}};  // of a pair: gate and up, or two rows of w2
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + lane % 4 * 2 + i;
-    if (row >= rows.count()) continue;
+    if (row >= end_row) continue;
     float upper = sums[i][0], lower = sums[i][1];
     if constexpr (Format::kFormat == MoeFormat::kNvfp4) {
       upper *= facts.gate_factor[row];
@@ -88,18 +89,18 @@ __device__ __forceinline__ void finish(const GroupRows& rows, const Walk& walk, 
   }
 }
 
-// One pass over a unit: 8 * kTiles rows of x from `first_row` on.
+// One pass over a unit: the rows of x from `first_row` to `end_row`, at most 8 * kTiles.
 template <typename Format, bool kFirst, int kTiles>
-__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const GroupRows& rows,
-                                         const Walk& walk, int first_row) {
+__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const StagedRows& rows,
+                                         const Walk& walk, int first_row, int end_row) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   LaneRows<kTiles> x{};
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    x.rows[tile] = rows.x(min(first_row + 8 * tile + lane / 4, rows.count() - 1)) + lane % 4 * 16;
+    x.rows[tile] = rows.x(min(first_row + 8 * tile + lane / 4, end_row - 1)) + lane % 4 * 16;
   }
   x.scales = rows.x_scales() + first_row + lane % 4 * 2;
-  x.scale_stride = cta.plan.padded_capacity();
+  x.scale_stride = cta.plan.scale_slots();
   if constexpr (Format::kFormat == MoeFormat::kFp8) {
     const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
     x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
@@ -129,21 +130,21 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>&
         const float4 sum = of_warps[(other * 2 + m) * kWarp];
         total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
       }
-      finish<Format, kFirst>(rows, walk, m, first_row + 8 * tile, total);
+      finish<Format, kFirst>(rows, walk, m, first_row + 8 * tile, end_row, total);
     }
     ++cta.turn;
   }
 }
 
-// All units of the CTA. `rows` is as the stream found it: with the groups, and no rows yet.
+// All units of the CTA. `rows` has none yet.
 template <typename Format, bool kFirst>
-__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst>& stream, GroupRows& rows,
+__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst>& stream, StagedRows& rows,
                                              Walk walk) {
-  rows.group = -1;
+  const int last_group = cta.plan.row_tiles.divide(max(walk.end - 1, 0));
   while (!walk.done()) {
-    if (rows.group != walk.group) {
-      __syncthreads();  // nobody reads the group before any more
-      rows.group = walk.group;
+    if (walk.group >= rows.end_group) {
+      __syncthreads();  // nobody reads the rows before any more
+      rows.choose(walk.group, last_group, Format::kFormat == MoeFormat::kFp8);  // block scales of one expert
       if constexpr (kFirst) {
         fill_from_x<Format>(rows);
       } else {
@@ -151,11 +152,12 @@ __device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFir
       }
       __syncthreads();
     }
-    const int first_row = walk.pass * kPassRows;
-    if (rows.count() - first_row <= 8) {
-      multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row);
+    const int first_row = rows.groups.place_of(walk.group) - rows.place + walk.pass * kPassRows;
+    const int end_row = min(rows.groups.place_of(walk.group + 1) - rows.place, first_row + kPassRows);
+    if (end_row - first_row <= 8) {
+      multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row, end_row);
     } else {
-      multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row);
+      multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row, end_row);
     }
     walk.advance(cta.plan, rows.groups);
   }
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
   groups.find<kThreads>(ids, block.first_token, block.pairs);
   Cta cta{moe, plan, shared};
-  GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
+  StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
   const Walk walk = Walk::begin(plan, groups);
   WeightStream<Format, true> stream(moe, plan, groups, walk, shared);
   multiply_all(cta, stream, rows, walk);
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
   groups.find<kThreads>(ids, block.first_token, block.pairs);
   Cta cta{moe, plan, shared};
-  GroupRows rows{moe, plan, groups, ids.k, block.first_token, shared, 0};
+  StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
   const Walk walk = Walk::begin(plan, groups);
   WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
   ptx::wait_for_predecessors();
@@ -220,18 +222,18 @@ DecodePlan plan_of(const Moe& moe) {
   const int blocks = plan.width / kMoeWidth;
   const auto lay_out = [&](int capacity) {
     plan.capacity = capacity;
-    const int slots = plan.padded_capacity();
     plan.partials = kWarps * kStages * kStageBytes<Format>;
     plan.x = plan.partials + 2 * kSumsBytes;
     plan.x_scales = plan.x + capacity * plan.x_stride;
-    plan.row_facts = plan.x_scales + (Format::kBlockScales ? slots * blocks * 4 : 0);
-    plan.weight_scales = plan.row_facts + slots * RowFacts::kBytes;
+    plan.row_facts = plan.x_scales + (Format::kBlockScales ? plan.scale_slots() * blocks * 4 : 0);
+    plan.weight_scales = plan.row_facts + capacity * RowFacts::kBytes;
     const int expert_blocks = (kFirst ? 2 * moe.inner : moe.d) / kMoeWidth * blocks;
-    plan.groups = plan.weight_scales + (Format::kFormat == MoeFormat::kFp8 ? (expert_blocks + 3) / 4 * 16 : 0);
+    plan.groups = (plan.weight_scales + (Format::kFormat == MoeFormat::kFp8 ? expert_blocks * 4 : 0) + 15) / 16 * 16;
     plan.size = plan.groups + PairGroups::shared_bytes(plan.block_tokens * moe.k);
   };
-  // As many rows as there can be; more than a pass only in whole passes.
-  int capacity = static_cast<int>(std::min<int64_t>(moe.tokens, kMostRows));
+  // As many rows as an expert can have, and two even with one token: a CTA whose share ends in another expert than it
+  // begins has both at once.
+  int capacity = static_cast<int>(std::clamp<int64_t>(moe.tokens, 2, kMostRows));
   for (lay_out(capacity); capacity > 1 && plan.size > kSharedMost; lay_out(capacity)) {
     capacity = capacity > kPassRows ? kPassRows : capacity > 8 ? 8 : capacity - 1;
   }

@@ -42,7 +42,8 @@ struct LaneRows {
   const float* lower_scales;    // and of the others
 
   __device__ __forceinline__ float2 scale(int block, int tile) const {
-    return *reinterpret_cast<const float2*>(scales + block * scale_stride + 8 * tile);
+    const float* const two = scales + block * scale_stride + 8 * tile;  // at any place
+    return {two[0], two[1]};
   }
 };
 

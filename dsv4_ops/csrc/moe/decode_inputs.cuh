@@ -1,7 +1,7 @@
-// The rows of x that a group of pairs multiplies with: to shared memory, in the order that the products want.
+// The rows of x that groups of pairs multiply with: to shared memory, in the order that the products want.
 //
 // For w1 and w3 these are the tokens' rows of x; for w2 they are rows of h, which every CTA that needs one quantises for
-// itself. Called by all threads of a CTA between two barriers.
+// itself. They are brought for as many groups at a time as fit. Called by all threads of a CTA between two barriers.
 #pragma once
 
 #include "common/number_formats.cuh"
@@ -15,7 +15,7 @@ namespace dsv4::moe {
 
 // What the sums of a row become (row_facts in shared memory, capacity slots of each).
 struct RowFacts {
-  int* pair;            // number of the pair in the call; slots without a row have -1
+  int* pair;            // number of the pair in the call
   float* route_weight;  // w1 and w3
   float* gate_factor;   // what the sum is multiplied with (w2: this one)
   float* up_factor;
@@ -31,29 +31,38 @@ struct RowFacts {
         amax(reinterpret_cast<uint32_t*>(up_factor + slots)) {}
 };
 
-// A group of pairs of a block of tokens, on its way to shared memory.
-struct GroupRows {
+// The rows in shared memory: those of the pairs at the places from `place` on, of whole groups.
+struct StagedRows {
   const Moe& moe;
   const DecodePlan& plan;
   const PairGroups& groups;
   const Divisor& k;
   int64_t first_token;
   uint8_t* shared;
-  int group;
+  int place = 0, count = 0;
+  int end_group = 0;  // the first one whose rows are not there
 
-  __device__ __forceinline__ int count() const { return groups.pairs_of(group); }
+  // As many groups as fit, from `group` to `last` at most.
+  __device__ __forceinline__ void choose(int group, int last, bool one) {
+    place = groups.place_of(group);
+    end_group = group + 1;
+    while (!one && end_group <= last && groups.place_of(end_group + 1) - place <= plan.capacity) ++end_group;
+    count = groups.place_of(end_group) - place;
+  }
+
   __device__ __forceinline__ int64_t pair(int row) const {
-    return first_token * k.value() + groups.pair_of(group, row);
+    return first_token * k.value() + groups.pair_at(place + row);
   }
   __device__ __forceinline__ int64_t token(int row) const {
-    return first_token + k.divide(groups.pair_of(group, row));
+    return first_token + k.divide(groups.pair_at(place + row));
   }
+  __device__ __forceinline__ int expert(int row) const { return groups.expert_at(place + row); }
   __device__ __forceinline__ uint8_t* x(int row) const { return shared + plan.x + row * plan.x_stride; }
   __device__ __forceinline__ float* x_scales() const { return reinterpret_cast<float*>(shared + plan.x_scales); }
   __device__ __forceinline__ float* weight_scales() const {
     return reinterpret_cast<float*>(shared + plan.weight_scales);
   }
-  __device__ __forceinline__ RowFacts facts() const { return {shared + plan.row_facts, plan.padded_capacity()}; }
+  __device__ __forceinline__ RowFacts facts() const { return {shared + plan.row_facts, plan.capacity}; }
 };
 
 constexpr int kBatch = 4;  // loads of a thread that are under way together
@@ -61,8 +70,8 @@ constexpr int kBatch = 4;  // loads of a thread that are under way together
 // store(row, j, load(row, j)) for every eight values j of every row, some loads at a time. kWhole: all lanes of a warp
 // call `store` together, those without a value with zeros and `inside` false.
 template <bool kWhole, typename Load, typename Store>
-__device__ __forceinline__ void for_eighths(const GroupRows& rows, Load load, Store store) {
-  const int eighths = static_cast<int>(rows.plan.eighths.value()), count = rows.count() * eighths;
+__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store) {
+  const int eighths = static_cast<int>(rows.plan.eighths.value()), count = rows.count * eighths;
   for (int first = threadIdx.x; (kWhole ? first - static_cast<int>(threadIdx.x % kWarp) : first) < count;
        first += kBatch * kThreads) {
     decltype(load(0, 0)) values[kBatch];
@@ -84,8 +93,8 @@ __device__ __forceinline__ void for_eighths(const GroupRows& rows, Load load, St
 
 // scales[block][slot] = scale(row, block) times `unit` for every 128 values of a row, 0 for a slot without a row.
 template <typename Scale>
-__device__ __forceinline__ void fill_x_scales(const GroupRows& rows, float unit, Scale scale) {
-  const int slots = rows.plan.padded_capacity(), blocks = rows.plan.width / kMoeWidth, count = rows.count();
+__device__ __forceinline__ void fill_x_scales(const StagedRows& rows, float unit, Scale scale) {
+  const int slots = rows.plan.scale_slots(), blocks = rows.plan.width / kMoeWidth, count = rows.count;
   for (int i = threadIdx.x; i < slots * blocks; i += kThreads) {
     const int row = i / blocks, block = i - row * blocks;
     rows.x_scales()[block * slots + row] = row < count ? scale(row, block) * unit : 0.0f;
@@ -94,10 +103,10 @@ __device__ __forceinline__ void fill_x_scales(const GroupRows& rows, float unit,
 
 // FP8: the scales of the expert's 128 x 128 blocks, of w1 and then w3, or of w2.
 template <bool kFirst>
-__device__ __forceinline__ void fill_weight_scales(const GroupRows& rows) {
+__device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
   const int unit_rows = kFirst ? kStageRows / 2 : kStageRows;
   const int blocks = rows.plan.row_tiles.value() * unit_rows / kMoeWidth * (rows.plan.width / kMoeWidth);
-  const int64_t first = static_cast<int64_t>(rows.groups.expert_of(rows.group)) * blocks;
+  const int64_t first = static_cast<int64_t>(rows.expert(0)) * blocks;
   for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += kThreads) {
     const MoeWeight& weight = !kFirst ? rows.moe.w2 : i < blocks ? rows.moe.w1 : rows.moe.w3;
     const int64_t at = first + i % blocks;
@@ -107,19 +116,18 @@ __device__ __forceinline__ void fill_weight_scales(const GroupRows& rows) {
 }
 
 template <bool kFirst>
-__device__ __forceinline__ void fill_facts(const GroupRows& rows) {
+__device__ __forceinline__ void fill_facts(const StagedRows& rows) {
   const RowFacts facts = rows.facts();
-  for (int row = threadIdx.x; row < rows.plan.padded_capacity(); row += kThreads) {
-    const bool there = row < rows.count();
-    facts.pair[row] = there ? static_cast<int>(rows.pair(row)) : -1;
-    if (!kFirst || !there) continue;
-    const int64_t token = rows.token(row), slot = rows.pair(row) - token * rows.k.value();
-    facts.route_weight[row] = rows.moe.route_weights[token * rows.moe.route_stride + slot];
-    if (rows.moe.format == MoeFormat::kNvfp4) {
-      const int expert = rows.groups.expert_of(rows.group);
-      const float x_global = rows.moe.x_global[token * rows.moe.x_global_stride];
-      facts.gate_factor[row] = x_global * rows.moe.w1.global[expert] * Nvfp4::kUnit;
-      facts.up_factor[row] = x_global * rows.moe.w3.global[expert] * Nvfp4::kUnit;
+  for (int row = threadIdx.x; row < rows.count; row += kThreads) {
+    facts.pair[row] = static_cast<int>(rows.pair(row));
+    if constexpr (kFirst) {
+      const int64_t token = rows.token(row), slot = rows.pair(row) - token * rows.k.value();
+      facts.route_weight[row] = rows.moe.route_weights[token * rows.moe.route_stride + slot];
+      if (rows.moe.format == MoeFormat::kNvfp4) {
+        const float x_global = rows.moe.x_global[token * rows.moe.x_global_stride];
+        facts.gate_factor[row] = x_global * rows.moe.w1.global[rows.expert(row)] * Nvfp4::kUnit;
+        facts.up_factor[row] = x_global * rows.moe.w3.global[rows.expert(row)] * Nvfp4::kUnit;
+      }
     }
   }
 }
@@ -127,7 +135,7 @@ __device__ __forceinline__ void fill_facts(const GroupRows& rows) {
 // ---- rows of x, for w1 and w3 ----
 
 template <typename Format>
-__device__ __forceinline__ void fill_from_x(const GroupRows& rows) {
+__device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
   fill_facts<true>(rows);
   const auto source = [&](int row) {
     return static_cast<const uint8_t*>(rows.moe.x) + rows.token(row) * rows.moe.x_stride;
@@ -167,8 +175,8 @@ __device__ __forceinline__ void unpack_eight(uint4 packed, float (&values)[8]) {
 
 // FP8 in groups of 128, which 16 neighbouring lanes hold.
 template <typename Format, typename Load>
-__device__ __forceinline__ void fill_fp8(const GroupRows& rows, Load load) {
-  const int slots = rows.plan.padded_capacity();
+__device__ __forceinline__ void fill_fp8(const StagedRows& rows, Load load) {
+  const int slots = rows.plan.scale_slots();
   for_eighths<true>(rows, load, [&](int row, int j, uint4 packed, bool inside) {
     float values[8];
     alignas(8) uint8_t codes[8];
@@ -178,17 +186,17 @@ __device__ __forceinline__ void fill_fp8(const GroupRows& rows, Load load) {
     Format::store(rows.x(row), j, reinterpret_cast<const uint2&>(codes));
     if (j % 16 == 0) rows.x_scales()[j / 16 * slots + row] = decode_ue8m0(scale) * Format::kUnit;
   });
-  for (int i = threadIdx.x; i < (slots - rows.count()) * rows.plan.width / kMoeWidth; i += kThreads) {
-    const int block = i / (slots - rows.count()), row = rows.count() + i % (slots - rows.count());
+  for (int i = threadIdx.x; i < (slots - rows.count) * rows.plan.width / kMoeWidth; i += kThreads) {
+    const int block = i / (slots - rows.count), row = rows.count + i % (slots - rows.count);
     rows.x_scales()[block * slots + row] = 0.0f;
   }
 }
 
 // NVFP4 with a global scale for each row: its values wait in their place for the largest of them.
 template <typename Load>
-__device__ __forceinline__ void fill_nvfp4(const GroupRows& rows, Load load) {
+__device__ __forceinline__ void fill_nvfp4(const StagedRows& rows, Load load) {
   const RowFacts facts = rows.facts();
-  for (int row = threadIdx.x; row < rows.plan.padded_capacity(); row += kThreads) facts.amax[row] = 0;
+  for (int row = threadIdx.x; row < rows.count; row += kThreads) facts.amax[row] = 0;
   __syncthreads();
   for_eighths<true>(rows, load, [&](int row, int j, uint4 packed, bool inside) {
     float values[8];
@@ -199,7 +207,6 @@ __device__ __forceinline__ void fill_nvfp4(const GroupRows& rows, Load load) {
     if (j % 16 == 0) atomicMax(&facts.amax[row], amax);
   });
   __syncthreads();
-  const float expert_global = rows.moe.w2.global[rows.groups.expert_of(rows.group)];
   const auto from_shared = [&](int row, int j) { return *reinterpret_cast<const uint4*>(rows.x(row) + 16 * j); };
   for_eighths<true>(rows, from_shared, [&](int row, int j, uint4 packed, bool inside) {
     float values[8];
@@ -209,12 +216,12 @@ __device__ __forceinline__ void fill_nvfp4(const GroupRows& rows, Load load) {
     const uint32_t scale = quantise_nvfp4(values, Nvfp4Global(global), codes);
     if (!inside) return;
     Nvfp4::store(rows.x(row), j, reinterpret_cast<const uint32_t&>(codes), scale);
-    if (j == 0) facts.gate_factor[row] = global * expert_global * Nvfp4::kUnit;
+    if (j == 0) facts.gate_factor[row] = global * rows.moe.w2.global[rows.expert(row)] * Nvfp4::kUnit;
   });
 }
 
 template <typename Format>
-__device__ __forceinline__ void fill_from_h(const GroupRows& rows) {
+__device__ __forceinline__ void fill_from_h(const StagedRows& rows) {
   fill_facts<false>(rows);
   const auto load = [&](int row, int j) {
     return ptx::load_once(rows.moe.workspace + 2 * (rows.pair(row) * rows.plan.width + 8 * j));

@@ -7,7 +7,7 @@
 
 namespace dsv4::moe {
 
-// Rows of x that a CTA holds at a time, 16 of which a stage of weights meets at once, while they are in shared memory.
+// Rows of x that a stage of weights meets at once, and that a CTA holds in shared memory at most.
 constexpr int kPassRows = 16, kMostRows = 32;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
@@ -26,11 +26,11 @@ struct DecodePlan {
   // Bytes in shared memory, and where its parts start. The ring of stages lies at 0.
   int x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
 
-  // Slots of row facts, and rows of x scales: whole tiles of eight.
+  // Rows for which there is a scale of x in shared memory: those of a pass may reach beyond the last one.
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int padded_capacity() const { return (capacity + 7) / 8 * 8; }
+  int scale_slots() const { return capacity + kPassRows - 1; }
 };
 
 }  // namespace dsv4::moe

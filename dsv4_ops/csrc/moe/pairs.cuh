@@ -79,9 +79,12 @@ class PairGroups {
 
   __device__ __forceinline__ int count() const { return groups_; }
   __device__ __forceinline__ int pairs_of(int group) const { return heads_[group + 1] - heads_[group]; }
-  __device__ __forceinline__ int expert_of(int group) const { return keys_[pair_of(group, 0)] >> kPairBits; }
-  // Number of a group's pair in the block.
-  __device__ __forceinline__ int pair_of(int group, int i) const { return order_[heads_[group] + i] & ~kHead; }
+  __device__ __forceinline__ int expert_of(int group) const { return expert_at(place_of(group)); }
+  // Where a group starts in the order; the group `count()` would start behind all pairs that have an expert.
+  __device__ __forceinline__ int place_of(int group) const { return heads_[group]; }
+  // Number in the block of the pair at a place, and its expert.
+  __device__ __forceinline__ int pair_at(int place) const { return order_[place] & ~kHead; }
+  __device__ __forceinline__ int expert_at(int place) const { return keys_[pair_at(place)] >> kPairBits; }
 
  private:
   static constexpr int kPairBits = 11;
