@@ -41,6 +41,7 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of all warps: a unit and 8 pairs
 constexpr int kSharedMost = 227 * 1024;
+constexpr int kTokensInHalves = 2;  // up to which x of an FP8 input fits as f16 beside the other kernel
 
 // What the CTA knows of where it is.
 struct Cta {
@@ -70,7 +71,7 @@ __device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk,
       upper *= facts.gate_factor[row];
       lower *= kFirst ? facts.up_factor[row] : facts.gate_factor[row];
     }
-    if constexpr (Format::kFormat == MoeFormat::kMxfp4) {  // a scale that is NaN: see Mxfp4::power_of_two
+    if constexpr (Format::kFormat == MoeFormat::kMxfp4) {  // a scale that is NaN: see Mxfp4::scale_of
       upper = __fmaf_rn(upper, 0.0f, upper);
       lower = __fmaf_rn(lower, 0.0f, lower);
     }
@@ -268,7 +269,9 @@ cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream) {
   switch (moe.format) {
     case MoeFormat::kDense: return moe::launch<moe::Dense>(moe, stream);
     case MoeFormat::kFp8: return moe::launch<moe::Fp8>(moe, stream);
-    case MoeFormat::kMxfp4: return moe::launch<moe::Mxfp4>(moe, stream);
+    case MoeFormat::kMxfp4:
+      return moe.tokens <= moe::kTokensInHalves ? moe::launch<moe::Mxfp4<true>>(moe, stream)
+                                         : moe::launch<moe::Mxfp4<false>>(moe, stream);
     case MoeFormat::kNvfp4: return moe::launch<moe::Nvfp4>(moe, stream);
   }
   return cudaErrorInvalidValue;

@@ -129,19 +129,21 @@ class WeightStream {
   }
 
   __device__ __forceinline__ void advance() {
-    int steps = 1;
-    int64_t rows = 0;
-    if (++step_ == end_step_) {
-      step_ = first_step_;
-      const int group = walk_.group;
-      if (walk_.advance(plan_, groups_)) rows = kUnitRows;
-      if (walk_.group != group) return locate();
-      steps -= end_step_ - first_step_;
-    }
-    const int64_t bytes = rows * plan_.row_bytes + steps * kStageRowBytes;
-    upper_ += bytes;
-    lower_ += bytes;
-    scales_ += (rows * plan_.steps + steps) * Format::kScaleBytes;
+    upper_ += kStageRowBytes;
+    lower_ += kStageRowBytes;
+    scales_ += Format::kScaleBytes;
+    if (++step_ == end_step_) advance_pass();
+  }
+
+  __device__ __forceinline__ void advance_pass() {
+    step_ = first_step_;
+    const int group = walk_.group, steps = end_step_ - first_step_;
+    const bool another_unit = walk_.advance(plan_, groups_);
+    if (walk_.group != group) return locate();
+    const int64_t rows = another_unit ? kUnitRows : 0;
+    upper_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    lower_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    scales_ += (rows * plan_.steps - steps) * Format::kScaleBytes;
   }
 
   const Moe& moe_;
