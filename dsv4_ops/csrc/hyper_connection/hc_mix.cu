@@ -156,8 +156,7 @@ __device__ __forceinline__ TokenPair<T> make_streams(const MixArguments& at, con
         f[i] = post_column(post, f[i], comb, {values[0][i], values[1][i], values[2][i], values[3][i]});
       }
       pair.rows[half] = to_columns<T>(f);
-      store_columns(static_cast<T*>(at.post.streams) + (token * n + place.stream) * at.width + column,
-                    pair.rows[half]);
+      pair.rows[half].store(static_cast<T*>(at.post.streams) + (token * n + place.stream) * at.width + column);
     }
     pair.rows[half] = exchange(pair.rows[half]);
   }
