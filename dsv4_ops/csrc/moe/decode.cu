@@ -20,7 +20,7 @@
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
 // the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
-// instructions with up to 8 pairs (430 with up to 16), 190 of which are integer instructions that issue every other
+// instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
 // cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
 #include <algorithm>
 
