@@ -43,7 +43,7 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of a team: a unit and 8 pairs
 constexpr int kSharedMost = 227 * 1024;
-constexpr int kTokensInHalves = 4;  // up to which x of an FP8 input lies in f16
+constexpr int kRowsInHalves = 12;
 
 // What the CTA knows of where it is.
 struct Cta {
@@ -248,40 +248,50 @@ DecodePlan plan_of(const Moe& moe) {
   return plan;
 }
 
-template <typename Format>
-cudaError_t launch(const Moe& moe, cudaStream_t stream) {
+template <typename Format, bool kFirst>
+cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const auto start = [&](auto kernel, DecodePlan plan, int row_tiles) {
-    const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
-    const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
-    plan.row_tiles = Divisor(row_tiles);
-    plan.ctas = Divisor(ctas);
-    const auto blocks = static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens);
-    const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
-    const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
-    return launch_kernel(kernel, at, moe, plan, ids);
-  };
-  status = start(experts_first_kernel<Format>, plan_of<Format, true>(moe), moe.inner / (kStageRows / 2));
-  if (status != cudaSuccess) return status;
-  return start(experts_second_kernel<Format>, plan_of<Format, false>(moe), moe.d / kStageRows);
+  DecodePlan plan = plan_of<Format, kFirst>(moe);
+  const int row_tiles = kFirst ? moe.inner / (kStageRows / 2) : moe.d / kStageRows;
+  const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
+  const auto blocks = static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens);
+  plan.row_tiles = Divisor(row_tiles);
+  plan.ctas = Divisor(ctas);
+  const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
+  const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
+  const auto kernel = kFirst ? experts_first_kernel<Format> : experts_second_kernel<Format>;
+  return launch_kernel(kernel, at, moe, plan, ids);
+}
+
+// x as f16 where enough of its rows fit so that hardly an expert has more.
+template <bool kFirst>
+cudaError_t launch_mxfp4(const Moe& moe, cudaStream_t stream) {
+  const int64_t wanted = std::min<int64_t>(moe.tokens, kRowsInHalves);
+  return plan_of<Mxfp4<true>, kFirst>(moe).capacity >= wanted ? launch_product<Mxfp4<true>, kFirst>(moe, stream)
+                                                              : launch_product<Mxfp4<false>, kFirst>(moe, stream);
+}
+
+template <bool kFirst>
+cudaError_t launch(const Moe& moe, cudaStream_t stream) {
+  switch (moe.format) {
+    case MoeFormat::kDense: return launch_product<Dense, kFirst>(moe, stream);
+    case MoeFormat::kFp8: return launch_product<Fp8, kFirst>(moe, stream);
+    case MoeFormat::kMxfp4: return launch_mxfp4<kFirst>(moe, stream);
+    case MoeFormat::kNvfp4: return launch_product<Nvfp4, kFirst>(moe, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 }  // namespace moe
 
 cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream) {
-  switch (moe.format) {
-    case MoeFormat::kDense: return moe::launch<moe::Dense>(moe, stream);
-    case MoeFormat::kFp8: return moe::launch<moe::Fp8>(moe, stream);
-    case MoeFormat::kMxfp4:
-      return moe.tokens <= moe::kTokensInHalves ? moe::launch<moe::Mxfp4<true>>(moe, stream)
-                                         : moe::launch<moe::Mxfp4<false>>(moe, stream);
-    case MoeFormat::kNvfp4: return moe::launch<moe::Nvfp4>(moe, stream);
-  }
-  return cudaErrorInvalidValue;
+  const cudaError_t status = moe::launch<true>(moe, stream);
+  return status != cudaSuccess ? status : moe::launch<false>(moe, stream);
 }
 
 }  // namespace dsv4
