@@ -67,14 +67,14 @@ def peer_names(row: Row) -> str:
 
 def text_lines(rows: Iterable[Row], width: int) -> Iterator[str]:
     """A table for a terminal, line by line as rows come; `width` characters for operator and case."""
-    yield f"{'us':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS) + "  peer"
+    yield f"{'us':<{width}}" + "".join(f" {column:>8}" for column in COLUMNS) + "  peer"
     for row in rows:
         mark = " (reference)" if row.get("runs") == "reference" else ""
         name = f"{row['op']} {row['case']}{mark}"
         if "error" in row:
             yield f"{name:<{width}}  {row['error']}"
             continue
-        yield f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells(row)) + f"  {peer_names(row)}"
+        yield f"{name:<{width}}" + "".join(f" {cell:>8}" for cell in cells(row)) + f"  {peer_names(row)}"
 
 
 def markdown(record: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from dsv4_ops.ops.gemm import (
     expect_fp8_blocks,
     expect_fp8_rows,
 )
+from dsv4_ops.ops.moe_workspace import alloc_workspace
 from dsv4_ops.ops.norm import ACTIVATION_DTYPES, swiglu_reference
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale, nvfp4_row_scale_reference, quant_nvfp4_reference
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference, quant_fp8_reference
@@ -32,7 +33,6 @@ from dsv4_ops.registry import Inline, define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts
 BLOCKS_AT_ONCE = 8  # experts that lie dequantised in memory at the same time
-DECODE_ROWS = 64  # beyond so many rows a GPU may compute whole matrices of every expert: csrc/moe/prefill.h
 
 Operand = tuple[Tensor, Tensor | float]  # fp32 values [b, N, K] and a factor of every product with them (global scale)
 
@@ -250,24 +250,6 @@ def alloc_moe_nvfp4(
     x, x_scale, x_global, ids, weights, w1, w1_scale, w1_global, w3, w3_scale, w3_global, w2, w2_scale, w2_global, limit
 ) -> Tensor:
     return alloc_moe(x, 2)
-
-
-def alloc_workspace(x: Tensor, d: int, ids: Tensor, w1: Tensor) -> Tensor:
-    """h and the result of every pair, and a global scale for each: workspace_of in csrc/moe/moe.h."""
-    pairs, size = ids.numel(), 4 if x.dtype == torch.float32 else 2
-    parts = (pairs * w1.shape[1] * size, pairs * d * size, pairs * 4)
-    needed = sum((part + 15) // 16 * 16 for part in parts)
-    if pairs > DECODE_ROWS * ids.shape[-1] and size == 2:
-        needed = max(needed, prefill_bytes(pairs, w1.shape[0], d, w1.shape[1]))
-    return x.new_empty((needed,), dtype=torch.uint8)
-
-
-def prefill_bytes(pairs: int, experts: int, d: int, inner: int) -> int:
-    """The workspace of a prefill, whose rows are those of every expert in multiples of 16: csrc/moe/prefill.h."""
-    used = min(pairs, experts)
-    rows, blocks = (pairs + 15 * used) // 16 * 16, (pairs + 127 * used) // 128
-    parts = (rows * inner * 2, rows * d * 2, pairs * 4, *[rows * 4] * 4, blocks * 16, 8)
-    return sum((part + 255) // 256 * 256 for part in parts)
 
 
 # x [T, d] bf16 | f32, ids [T, k] int32 (outside 0 .. E-1: nothing is added), weights [T, k] f32,

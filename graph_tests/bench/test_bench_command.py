@@ -150,6 +150,11 @@ def test_text_table_has_a_line_for_each_case():
     assert "(reference)" in lines[1] and "latency" in lines[2]
 
 
+def test_columns_stay_apart_where_numbers_are_long():
+    long = row("linear_fp8 T=4096 wo_b 7168 x 16384", warm=1234.5, cold=1234.5)
+    assert list(text_lines([long], width=50))[1].split()[-4:-1] == ["1.62", "846.6", "cold"]
+
+
 def test_case_that_fails_is_a_line_and_the_others_go_on():
     line = list(text_lines([failure(CASES["sinkhorn T=1 n 4"], RuntimeError("no kernel\nmore"))], width=20))[1]
     assert line.endswith("RuntimeError: no kernel")

@@ -7,7 +7,7 @@ no kernel does that, the decode kernels take these calls and have to pass the sa
 import pytest
 import torch
 
-from dsv4_ops.ops.moe import prefill_bytes
+from dsv4_ops.ops.moe_workspace import prefill_bytes
 from graph_tests import checks
 from graph_tests.cuda.kernel_checks import bits, check_kernel, on_cuda
 from graph_tests.cuda.moe_inputs import FLASH, FORMATS, IDS, PRO, choose, make, released

@@ -75,6 +75,14 @@ __device__ __forceinline__ int32_t load_relaxed(const int32_t* address) {
 // fence.acq_rel.gpu: loads after it see at least what the loads before it could have seen; what L1 holds is dropped.
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// mul.hi.u32: the upper word of the product. By 2^(32 - n) it is a shift to the right by n that does not take the pipe of
+// shifts and logic, which is the busy one where codes are taken apart.
+__device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.hi.u32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 // min.NaN.f32, max.NaN.f32: NaN if an operand is NaN, where fminf and fmaxf return the other operand.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float result;

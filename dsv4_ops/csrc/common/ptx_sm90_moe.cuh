@@ -1,5 +1,5 @@
-// PTX of the large products of moe (sm_90a): wgmma with the first operand in registers for 16 to 128 columns in steps of
-// 16, and copies that an mbarrier counts. One wrapper is one instruction.
+// PTX of the large products of moe (sm_90a): wgmma with the first operand in registers for 16 to 128 columns in steps
+// of 16, and copies that an mbarrier counts. One wrapper is one instruction.
 #pragma once
 
 #include "common/ptx_sm90_index.cuh"
@@ -16,6 +16,12 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
 // cp.async.mbarrier.arrive.noinc: an arrival, once all cp.async of this thread so far have arrived.
 __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// bar.arrive: these threads count for barrier `name` of `threads` threads, and go on. Who waits there sees what they
+// wrote before.
+__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

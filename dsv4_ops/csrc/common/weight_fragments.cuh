@@ -78,7 +78,7 @@ __device__ __forceinline__ void e4m3_halves(uint32_t (&halves)[2], uint32_t code
 // exponent and one of mantissa in the places of those of f16, whose subnormal stands for the code 0.5.
 __device__ __forceinline__ void e2m1_halves(uint32_t (&halves)[4], uint32_t codes) {
   const uint32_t even = (codes << 4 & 0x80808080u) | (codes << 1 & 0x0E0E0E0Eu);
-  const uint32_t odd = (codes & 0x80808080u) | (codes >> 3 & 0x0E0E0E0Eu);
+  const uint32_t odd = (codes & 0x80808080u) | (ptx::mul_hi(codes, 1u << 29) & 0x0E0E0E0Eu);  // codes >> 3
   halves[0] = __byte_perm(even, 0, 0x2404);
   halves[1] = __byte_perm(odd, 0, 0x2404);
   halves[2] = even & 0xFF00FF00u;

@@ -6,10 +6,10 @@
 // vector), in several beyond, each then computed twice. Shared memory: 64 bytes for that maximum.
 //
 // Floor: with bf16 4 bytes an element of h and its codes (1 or 1/2 byte) at the speed of a copy. FP8, 24576 rows of
-// 2048: floor 56 us, measured 65 (H200, 2026-11-25), a best public kernel 59. Counted in the machine code,
-// instructions take 33 us and exp and its reciprocal 27, so neither explains the gap, and what does is not known.
-// Clamping bf16 pairs and one scale for two vectors a thread took a fifth off the instructions and 1 us off the time;
-// longer lines in flight a thread have not been tried.
+// 2048: floor 56 us, measured 65 (H200, 2026-11-25), a best public kernel 59. Memory bounds it: half of the time of a
+// warp is waiting for its loads, DRAM is 78% busy, instructions take 33 us and exp and its reciprocal 27. Why DRAM does
+// not get busier is not known. Clamping bf16 pairs and one scale for two vectors a thread took a fifth off the
+// instructions and 1 us off the time; longer lines in flight a thread have not been tried.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/gated_row.cuh"

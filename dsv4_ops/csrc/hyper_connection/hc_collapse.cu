@@ -195,14 +195,14 @@ __global__ void __launch_bounds__(kMaxThreads<T>) hc_collapse_kernel(const Colla
     if (inside && t + 1 < tokens) load_streams();
     round_all_to<T>(values);
     if constexpr (kTail == Tail::kNone) {
-      if (inside) store_floats(y, values);
+      if (inside) to_columns<T>(values).store(y);
       continue;
     }
 
     // 4. the normed row
     const float sum = sum_warps<kMaxWarps>(sum_of_squares(values), scratch[t % 2]);
     rms_norm<T>(values, weights, inverse_rms(sum, at.width, at.weights.norm_eps));
-    if (inside) store_floats(y, values);
+    if (inside) to_columns<T>(values).store(y);
 
     // 5. codes and scales
     uint32_t bits = 0;

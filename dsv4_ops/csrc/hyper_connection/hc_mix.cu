@@ -15,6 +15,7 @@
 // Floor: fn (outputs * n * d * 4 bytes; before the wait) and x; with hc_post also f, and the new streams written. At
 // decode sizes latency: load x, 18 mma a warp, shared memory, store.
 #include "common/launch.cuh"
+#include "common/quad.cuh"
 #include "common/reduce.cuh"
 #include "hyper_connection/mix.cuh"
 
@@ -71,23 +72,9 @@ __device__ __forceinline__ void load_share(const T* unit, int left, float (&valu
 // Lane q of 4 has columns 8 q .. 8 q + 7 of a unit and gets its share of it.
 template <typename T>
 __device__ __forceinline__ Columns<T> exchange(const Columns<T>& columns) {
-  constexpr int kPairs = kCount / 2, kWords = 2 * sizeof(T) / sizeof(uint32_t);  // of a pair
-  uint32_t words[kPairs][kWords];
+  uint32_t words[kCount / 2][2 * sizeof(T) / sizeof(uint32_t)];
   memcpy(words, &columns, sizeof(columns));
-#pragma unroll
-  for (int bit = 1; bit < kPairs; bit *= 2) {
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      if (i & bit) continue;
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        uint32_t &low = words[i][word], &high = words[i | bit][word];
-        const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, bit);
-        (upper ? low : high) = other;
-      }
-    }
-  }
+  transpose_quad(words);
   Columns<T> share;
   memcpy(&share, words, sizeof(share));
   return share;
@@ -169,8 +156,7 @@ __device__ __forceinline__ TokenPair<T> make_streams(const MixArguments& at, con
         f[i] = post_column(post, f[i], comb, {values[0][i], values[1][i], values[2][i], values[3][i]});
       }
       pair.rows[half] = to_columns<T>(f);
-      store_columns(static_cast<T*>(at.post.streams) + (token * n + place.stream) * at.width + column,
-                    pair.rows[half]);
+      pair.rows[half].store(static_cast<T*>(at.post.streams) + (token * n + place.stream) * at.width + column);
     }
     pair.rows[half] = exchange(pair.rows[half]);
   }

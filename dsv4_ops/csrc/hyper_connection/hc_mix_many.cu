@@ -13,7 +13,7 @@
 //                         chunk c of token t lies at c ^ (t / 2 % 4), so that ldmatrix meets every bank once
 //
 // A unit of 32 tokens, 1024 elements, takes 36 mma, 64 instructions for squares, 28 adds, 9 reads of fragments, 4 of x,
-// and fn for the next split about 60: less time than its 2 KiB take from memory. Floor: the bytes of x.
+// and fn for the next split about 60: by this count less time than its 2 KiB take from memory. Floor: the bytes of x.
 #include "common/launch.cuh"
 #include "hyper_connection/mix.cuh"
 

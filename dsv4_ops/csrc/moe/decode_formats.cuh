@@ -61,17 +61,27 @@ __device__ __forceinline__ void scale_and_add(Sums<kTiles>& sums, int m, int til
   sum[3] = __fmaf_rn(addend[3], lower.y, sum[3]);
 }
 
+// kHalves: x lies in shared memory in f16, twice as large as its codes, and need not be converted again for each stage.
+template <bool kHalves>
 struct Mxfp4 {
   static constexpr MoeFormat kFormat = MoeFormat::kMxfp4;
   static constexpr int kStep = 128;       // values of a row of a stage
   static constexpr int kScaleBytes = 4;   // of a row of a stage
-  static constexpr int kEightBytes = 8;   // of eight values of x in shared memory
+  static constexpr int kEightBytes = kHalves ? 16 : 8;  // of eight values of x in shared memory
   static constexpr bool kBlockScales = true;  // x has a scale for each 128 of k
   static constexpr float kUnit = kE2m1HalvesUnit;
 
   // Values 8j .. 8j + 7 of a row of x, in E4M3.
   static __device__ __forceinline__ void store(uint8_t* row, int j, uint2 codes) {
-    *reinterpret_cast<uint2*>(row + j / 8 * kPartBytes + j % 4 * 16 + j / 4 % 2 * 8) = fp4_order(codes);
+    const uint2 ordered = fp4_order(codes);
+    if constexpr (kHalves) {
+      uint32_t first[2], second[2];
+      e4m3_halves(first, ordered.x);
+      e4m3_halves(second, ordered.y);
+      *reinterpret_cast<uint4*>(row + j / 4 * kPartBytes + j % 4 * 16) = {first[0], first[1], second[0], second[1]};
+    } else {
+      *reinterpret_cast<uint2*>(row + j / 8 * kPartBytes + j % 4 * 16 + j / 4 % 2 * 8) = ordered;
+    }
   }
 
   template <int kTiles>
@@ -86,7 +96,7 @@ struct Mxfp4 {
     for (int part = 0; part < 2; ++part) {
       uint32_t b[kTiles][2][4];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) load_x(b[tile], x.rows[tile] + (2 * step + part) * kPartBytes);
+      for (int tile = 0; tile < kTiles; ++tile) load_x(b[tile], x.rows[tile], 2 * step + part);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         uint32_t codes[4];
@@ -97,8 +107,8 @@ struct Mxfp4 {
           e2m1_halves(upper, codes[2 * chunk]);
           e2m1_halves(lower, codes[2 * chunk + 1]);
           fp4_fragments(a, upper, lower);
-          const float up = power_of_two(scales[m][0], 2 * part + chunk);
-          const float low = power_of_two(scales[m][1], 2 * part + chunk);
+          const float up = scale_of(scales[m][0], 2 * part + chunk);
+          const float low = scale_of(scales[m][1], 2 * part + chunk);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             float of_32[4];
@@ -118,20 +128,29 @@ struct Mxfp4 {
   }
 
  private:
-  static __device__ __forceinline__ void load_x(uint32_t (&b)[2][4], const uint8_t* part) {
-    const uint4 codes = *reinterpret_cast<const uint4*>(part);
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  // The lane's pairs of 64 values, two chunks.
+  static __device__ __forceinline__ void load_x(uint32_t (&b)[2][4], const uint8_t* row, int of_64) {
+    const int parts = kHalves ? 2 : 1;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t halves[2];
-      e4m3_halves(halves, words[i]);
-      b[i / 2][i % 2 * 2] = halves[0], b[i / 2][i % 2 * 2 + 1] = halves[1];
+    for (int part = 0; part < parts; ++part) {
+      const uint4 loaded = *reinterpret_cast<const uint4*>(row + (parts * of_64 + part) * kPartBytes);
+      const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kHalves) {
+          b[part][i] = words[i];
+        } else {
+          uint32_t halves[2];
+          e4m3_halves(halves, words[i]);
+          b[i / 2][i % 2 * 2] = halves[0], b[i / 2][i % 2 * 2 + 1] = halves[1];
+        }
+      }
     }
   }
 
   // UE8M0 byte i of a word, but 0 for the byte 0 (2^-127) and infinity for 255 (NaN), of which the end of the sum makes
   // NaN again.
-  static __device__ __forceinline__ float power_of_two(uint32_t word, int i) {
+  static __device__ __forceinline__ float scale_of(uint32_t word, int i) {
     return __uint_as_float((i == 3 ? word >> 1 : word << (23 - 8 * i)) & 0x7F800000u);
   }
 };

@@ -4,6 +4,8 @@
 // itself. They are brought for as many groups at a time as fit. Called by all threads of a CTA between two barriers.
 #pragma once
 
+#include <type_traits>
+
 #include "common/number_formats.cuh"
 #include "common/quantise.cuh"
 #include "moe/decode_formats.cuh"
@@ -91,14 +93,25 @@ __device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, S
   }
 }
 
-// scales[block][slot] = scale(row, block) times `unit` for every 128 values of a row, 0 for a slot without a row.
-template <typename Scale>
-__device__ __forceinline__ void fill_x_scales(const StagedRows& rows, float unit, Scale scale) {
-  const int slots = rows.plan.scale_slots(), blocks = rows.plan.width / kMoeWidth, count = rows.count;
-  for (int i = threadIdx.x; i < slots * blocks; i += kThreads) {
-    const int row = i / blocks, block = i - row * blocks;
-    rows.x_scales()[block * slots + row] = row < count ? scale(row, block) * unit : 0.0f;
+// 0 for the slots behind the last row, which belong to no pair.
+__device__ __forceinline__ void clear_x_scales(const StagedRows& rows) {
+  const int slots = rows.plan.scale_slots(), behind = slots - rows.count, blocks = rows.plan.width / kMoeWidth;
+  for (int i = threadIdx.x; i < behind * blocks; i += kThreads) {
+    const int block = i / behind;
+    rows.x_scales()[block * slots + rows.count + i - block * behind] = 0.0f;
   }
+}
+
+// Scales of x: scales[block][slot] = scale(row, block) times `unit` for every 128 values of a row.
+template <typename Scale>
+__device__ __forceinline__ void fill_x_scales(const StagedRows& rows, float unit, float first, Scale scale) {
+  const int slots = rows.plan.scale_slots(), blocks = rows.plan.width / kMoeWidth;
+  for (int i = threadIdx.x; i < rows.count * blocks; i += kThreads) {
+    const int row = i / blocks, block = i - row * blocks;
+    const float value = i == threadIdx.x ? first : scale(row, block);
+    rows.x_scales()[block * slots + row] = value * unit;
+  }
+  clear_x_scales(rows);
 }
 
 // FP8: the scales of the expert's 128 x 128 blocks, of w1 and then w3, or of w2.
@@ -115,34 +128,54 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
   }
 }
 
-template <bool kFirst>
-__device__ __forceinline__ void fill_facts(const StagedRows& rows) {
-  const RowFacts facts = rows.facts();
-  for (int row = threadIdx.x; row < rows.count; row += kThreads) {
-    facts.pair[row] = static_cast<int>(rows.pair(row));
-    if constexpr (kFirst) {
-      const int64_t token = rows.token(row), slot = rows.pair(row) - token * rows.k.value();
-      facts.route_weight[row] = rows.moe.route_weights[token * rows.moe.route_stride + slot];
-      if (rows.moe.format == MoeFormat::kNvfp4) {
-        const float x_global = rows.moe.x_global[token * rows.moe.x_global_stride];
-        facts.gate_factor[row] = x_global * rows.moe.w1.global[rows.expert(row)] * Nvfp4::kUnit;
-        facts.up_factor[row] = x_global * rows.moe.w3.global[rows.expert(row)] * Nvfp4::kUnit;
-      }
-    }
-  }
+__device__ __forceinline__ void fill_pairs(const StagedRows& rows) {
+  static_assert(kMostRows <= kThreads, "a thread a row");
+  if (threadIdx.x < rows.count) rows.facts().pair[threadIdx.x] = static_cast<int>(rows.pair(threadIdx.x));
 }
+
+// What w1 and w3 need to know of the thread's row, on its way from memory.
+struct RowLoads {
+  float route_weight = 0.0f, x_global = 0.0f, gate_global = 0.0f, up_global = 0.0f;
+
+  __device__ __forceinline__ explicit RowLoads(const StagedRows& rows) {
+    const int row = threadIdx.x;
+    if (row >= rows.count) return;
+    const int64_t token = rows.token(row), slot = rows.pair(row) - token * rows.k.value();
+    route_weight = rows.moe.route_weights[token * rows.moe.route_stride + slot];
+    if (rows.moe.format != MoeFormat::kNvfp4) return;
+    x_global = rows.moe.x_global[token * rows.moe.x_global_stride];
+    gate_global = rows.moe.w1.global[rows.expert(row)];
+    up_global = rows.moe.w3.global[rows.expert(row)];
+  }
+
+  __device__ __forceinline__ void store(const StagedRows& rows) const {
+    const int row = threadIdx.x;
+    if (row >= rows.count) return;
+    const RowFacts facts = rows.facts();
+    facts.route_weight[row] = route_weight;
+    facts.gate_factor[row] = x_global * gate_global * Nvfp4::kUnit;
+    facts.up_factor[row] = x_global * up_global * Nvfp4::kUnit;
+  }
+};
 
 // ---- rows of x, for w1 and w3 ----
 
 template <typename Format>
 __device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
-  fill_facts<true>(rows);
+  fill_pairs(rows);
+  const RowLoads loads(rows);
   const auto source = [&](int row) {
     return static_cast<const uint8_t*>(rows.moe.x) + rows.token(row) * rows.moe.x_stride;
   };
   const auto scales = [&](int row) {
     return static_cast<const uint8_t*>(rows.moe.x_scale) + rows.token(row) * rows.moe.x_scale_stride;
   };
+  const auto x_scale = [&](int row, int block) { return decode_ue8m0(scales(row)[block]); };
+  float first_scale = 0.0f;  // of this thread: loaded together with the rows
+  if constexpr (Format::kBlockScales) {
+    const int blocks = rows.plan.width / kMoeWidth, row = threadIdx.x / blocks;
+    if (row < rows.count) first_scale = x_scale(row, threadIdx.x - row * blocks);
+  }
   if constexpr (Format::kFormat == MoeFormat::kNvfp4) {
     for_eighths<false>(
         rows,
@@ -151,14 +184,13 @@ __device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
         },
         [&](int row, int j, uint2 value, bool) { Nvfp4::store(rows.x(row), j, value.x, value.y); });
   } else {
-    using Eight = std::conditional_t<Format::kEightBytes == 8, uint2, uint4>;
+    using Eight = std::conditional_t<Format::kFormat == MoeFormat::kDense, uint4, uint2>;
     for_eighths<false>(
         rows, [&](int row, int j) { return *reinterpret_cast<const Eight*>(source(row) + sizeof(Eight) * j); },
         [&](int row, int j, Eight value, bool) { Format::store(rows.x(row), j, value); });
   }
-  if constexpr (Format::kBlockScales) {
-    fill_x_scales(rows, Format::kUnit, [&](int row, int block) { return decode_ue8m0(scales(row)[block]); });
-  }
+  loads.store(rows);
+  if constexpr (Format::kBlockScales) fill_x_scales(rows, Format::kUnit, first_scale, x_scale);
   if constexpr (Format::kFormat == MoeFormat::kFp8) fill_weight_scales<true>(rows);
 }
 
@@ -186,10 +218,7 @@ __device__ __forceinline__ void fill_fp8(const StagedRows& rows, Load load) {
     Format::store(rows.x(row), j, reinterpret_cast<const uint2&>(codes));
     if (j % 16 == 0) rows.x_scales()[j / 16 * slots + row] = decode_ue8m0(scale) * Format::kUnit;
   });
-  for (int i = threadIdx.x; i < (slots - rows.count) * rows.plan.width / kMoeWidth; i += kThreads) {
-    const int block = i / (slots - rows.count), row = rows.count + i % (slots - rows.count);
-    rows.x_scales()[block * slots + row] = 0.0f;
-  }
+  clear_x_scales(rows);
 }
 
 // NVFP4 with a global scale for each row: its values wait in their place for the largest of them.
@@ -222,7 +251,7 @@ __device__ __forceinline__ void fill_nvfp4(const StagedRows& rows, Load load) {
 
 template <typename Format>
 __device__ __forceinline__ void fill_from_h(const StagedRows& rows) {
-  fill_facts<false>(rows);
+  fill_pairs(rows);
   const auto load = [&](int row, int j) {
     return ptx::load_once(rows.moe.workspace + 2 * (rows.pair(row) * rows.plan.width + 8 * j));
   };

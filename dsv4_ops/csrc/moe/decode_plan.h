@@ -10,8 +10,9 @@ namespace dsv4::moe {
 // Rows of x that a stage of weights meets at once, and that a CTA holds in shared memory at most.
 constexpr int kPassRows = 16, kMostRows = 32;
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kStages = 4;  // of 2 KiB a warp: one is multiplied with, three are under way
+// A CTA is two teams of eight warps, which share the rows of x and take units in turn.
+constexpr int kTeams = 2, kWarps = 8, kTeamThreads = 32 * kWarps, kThreads = kTeams * kTeamThreads;
+constexpr int kStages = 3;  // of 2 KiB a warp: one is multiplied with, two are under way
 
 struct DecodePlan {
   int width;         // values of a row of x, and of the weight

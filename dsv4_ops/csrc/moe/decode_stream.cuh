@@ -1,9 +1,9 @@
 // The weights that one warp reads, in the order in which it needs them, as a ring of stages that runs ahead.
 //
-// A CTA walks over units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2), in
-// one pass for every 16 pairs (the second finds the weights in L2). Each warp has a part of k to itself, the same in
-// every unit, so that warps wait for each other only where their sums meet. Fragment m of a stage of w1 and w3 is 8 rows
-// of w1 above the same 8 rows of w3: then gate and up of an element meet in one lane.
+// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2). Its
+// teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team has a
+// part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet. Fragment m
+// of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet in one lane.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -15,24 +15,30 @@
 
 namespace dsv4::moe {
 
-// Where a CTA stands in its range of units.
+// The CTA's units of all groups, as equal a share as possible.
+struct Share {
+  int begin, end;
+
+  __device__ __forceinline__ Share(const DecodePlan& plan, const PairGroups& groups) {
+    const int units = groups.count() * static_cast<int>(plan.row_tiles.value());
+    const int share = plan.ctas.divide(units), more = units - share * static_cast<int>(gridDim.x);  // CTAs with one more
+    const int cta = static_cast<int>(blockIdx.x);
+    begin = cta * share + min(cta, more);
+    end = begin + share + (cta < more);
+  }
+};
+
+// Where a team stands in the share of its CTA.
 struct Walk {
   int unit, end;    // of all groups
   int group, tile;  // unit = group * row_tiles + tile
   int pass, passes;
 
-  // The CTA's share of the units of all groups, as equal as possible.
-  static __device__ __forceinline__ Walk begin(const DecodePlan& plan, const PairGroups& groups) {
-    const int units = groups.count() * static_cast<int>(plan.row_tiles.value());
-    const int share = plan.ctas.divide(units), more = units - share * static_cast<int>(gridDim.x);  // CTAs with one more
-    const int cta = static_cast<int>(blockIdx.x);
-    Walk walk{};
-    walk.unit = cta * share + min(cta, more);
-    walk.end = walk.unit + share + (cta < more);
-    walk.group = plan.row_tiles.divide(walk.unit);
-    walk.tile = walk.unit - walk.group * static_cast<int>(plan.row_tiles.value());
-    walk.look(groups);
-    return walk;
+  __device__ __forceinline__ Walk(const DecodePlan& plan, const PairGroups& groups, const Share& share)
+      : unit(share.begin + static_cast<int>(threadIdx.x) / kTeamThreads), end(share.end), pass(0) {
+    group = plan.row_tiles.divide(unit);
+    tile = unit - group * static_cast<int>(plan.row_tiles.value());
+    look(groups);
   }
 
   __device__ __forceinline__ bool done() const { return unit >= end; }
@@ -41,9 +47,10 @@ struct Walk {
   __device__ __forceinline__ bool advance(const DecodePlan& plan, const PairGroups& groups) {
     if (++pass < passes) return false;
     pass = 0;
-    ++unit;
-    if (++tile == static_cast<int>(plan.row_tiles.value())) {
-      tile = 0;
+    unit += kTeams;
+    tile += kTeams;
+    if (tile >= static_cast<int>(plan.row_tiles.value())) {
+      tile -= static_cast<int>(plan.row_tiles.value());
       ++group;
       look(groups);
     }
@@ -63,8 +70,8 @@ class WeightStream {
   __device__ __forceinline__ WeightStream(const Moe& moe, const DecodePlan& plan, const PairGroups& groups,
                                           const Walk& walk, uint8_t* ring)
       : moe_(moe), plan_(plan), groups_(groups), walk_(walk) {
-    const int warp = threadIdx.x / kWarp;
-    ring_ = ring + warp * kStages * kBytes;
+    const int warp = threadIdx.x / kWarp % kWarps;
+    ring_ = ring + threadIdx.x / kWarp * kStages * kBytes;
     first_step_ = warp * plan.steps / kWarps;
     end_step_ = (warp + 1) * plan.steps / kWarps;
     step_ = first_step_;
@@ -129,19 +136,21 @@ class WeightStream {
   }
 
   __device__ __forceinline__ void advance() {
-    int steps = 1;
-    int64_t rows = 0;
-    if (++step_ == end_step_) {
-      step_ = first_step_;
-      const int group = walk_.group;
-      if (walk_.advance(plan_, groups_)) rows = kUnitRows;
-      if (walk_.group != group) return locate();
-      steps -= end_step_ - first_step_;
-    }
-    const int64_t bytes = rows * plan_.row_bytes + steps * kStageRowBytes;
-    upper_ += bytes;
-    lower_ += bytes;
-    scales_ += (rows * plan_.steps + steps) * Format::kScaleBytes;
+    upper_ += kStageRowBytes;
+    lower_ += kStageRowBytes;
+    scales_ += Format::kScaleBytes;
+    if (++step_ == end_step_) advance_pass();
+  }
+
+  __device__ __forceinline__ void advance_pass() {
+    step_ = first_step_;
+    const int group = walk_.group, steps = end_step_ - first_step_;
+    const bool another_unit = walk_.advance(plan_, groups_);
+    if (walk_.group != group) return locate();
+    const int64_t rows = another_unit ? kTeams * kUnitRows : 0;
+    upper_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    lower_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    scales_ += (rows * plan_.steps - steps) * Format::kScaleBytes;
   }
 
   const Moe& moe_;

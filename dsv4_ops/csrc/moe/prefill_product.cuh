@@ -14,9 +14,12 @@
 // Shared memory (FP4; FP8 and bf16 in brackets): 7 (5) panels of 16 KB, 32 KB for the output, 4 (3) stages of weights
 // of 16 (32) KB, 16 (0) KB of scales: one CTA an SM.
 //
-// What bounds it, in cycles of an SM for a step of 16 columns and a block of n rows: tensor cores 2n; decoding FP4, 20
-// instructions of which 10 on the ALU's 16 lanes, for 4 warps an SM quarter and 8 values a thread: 80; L2, 2 KB of
-// weights and 32n bytes of rows.
+// The first warpgroup is a stage ahead, and no barrier makes it wait for the other: while one is at its output, the
+// other has the tensor cores. The second one stores the 128 columns of h that both have staged.
+//
+// What bounds it, in cycles of an SM for a step of 16 columns and a block of n rows: tensor cores 2n; L2, 2 KB of
+// weights and 32n bytes of rows. A warp executes about 60 instructions a step, of which decoding FP4 is 34, and a
+// scheduler has two such warps: latency between instructions counts as much as their number.
 #pragma once
 
 #include "common/divisor.cuh"
@@ -27,6 +30,7 @@
 
 namespace dsv4 {
 
+constexpr int kWarpgroup = 128;
 constexpr int kProducers = kWarp * kRowSets;
 constexpr int kProductThreads = kConsumers + kProducers;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of a thread
@@ -40,12 +44,12 @@ struct ProductMemory {
   uint8_t staging[2][kPanelBytes];  // one a warpgroup
   uint4 weights[Shape::kStages][kRowSets * Shape::kPieces][kConsumers];
   uint4 scales[Shape::kScaleBuffers > 0 ? Shape::kScaleBuffers : 1][kRowSets * 64];
-  union {
-    float route[kPrefillBlock];
-    int pair[kPrefillBlock];
+  union {  // of each warpgroup
+    float route[2][kPrefillBlock];
+    int pair[2][kPrefillBlock];
   };
-  float factor[kPrefillBlock];
-  uint64_t full_weights[Shape::kStages], empty_weights[Shape::kStages];
+  float factor[2][kPrefillBlock];
+  uint64_t full_weights[Shape::kStages], empty_weights[Shape::kStages][2];  // by each warpgroup
   uint64_t full_panels[Shape::kPanels], empty_panels[Shape::kPanels];
 };
 
@@ -153,7 +157,9 @@ __device__ __forceinline__ void produce(const PrefillProduct& product, const Pro
                             tile.block.expert * product.weight_expert + row * product.weight_pitch + lane % 4 * 16;
     const uint8_t* panel = product.panels + static_cast<int64_t>(tile.block.first_row) * 128;
     for (int chunk = 0; chunk < product.k / Shape::kChunk; ++chunk) {
-      ptx::mbarrier_wait(ptx::shared_address(memory.empty_weights + weights.stage), weights.parity ^ 1);
+      for (uint64_t& empty : memory.empty_weights[weights.stage]) {
+        ptx::mbarrier_wait(ptx::shared_address(&empty), weights.parity ^ 1);
+      }
 #pragma unroll
       for (int warp = 0; warp < kConsumers / kWarp; ++warp) {
         const uint8_t* const row_source = source + row_of<kFormat, kStep>(warp, 0, 0) * product.weight_pitch;
@@ -189,6 +195,13 @@ __device__ __forceinline__ void produce(const PrefillProduct& product, const Pro
 }
 
 // ---- products ----
+
+// Named barriers. A warpgroup has one of its own; the others hand h from the first to the second, which is behind.
+constexpr int kWarpgroupBarrier = 1;  // and 2
+constexpr int kStagedBarrier = 3;     // the first has its half of h in the staging
+constexpr int kTakenBarrier = 4;      // the second has read it
+
+__device__ __forceinline__ void meet(int warpgroup) { ptx::named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup); }
 
 template <MoeFormat kFormat>
 struct Rings {
@@ -237,8 +250,9 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
       if (step % 4 == 0) factors.prepare(step);
       decode_step<kFormat>(a[step % 2][0], pieces, 0, step, factors);
       decode_step<kFormat>(a[step % 2][1], pieces, 1, step, factors);
+      if (factors.large()) [[unlikely]] apply_rest<kFormat>(a[step % 2], factors);
       if (step == Shape::kSteps - Shape::kStepsOfLoad) {
-        ptx::mbarrier_arrive(ptx::shared_address(memory.empty_weights + rings.weights.stage));
+        ptx::mbarrier_arrive(ptx::shared_address(memory.empty_weights[rings.weights.stage] + threadIdx.x / kWarpgroup));
       }
       if (step % 4 == 0) {
         ptx::mbarrier_wait(ptx::shared_address(memory.full_panels + rings.panels.stage), rings.panels.parity);
@@ -270,8 +284,6 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
 
 // ---- output ----
 
-constexpr int kConsumerBarrier = 1;
-
 // A warpgroup's values [64, kN], as bf16 pairs of neighbouring columns, to its staging: [kN][64], swizzled as a panel.
 // words[j][lower]: columns 8j + 2t and the next of rows row and row + 8.
 template <int kN>
@@ -285,28 +297,21 @@ __device__ __forceinline__ void stage(uint8_t* staging, const uint32_t (&words)[
   }
 }
 
+using Chunk = Packed<__nv_bfloat16, 8>;
+
 // 16 bytes at place `chunk` of row `row` in the staging of a warpgroup.
 template <typename Memory>
-__device__ __forceinline__ Packed<__nv_bfloat16, 8>& staged(Memory& memory, int warpgroup, int row, int chunk) {
-  return *reinterpret_cast<Packed<__nv_bfloat16, 8>*>(memory.staging[warpgroup] + row * 128 + chunk * 16);
+__device__ __forceinline__ Chunk& staged(Memory& memory, int warpgroup, int row, int chunk) {
+  return *reinterpret_cast<Chunk*>(memory.staging[warpgroup] + row * 128 + chunk * 16);
 }
 
-// function(row, chunk) for all 16-byte places of rows, eight lanes a row.
-template <int kN, typename Function>
-__device__ __forceinline__ void for_staged(Function function) {
-#pragma unroll
-  for (int first = 0; first < kN; first += kConsumers / 8) {
-    const int row = first + threadIdx.x / 8;
-    if (kN % (kConsumers / 8) == 0 || row < kN) function(row, static_cast<int>(threadIdx.x % 8));
-  }
-}
+// Rows that a thread of a warpgroup takes of a block, 16 apart, with seven neighbours.
+constexpr int kRowStep = kWarpgroup / 8;
 
 // quant_fp8 and back of 128 values that lie in eight lanes.
-__device__ __forceinline__ void round_fp8(Packed<__nv_bfloat16, 8> (&parts)[2], unsigned lanes) {
-  uint32_t bits = max(parts[0].max_magnitude_bits(), parts[1].max_magnitude_bits());
-#pragma unroll
-  for (int distance = 4; distance > 0; distance /= 2) bits = max(bits, __shfl_xor_sync(lanes, bits, distance));
-  const uint32_t scale = fp8_group_scale(__uint_as_float(bits));
+__device__ __forceinline__ void round_fp8(Chunk (&parts)[2]) {
+  const uint32_t bits = max(parts[0].max_magnitude_bits(), parts[1].max_magnitude_bits());
+  const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<8>(bits)));
   const float inverse = invert_ue8m0(scale), factor = decode_ue8m0(scale);
 #pragma unroll
   for (auto& part : parts) {
@@ -319,9 +324,26 @@ __device__ __forceinline__ void round_fp8(Packed<__nv_bfloat16, 8> (&parts)[2], 
   }
 }
 
+// The 128 columns of h that both warpgroups have staged, by the second: quantised and back, and stored.
+template <MoeFormat kFormat, int kN>
+__device__ __forceinline__ void store_h(const PrefillProduct& product, const Tile& tile,
+                                        ProductMemory<kFormat>& memory) {
+  const int first = threadIdx.x % kWarpgroup / 8, chunk = threadIdx.x % 8;
+  uint8_t* const h = product.h + (tile.part * 2 * product.rows.capacity + tile.block.first_row + first) * 128;
+#pragma unroll 2
+  for (int row = first; row < kN; row += kRowStep) {
+    Chunk parts[2] = {staged(memory, 0, row, chunk), staged(memory, 1, row, chunk)};
+    if constexpr (kFormat == MoeFormat::kFp8 || kFormat == MoeFormat::kMxfp4) round_fp8(parts);
+    uint8_t* const target = h + (row - first) * 128 + chunk * 16;
+    ptx::store(target, parts[0].parts[0]);
+    ptx::store(target + product.rows.capacity * 128, parts[1].parts[0]);
+  }
+}
+
 template <MoeFormat kFormat, int kN>
 __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, const Tile& tile,
-                                               ProductMemory<kFormat>& memory, float (&acc)[2][kN / 2]) {
+                                               ProductMemory<kFormat>& memory, int warpgroup, bool last,
+                                               const float (&acc)[2][kN / 2]) {
   const int t = threadIdx.x % 4;
   const SwigluLimit limit(product.limit);
   float global[2] = {1.0f, 1.0f};
@@ -332,10 +354,10 @@ __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, co
   uint32_t words[kN / 8][2];
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
-    const float2 route = *reinterpret_cast<const float2*>(memory.route + 8 * j + 2 * t);
+    const float2 route = *reinterpret_cast<const float2*>(memory.route[warpgroup] + 8 * j + 2 * t);
     float2 factor = {1.0f, 1.0f};
     if constexpr (kFormat == MoeFormat::kNvfp4) {
-      factor = *reinterpret_cast<const float2*>(memory.factor + 8 * j + 2 * t);
+      factor = *reinterpret_cast<const float2*>(memory.factor[warpgroup] + 8 * j + 2 * t);
     }
     const auto activate = [&](float gate, float up, float row_factor, float weight) {
       if constexpr (kFormat == MoeFormat::kNvfp4) {
@@ -352,112 +374,127 @@ __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, co
                                     activate(acc[0][i + 1], acc[1][i + 1], factor.y, route.y));
     }
   }
-  stage<kN>(memory.staging[threadIdx.x / (kConsumers / 2)], words);
-  ptx::named_barrier(kConsumerBarrier, kConsumers);
-  uint8_t* const h = product.h + (tile.part * 2 * product.rows.capacity + tile.block.first_row) * 128;
-  for_staged<kN>([&](int row, int chunk) {
-    Packed<__nv_bfloat16, 8> parts[2] = {staged(memory, 0, row, chunk), staged(memory, 1, row, chunk)};
-    if constexpr (kFormat == MoeFormat::kFp8 || kFormat == MoeFormat::kMxfp4) {
-      round_fp8(parts, kN % 32 == 0 || row + 4 <= kN ? kAllLanes : __activemask());
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      ptx::store(h + i * product.rows.capacity * 128 + row * 128 + chunk * 16, parts[i].parts[0]);
-    }
-  });
+  if (warpgroup == 0) ptx::named_barrier(kTakenBarrier, kConsumers);
+  stage<kN>(memory.staging[warpgroup], words);
+  if (warpgroup == 0) {
+    ptx::named_barrier_arrive(kStagedBarrier, kConsumers);
+    return;
+  }
+  ptx::named_barrier(kStagedBarrier, kConsumers);
+  store_h<kFormat, kN>(product, tile, memory);
+  if (!last) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
 }
 
 template <MoeFormat kFormat, int kN>
 __device__ __forceinline__ void finish_down(const PrefillProduct& product, const Tile& tile,
-                                            ProductMemory<kFormat>& memory, float (&acc)[2][kN / 2]) {
-  const int t = threadIdx.x % 4;
-  auto* const results = static_cast<__nv_bfloat16*>(product.results);
+                                            ProductMemory<kFormat>& memory, int warpgroup,
+                                            const float (&acc)[2][kN / 2]) {
+  const int t = threadIdx.x % 4, first = threadIdx.x % kWarpgroup / 8, chunk = threadIdx.x % 8;
+  int pairs[kN / kRowStep];
+#pragma unroll
+  for (int i = 0; i < kN / kRowStep; ++i) pairs[i] = memory.pair[warpgroup][first + i * kRowStep];
+  uint32_t words[2][kN / 8][2];
 #pragma unroll
   for (int matrix = 0; matrix < 2; ++matrix) {
     float global = 1.0f;
-    if constexpr (kFormat == MoeFormat::kNvfp4) global = product.global[matrix][tile.block.expert];
-    uint32_t words[kN / 8][2];
+    if constexpr (kFormat == MoeFormat::kNvfp4) {
+      global = product.global[matrix][tile.block.expert] * WeightShape<kFormat>::kUnit;
+    }
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       float2 factor = {1.0f, 1.0f};
       if constexpr (kFormat == MoeFormat::kNvfp4) {
-        factor = *reinterpret_cast<const float2*>(memory.factor + 8 * j + 2 * t);
-        factor.x *= global * WeightShape<kFormat>::kUnit;
-        factor.y *= global * WeightShape<kFormat>::kUnit;
+        factor = *reinterpret_cast<const float2*>(memory.factor[warpgroup] + 8 * j + 2 * t);
+        factor.x *= global;
+        factor.y *= global;
       }
 #pragma unroll
       for (int lower = 0; lower < 2; ++lower) {
         const int i = 4 * j + 2 * lower;
-        words[j][lower] = pack_bf16x2(acc[matrix][i] * factor.x, acc[matrix][i + 1] * factor.y);
+        words[matrix][j][lower] = pack_bf16x2(acc[matrix][i] * factor.x, acc[matrix][i + 1] * factor.y);
       }
     }
-    if (matrix == 1) ptx::named_barrier(kConsumerBarrier, kConsumers);
-    stage<kN>(memory.staging[threadIdx.x / (kConsumers / 2)], words);
-    ptx::named_barrier(kConsumerBarrier, kConsumers);
-    const int column = tile.part * 256 + matrix * 128;
-    if (column >= product.out) break;
-    for_staged<kN>([&](int row, int chunk) {
-      const int pair = memory.pair[row];
-      if (pair < 0) return;
-      __nv_bfloat16* const target = results + static_cast<int64_t>(pair) * product.out + column + (chunk ^ row % 8) * 8;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) ptx::store(target + 64 * i, staged(memory, i, row, chunk).parts[0]);
-    });
   }
+#pragma unroll
+  for (int matrix = 0; matrix < 2; ++matrix) {
+    const int column = tile.part * 256 + matrix * 128 + warpgroup * 64;
+    if (column >= product.out) break;
+    if (matrix == 1) meet(warpgroup);
+    stage<kN>(memory.staging[warpgroup], words[matrix]);
+    meet(warpgroup);
+    auto* const results = static_cast<__nv_bfloat16*>(product.results) + column + (chunk ^ first % 8) * 8;
+#pragma unroll
+    for (int i = 0; i < kN / kRowStep; ++i) {
+      const Chunk& values = staged(memory, warpgroup, first + i * kRowStep, chunk);
+      if (pairs[i] >= 0) ptx::store(results + static_cast<int64_t>(pairs[i]) * product.out, values.parts[0]);
+    }
+  }
+}
+
+// What the epilogue needs of each row, to the warpgroup's places in shared memory; complete after cp_async_wait.
+template <MoeFormat kFormat, PrefillStep kStep>
+__device__ __forceinline__ void load_rows(const PrefillProduct& product, const Tile& tile,
+                                          ProductMemory<kFormat>& memory, int warpgroup) {
+  const int row = threadIdx.x % kWarpgroup, place = tile.block.first_row + row;
+  const bool listed = product.rows.pair_of_row != nullptr;
+  const bool exists = row < tile.block.rows && (listed || place < product.used_rows);
+  if constexpr (kStep == PrefillStep::kGateUp) {
+    ptx::cp_async_4(memory.route[warpgroup] + row, product.rows.route + place, exists ? 4 : 0);
+  } else if (listed) {
+    ptx::cp_async_4(memory.pair[warpgroup] + row, product.rows.pair_of_row + place, exists ? 4 : 0);
+  } else {
+    memory.pair[warpgroup][row] = exists ? place : -1;
+  }
+  if constexpr (kFormat == MoeFormat::kNvfp4) {
+    ptx::cp_async_4(memory.factor[warpgroup] + row, product.row_factor + place * product.row_factor_stride,
+                    exists ? 4 : 0);
+  }
+  ptx::cp_async_commit();
 }
 
 template <MoeFormat kFormat, PrefillStep kStep, int kN>
 __device__ __forceinline__ void consume_tile(const PrefillProduct& product, const Tile& tile,
-                                             ProductMemory<kFormat>& memory, Rings<kFormat>& rings) {
-  // What the epilogue needs of each row is loaded now.
-  const int row = threadIdx.x % kPrefillBlock, place = tile.block.first_row + row;
-  const bool exists = row < kN && (product.rows.pair_of_row != nullptr || place < product.used_rows);
-  float route = 0.0f, factor = 0.0f;
-  int pair = -1;
-  if (exists && threadIdx.x < kPrefillBlock) {
-    if constexpr (kStep == PrefillStep::kGateUp) {
-      route = product.rows.route[place];
-    } else {
-      pair = product.rows.pair_of_row != nullptr ? product.rows.pair_of_row[place] : place;
-    }
-  } else if (kFormat == MoeFormat::kNvfp4 && exists) {
-    factor = product.row_factor[place * product.row_factor_stride];
-  }
+                                             ProductMemory<kFormat>& memory, Rings<kFormat>& rings, int warpgroup,
+                                             bool last) {
+  load_rows<kFormat, kStep>(product, tile, memory, warpgroup);
   float acc[2][kN / 2];  // zeros, so that ptxas does not keep the last tile's for what might be read
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
   multiply<kFormat, kStep, kN>(product, tile, memory, rings, acc);
-  ptx::named_barrier(kConsumerBarrier, kConsumers);  // nobody reads the last tile's any more
-  if (threadIdx.x >= kPrefillBlock) {
-    memory.factor[row] = factor;
-  } else if constexpr (kStep == PrefillStep::kGateUp) {
-    memory.route[row] = route;
-  } else {
-    memory.pair[row] = pair;
-  }
-  ptx::named_barrier(kConsumerBarrier, kConsumers);
+  ptx::cp_async_wait<0>();
+  meet(warpgroup);  // rows are complete, and nobody reads the last tile's staging any more
   if constexpr (kStep == PrefillStep::kGateUp) {
-    finish_gate_up<kFormat, kN>(product, tile, memory, acc);
+    finish_gate_up<kFormat, kN>(product, tile, memory, warpgroup, last, acc);
   } else {
-    finish_down<kFormat, kN>(product, tile, memory, acc);
+    finish_down<kFormat, kN>(product, tile, memory, warpgroup, acc);
   }
 }
 
+// The first warpgroup has taken its second stage of weights before the other starts. It keeps this lead, so that one
+// multiplies while the other is at its output.
 template <MoeFormat kFormat, PrefillStep kStep>
 __device__ __forceinline__ void consume(const PrefillProduct& product, const ProductTiles& tiles,
-                                        ProductMemory<kFormat>& memory, int tile_count) {
+                                        ProductMemory<kFormat>& memory, int tile_count, int warpgroup) {
   Rings<kFormat> rings;
-  for (int index = blockIdx.x; index < tile_count; index += gridDim.x) {
+  const int first = blockIdx.x, step = gridDim.x;
+  if (warpgroup == 1 && first < tile_count) {
+    if constexpr (kStep == PrefillStep::kGateUp) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
+    if (product.k > WeightShape<kFormat>::kChunk) {
+      ptx::mbarrier_wait(ptx::shared_address(&memory.empty_weights[1][0]), 0);
+    }
+  }
+  for (int index = first; index < tile_count; index += step) {
     const Tile tile = tile_at(product, tiles, index);
+    const bool last = index + step >= tile_count;
     switch (tile.block.rows) {
-      case 16: consume_tile<kFormat, kStep, 16>(product, tile, memory, rings); break;
-      case 32: consume_tile<kFormat, kStep, 32>(product, tile, memory, rings); break;
-      case 48: consume_tile<kFormat, kStep, 48>(product, tile, memory, rings); break;
-      case 64: consume_tile<kFormat, kStep, 64>(product, tile, memory, rings); break;
-      case 80: consume_tile<kFormat, kStep, 80>(product, tile, memory, rings); break;
-      case 96: consume_tile<kFormat, kStep, 96>(product, tile, memory, rings); break;
-      case 112: consume_tile<kFormat, kStep, 112>(product, tile, memory, rings); break;
-      default: consume_tile<kFormat, kStep, 128>(product, tile, memory, rings); break;
+      case 16: consume_tile<kFormat, kStep, 16>(product, tile, memory, rings, warpgroup, last); break;
+      case 32: consume_tile<kFormat, kStep, 32>(product, tile, memory, rings, warpgroup, last); break;
+      case 48: consume_tile<kFormat, kStep, 48>(product, tile, memory, rings, warpgroup, last); break;
+      case 64: consume_tile<kFormat, kStep, 64>(product, tile, memory, rings, warpgroup, last); break;
+      case 80: consume_tile<kFormat, kStep, 80>(product, tile, memory, rings, warpgroup, last); break;
+      case 96: consume_tile<kFormat, kStep, 96>(product, tile, memory, rings, warpgroup, last); break;
+      case 112: consume_tile<kFormat, kStep, 112>(product, tile, memory, rings, warpgroup, last); break;
+      default: consume_tile<kFormat, kStep, 128>(product, tile, memory, rings, warpgroup, last); break;
     }
   }
 }
@@ -466,7 +503,9 @@ template <MoeFormat kFormat>
 __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : memory.full_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kProducers);
-    for (uint64_t& barrier : memory.empty_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers);
+    for (auto& barriers : memory.empty_weights) {
+      for (uint64_t& barrier : barriers) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarpgroup);
+    }
     for (uint64_t& barrier : memory.full_panels) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     for (uint64_t& barrier : memory.empty_panels) {
       ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers / kWarp);
@@ -481,12 +520,14 @@ template <MoeFormat kFormat, PrefillStep kStep>
 __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, const ProductTiles& tiles,
                                                ProductMemory<kFormat>& memory) {
   const int tile_count = block_count(product) * static_cast<int>(tiles.parts.value());
-  if (__shfl_sync(kAllLanes, threadIdx.x / kConsumers, 0) != 0) {
+  // The same in all lanes, and known to be.
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 2) {
     ptx::give_registers<kProducerRegisters>();
     produce<kFormat, kStep>(product, tiles, memory, tile_count);
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<kFormat, kStep>(product, tiles, memory, tile_count);
+    consume<kFormat, kStep>(product, tiles, memory, tile_count, warpgroup);
   }
 }
 

@@ -2,10 +2,11 @@
 // are exact: E4M3 times a power of two, E2M1 times E4M3.
 //
 // A thread takes the 32 columns of a token that two steps of the product need (order.cuh): four pieces of eight
-// neighbouring columns. They make 64 bytes of a panel's row, written for each slot. What bounds it: 2 bytes written a
-// column and pair.
+// neighbouring columns. They make 64 bytes of a panel's row, written for each slot; two neighbours share theirs out so
+// that they write neighbouring 16 bytes, 32 together. What bounds it: 2 bytes written a column and pair.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
+#include "common/reduce.cuh"
 #include "common/vector.cuh"
 #include "moe/order.cuh"
 #include "moe/prefill.h"
@@ -41,13 +42,19 @@ __device__ __forceinline__ void load_eight(const PrefillSpread& spread, const ui
   }
 }
 
+// What the lane beside this one has.
+__device__ __forceinline__ uint4 from_neighbour(uint4 value) {
+  return {__shfl_xor_sync(kAllLanes, value.x, 1), __shfl_xor_sync(kAllLanes, value.y, 1),
+          __shfl_xor_sync(kAllLanes, value.z, 1), __shfl_xor_sync(kAllLanes, value.w, 1)};
+}
+
 template <MoeFormat kFormat>
 __global__ void __launch_bounds__(kThreads) prefill_spread_kernel(const __grid_constant__ PrefillSpread spread) {
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t token = blockIdx.x;
-  const int unit = blockIdx.y * kThreads + threadIdx.x;  // of 32 columns
-  if (unit * kThreadColumns >= spread.columns) return;
+  const int units = spread.columns / kThreadColumns, own = blockIdx.y * kThreads + threadIdx.x;
+  const int unit = min(own, units - 4 + own % 4);  // of 32 columns
   const int chunk = unit / 4, two_steps = unit % 4;
   const auto* const row = static_cast<const uint8_t*>(spread.x) + token * spread.x_stride;
   const auto* const scales = static_cast<const uint8_t*>(spread.x_scale) + token * spread.x_scale_stride;
@@ -68,14 +75,19 @@ __global__ void __launch_bounds__(kThreads) prefill_spread_kernel(const __grid_c
     }
     parts[part] = {words[0], words[1], words[2], words[3]};
   }
+  const int odd = two_steps % 2;
+  const uint4 received[2] = {from_neighbour(odd ? parts[0] : parts[1]), from_neighbour(odd ? parts[2] : parts[3])};
+  const uint4 places[4] = {odd ? received[0] : parts[0], odd ? received[1] : parts[2],  // odd, odd + 2, ..
+                           odd ? parts[1] : received[0], odd ? parts[3] : received[1]};
+  if (own != unit) return;
   const int64_t panel = (chunk * 2 + two_steps / 2) * spread.capacity;
   for (int slot = 0; slot < spread.k; ++slot) {
     const int64_t to = spread.row_of_pair != nullptr ? spread.row_of_pair[token * spread.k + slot] : token;
     if (to < 0) continue;
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const int place = (two_steps % 2 * 4 + part) ^ (to % 8);
-      ptx::store(spread.panels + (panel + to) * 128 + place * 16, parts[part]);
+    for (int i = 0; i < 4; ++i) {
+      const int place = (2 * i + odd) ^ static_cast<int>(to % 8);
+      ptx::store(spread.panels + (panel + to) * 128 + place * 16, places[i]);
     }
   }
 }

@@ -109,8 +109,8 @@ class Factors {
   bool large_;
 };
 
-// A thread's part of a stage that `step` begins with, for each of its rows: a piece; of bf16 the half that a step takes,
-// so that no register of an operand under way is loaded.
+// A thread's part of a stage that `step` begins with, for each of its rows: a piece; of bf16 the half that a step
+// takes, so that no register of an operand under way is loaded.
 template <MoeFormat kFormat>
 __device__ __forceinline__ void load_weights(uint4 (&pieces)[kRowSets], const uint4 (*stage)[kConsumers], int step) {
   using Shape = WeightShape<kFormat>;
@@ -134,11 +134,11 @@ class Factors<MoeFormat::kDense> {
   __device__ __forceinline__ uint32_t rest(int) const { return 0; }
 };
 
-// Codes i and i + 4 of eight E2M1 codes as bf16, each times 2^-126.
+// Codes i and i + 4 of eight E2M1 codes as bf16, each times 2^-126. A product puts the two copies of a code that sign
+// and magnitude are taken from in place: it has a pipe of its own, and shifts and logic share one.
 __device__ __forceinline__ uint32_t place_e2m1(uint32_t word, int i) {
-  const uint32_t sign = word << (12 - 4 * i) & 0x80008000u;
-  const uint32_t moved = i < 2 ? word << (6 - 4 * i) : word >> (4 * i - 6);
-  return sign | (moved & 0x01C001C0u);
+  const uint32_t codes = (i < 2 ? word : word >> 8) & (i % 2 == 0 ? 0x000F000Fu : 0x00F000F0u);
+  return codes * (i % 2 == 0 ? (1u << 12) + (1u << 6) : (1u << 8) + (1u << 2)) & 0x81C081C0u;
 }
 
 // Codes i and i + 2 of four E4M3 codes as bf16, each times 2^-120.
@@ -168,9 +168,15 @@ __device__ __forceinline__ void decode_step(uint32_t (&a)[4], const uint4 (&piec
       }
     }
   }
-  if (factors.large()) {
+}
+
+// What decode_step leaves out where the factors are `large`.
+template <MoeFormat kFormat>
+__device__ __forceinline__ void apply_rest(uint32_t (&a)[2][4], const Factors<kFormat>& factors) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = mul_bf16x2(a[i], factors.rest(2 * matrix + i % 2));
+  for (int matrix = 0; matrix < 2; ++matrix) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[matrix][i] = mul_bf16x2(a[matrix][i], factors.rest(2 * matrix + i % 2));
   }
 }
 

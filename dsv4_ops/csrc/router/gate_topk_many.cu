@@ -107,6 +107,9 @@ __global__ void __launch_bounds__(kThreads) gate_topk_many_kernel(const float* l
   // Slots past the last expert get the key of -infinity. A real one with that key has a lower id and is chosen before.
   float bias[kPerLane];
   load_values(choice.bias, first, experts, vectors, -INFINITY, bias);
+  float largest = 0.0f;  // NaN if a bias is, or a logit
+#pragma unroll
+  for (const float value : bias) largest = value == value ? largest : value;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
@@ -123,20 +126,20 @@ __global__ void __launch_bounds__(kThreads) gate_topk_many_kernel(const float* l
     for (int i = 0; i < kPerLane; ++i) logit[i] += half[i];
   }
   uint32_t mine[kPerLane];
-  bool plain = true;
+#pragma unroll
+  for (const float value : logit) largest = ptx::max_nan(largest, fabsf(value));
 #pragma unroll
   for (int i = 0; i < kPerLane; i += 4) {
     float score[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      plain = plain && fabsf(logit[i + j]) <= kPlainLogit && bias[i + j] == bias[i + j];
       score[j] = score_of_plain(logit[i + j]);
       mine[i + j] = ordered_number(__fadd_rn(score[j], bias[i + j]));
     }
     *reinterpret_cast<float4*>(scores + first + i) = {score[0], score[1], score[2], score[3]};
     *reinterpret_cast<uint4*>(keys + first + i) = {mine[i], mine[i + 1], mine[i + 2], mine[i + 3]};
   }
-  if (!plain) {
+  if (!(largest <= kPlainLogit)) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) scores[first + i] = logit[i];
 #pragma unroll 1
