@@ -58,7 +58,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     check_gpu(cases)
     record = measure(cases, QUICK_REPLAYS if arguments.quick else REPLAYS)
-    whole = not (arguments.filter or arguments.tokens or arguments.quick) and arguments.model == "both"
+    complete = not record.get("cases_not_timed")
+    whole = complete and not (arguments.filter or arguments.tokens or arguments.quick) and arguments.model == "both"
     output = arguments.output or (default_output(record["gpu"]["name"]) if whole else None)
     if output is not None:
         from benchmarks.record import write
@@ -158,7 +159,7 @@ def default_output(gpu: str, what: str = "ops") -> Path | None:
 
 
 def measure(cases: "list[Case]", replays: int) -> dict[str, Any]:
-    """Time the cases one after another, print each when it is done, return the record."""
+    """Time the cases one after another, print each when it is done, return the record; an interrupt ends it early."""
     from dataclasses import asdict
 
     import torch
@@ -179,8 +180,12 @@ def measure(cases: "list[Case]", replays: int) -> dict[str, Any]:
         f" floors by {ceilings.copy / 1e12:.2f} and {ceilings.read_only / 1e12:.2f}"
     )
     rows = rows_of(cases, timer, ceilings, measured, record["rows"])
-    for line in text_lines(rows, width=max(len(case.name) for case in cases) + len(" (reference)")):
-        print(line, flush=True)
+    try:
+        for line in text_lines(rows, width=max(len(case.name) for case in cases) + len(" (reference)")):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(record['rows'])} of {len(cases)} cases")
+    record["cases_not_timed"] = len(cases) - len(record["rows"])
     return record
 
 

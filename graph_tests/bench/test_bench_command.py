@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import op_bench
+from benchmarks import floors, op_bench, record, timing
 from benchmarks.cases import all_cases
 from benchmarks.floors import H200
 from benchmarks.indexer_gpu import chart
@@ -158,6 +158,25 @@ def test_columns_stay_apart_where_numbers_are_long():
 def test_case_that_fails_is_a_line_and_the_others_go_on():
     line = list(text_lines([failure(CASES["sinkhorn T=1 n 4"], RuntimeError("no kernel\nmore"))], width=20))[1]
     assert line.endswith("RuntimeError: no kernel")
+
+
+def test_an_interrupt_keeps_what_was_timed(monkeypatch, capsys):
+    """Minutes of measuring are not lost; the record says how many cases are missing."""
+    cases = [CASES["sinkhorn T=1 n 4"], CASES["hc_post T=1 dim 7168"]]
+
+    def one_row(cases, timer, ceilings, measured, rows):
+        rows.append(row(cases[0].name))
+        yield rows[-1]
+        raise KeyboardInterrupt
+
+    ceilings = floors.Ceilings(copy=1e12, read_only=1e12)
+    monkeypatch.setattr(op_bench, "rows_of", one_row)
+    monkeypatch.setattr(floors, "measure_ceilings", lambda time_us: ceilings)
+    monkeypatch.setattr(timing, "Timer", lambda replays: None)
+    monkeypatch.setattr(record, "gpu_header", lambda: {"gpu": {"name": "some GPU"}})
+    found = op_bench.measure(cases, 1)
+    assert (len(found["rows"]), found["cases_not_timed"]) == (1, 1)
+    assert "stopped after 1 of 2 cases" in capsys.readouterr().out
 
 
 def test_headlines_are_those_that_have_a_target():
