@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MOST_RANGES, WIDE_ROWS = 8, 25600  # kMostRanges and kWideRows of csrc/gemm/plan.h
+FEW_ROWS = 8  # kFewTokens of csrc/gemm/gemm.h: no second launch up to there
 MOST_STREAM_ROWS = 64  # kTokensAtOnce of csrc/gemm/gemm.h
 FP8_BLOCK = 128
 
@@ -17,7 +18,7 @@ def room_for_sums(x: Tensor, weight: Tensor, inner: int, large: int = 0) -> Tens
     x [T, K] (inner 1) or [T, G, K] (inner 2).
     """
     tokens, rows = prod(x.shape[:-inner]), weight.shape[0]
-    sums = MOST_RANGES * min(tokens, MOST_STREAM_ROWS) * rows if tokens > 16 and rows < WIDE_ROWS else 0
+    sums = MOST_RANGES * min(tokens, MOST_STREAM_ROWS) * rows if tokens > FEW_ROWS and rows < WIDE_ROWS else 0
     return x.new_empty((max(sums, large),), dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-// Adds the sums of ranges of k that a stream (stream.cuh) of 17 to 64 tokens left in the workspace [range][token][N],
+// Adds the sums of ranges of k that a stream (stream.cuh) of 9 to 64 tokens left in the workspace [range][token][N],
 // applies global scales and rounds to y. A thread owns an element of y.
 //
 // Floor: the sums, from L2 where they have just been written: 4 bytes times ranges an element.
@@ -29,7 +29,10 @@ cudaError_t launch_add_ranges(Format format, const Product& product, int64_t fir
                               cudaStream_t stream) {
   const int64_t ctas = ceil_divide(product.groups * product.rows, kAddThreads);
   const Launch at{dim3(static_cast<unsigned>(ctas), tokens), dim3(kAddThreads), stream};
-  const auto launch = [&](auto kernel) { return launch_kernel(kernel, at, product, first_token, tokens, ranges); };
+  const auto launch = [&](auto kernel) {
+    const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
+    return status != cudaSuccess ? status : launch_kernel(kernel, at, product, first_token, tokens, ranges);
+  };
   switch (format) {
     case Format::kDense: return launch(add_ranges_kernel<Format::kDense>);
     case Format::kFp8: return launch(add_ranges_kernel<Format::kFp8>);

@@ -8,6 +8,12 @@
 
 namespace dsv4 {
 
+// Let `kernel` run with the largest shared memory that an SM can have. An SM changes the division of its memory only
+// when it is idle: kernels with the same division can lie on it side by side, the next one reading ahead.
+inline cudaError_t take_all_shared_memory(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 // Sum of `ranges` (2, 4 or 8) numbers that lie `distance` apart: neighbours first.
 __device__ __forceinline__ float add_ranges(int ranges, const float* sums, int64_t distance) {
   float values[kMostRanges];

@@ -11,7 +11,7 @@ namespace dsv4 {
 
 enum class Format { kDense, kFp8, kMxfp4, kNvfp4 };
 
-constexpr int kSmallestRows = 16;  // up to so many tokens no product needs a workspace
+constexpr int kFewTokens = 8;      // up to so many tokens no product needs a workspace
 constexpr int kTokensAtOnce = 64;  // what one launch takes: more tokens are several launches
 
 // A product of x [tokens, groups, k] with weight [groups * rows, k], group by group. Distances between rows are in

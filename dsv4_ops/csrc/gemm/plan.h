@@ -55,6 +55,9 @@ inline bool can_stream(Format format, const Product& p) {
     return reinterpret_cast<uintptr_t>(data) % to == 0 && distance % to == 0;
   };
   if (p.k == 0 || p.k % shape_of(format).weight_align != 0) return false;
+  // Rows, and the distances between them, are 32-bit numbers.
+  const int64_t longest = std::max({p.weight_stride * bytes, p.x_stride * p.groups * bytes, p.x_scale_stride * p.groups});
+  if (longest > INT32_MAX || p.groups * p.rows > INT32_MAX) return false;
   if (!aligned(p.x, p.x_stride * bytes, 16) || !aligned(p.weight, p.weight_stride * bytes, 16)) return false;
   if (format == Format::kDense) return p.x_dtype == Dtype::kBf16 && p.weight_dtype == Dtype::kBf16;
   // A warp's rows, 16 or 32 of a group, lie in one block of FP8 scales.
@@ -62,7 +65,7 @@ inline bool can_stream(Format format, const Product& p) {
   return aligned(p.weight_scale, p.weight_scale_stride, 4);
 }
 
-// Up to 16 tokens a CTA holds all ranges of its rows; beyond, a range of more rows, and another launch adds the ranges.
-inline bool splits_ranges(int64_t tokens, int ranges) { return tokens > kSmallestRows && ranges > 1; }
+// Up to 8 tokens a CTA holds all ranges of its rows; beyond, a range of more rows, and another launch adds the ranges.
+inline bool splits_ranges(int64_t tokens, int ranges) { return tokens > kFewTokens && ranges > 1; }
 
 }  // namespace dsv4

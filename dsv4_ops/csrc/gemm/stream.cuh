@@ -1,11 +1,11 @@
 // Products of up to 64 tokens: weights stream through shared memory into mma.sync.
 //
-// A CTA has 8 warps. A warp takes tiles of 16 (of more than 16 tokens: 32) rows of the weight and one of up to 8 ranges
+// A CTA has 8 warps. A warp takes tiles of 16 (of more than 8 tokens: 32) rows of the weight and one of up to 8 ranges
 // of k, and goes through it in pieces of 16 x 128 bytes, which it copies (cp.async) into a ring of its own, several
 // pieces ahead and across the ends of its tiles. Nobody else waits for a piece, so the main loop has no barrier of the
 // CTA, and the ring is filled before the kernel waits for its predecessors: weights are parameters.
 //
-//   up to 16 tokens   the CTA's warps hold all ranges of 16 * (8 / ranges) rows; the ranges' sums meet in shared memory
+//   up to 8 tokens    the CTA's warps hold all ranges of 16 * (8 / ranges) rows; the ranges' sums meet in shared memory
 //   up to 64 tokens   the CTA's warps hold one range (grid.y) of 256 rows; sums of a range go to the workspace
 //
 // and in both the ranges are added as a tree (add_ranges): a row has the same bits with any number of tokens.
@@ -14,8 +14,8 @@
 // where it does not fit, it comes in windows of some pieces of every range.
 //
 // Shared memory: ring (8 warps x stages x (2 or 4 KiB and the pieces' FP4 scales)) | partial sums, two buffers | x |
-// scales of x in fp32 [range][group of k][token]. Up to 16 tokens it is small enough for the next kernel of the stream
-// to fill its own ring beside it.
+// scales of x in fp32 [range][group of k][token]. Few tokens leave room for two CTAs an SM: of this kernel, or of this
+// one and the next of the stream, which fills its ring as soon as a CTA of this one has ended.
 //
 // Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights takes about as long as reading them.
 #pragma once
@@ -33,10 +33,14 @@ constexpr int kSumPitch = kTileRows + 4;  // fp32 numbers: a fragment's rows and
 
 template <Format kFormat, int kTokenTiles>
 class StreamingProduct {
+ public:
+  static constexpr bool kSplit = kTokenTiles > 1;  // one range a CTA
+
+ private:
   static constexpr FormatShape kShape = shape_of(kFormat);
-  static constexpr bool kSplit = kTokenTiles > 2;  // one range a CTA
   static constexpr int kTiles = kSplit ? 2 : 1;    // of 16 rows, a warp
   static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kLoads = (kTokenTiles + 1) / 2;  // of a chunk pair of x
   static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
   using Ring = WeightRing<kFormat, kTiles, kStages>;
   static constexpr int kRingBytes = kWarps * Ring::kBytes;
@@ -44,16 +48,15 @@ class StreamingProduct {
 
  public:
   static constexpr int kFixedBytes = kRingBytes + 2 * 4 * kSumFloats;
-  static constexpr int kCtasOfAnSm = kSplit ? 1 : 2;
+  static constexpr int kCtasOfAnSm = kTokenTiles > 2 ? 1 : 2;
 
   // Bytes of shared memory behind the fixed ones, and the geometry of x that needs them.
   static int64_t plan_x(Stream& stream, int ranges_of_cta, int window) {
     stream.window = window;
-    stream.units = Divisor(window * StagedX<kFormat, kTokens>::kUnits);
-    stream.tokens_divisor = Divisor(stream.tokens);
+    stream.units = Divisor(window * StagedX<kFormat>::kUnits);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
     stream.x_groups = stream.x_group_shift > 0 ? window * kShape.piece_values >> stream.x_group_shift : 0;
-    return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * kTokens * stream.x_groups);
+    return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * stream.scale_tokens * stream.x_groups);
   }
 
   __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared_memory)
@@ -70,9 +73,9 @@ class StreamingProduct {
         end(s.first_piece(range + 1)),
         first_tile(blockIdx.x * s.tiles_of_cta),
         tile_end(min(s.tiles, first_tile + s.tiles_of_cta)),
-        x_scales(kFixedBytes + ranges_here * s.tokens * s.x_pitch),
+        x_values(kFixedBytes + range_here * s.tokens * s.x_pitch),
+        x_scales(kFixedBytes + ranges_here * s.tokens * s.x_pitch + range_here * s.x_groups * s.scale_tokens * 4),
         load_lane(tile_offset(lane % kTileRows, lane / kTileRows)),
-        x_lane(kFixedBytes + range_here * s.tokens * s.x_pitch + lane / 8 % (kTokenTiles == 1 ? 4 : 2) * 16),
         ring(s, shared, threadIdx.x / 32 * Ring::kBytes, lane, first_tile, tile_end, subtiles * Ring::kRows,
              subtile * Ring::kRows, begin, end) {}
 
@@ -80,6 +83,7 @@ class StreamingProduct {
   __device__ __forceinline__ void prefetch() { ring.fill(); }
 
   __device__ __forceinline__ void run() {
+    find_tokens();
     const int longest = (s.pieces + (1 << s.range_shift) - 1) >> s.range_shift;
     const int windows = (longest + s.window - 1) / s.window;
     for (int tile = first_tile; tile < tile_end; ++tile) {
@@ -87,15 +91,14 @@ class StreamingProduct {
       for (int window = 0; window < windows; ++window) {
         if (windows > 1 || tile == first_tile) {
           if (windows > 1) __syncthreads();  // everyone is done with the window before
-          StagedX<kFormat, kTokens>(s, shared + kFixedBytes, reinterpret_cast<float*>(shared + x_scales),
-                                    kSplit ? range : 0, ranges_here)
-              .load(window * s.window);
+          StagedX<kFormat>(s, shared + x_values, reinterpret_cast<float*>(shared + x_scales), subtile * 32 + lane,
+                           subtiles * 32)
+              .load(begin + window * s.window, end);
           __syncthreads();
         }
         const int last = min(end, begin + (window + 1) * s.window);
         for (int piece = begin + window * s.window; piece < last; ++piece) {
           multiply(ring.wait(), piece - begin - window * s.window);
-          ring.advance();
         }
       }
       if (ranges_here > 1) {
@@ -132,18 +135,27 @@ class StreamingProduct {
     ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
   }
 
+  // Where the lane's rows of x begin, of one or two tiles of tokens at a time. Tokens that are not there repeat the last
+  // one; nobody stores their sums.
+  __device__ __forceinline__ void find_tokens() {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int token = kTokenTiles == 1 ? lane % 8 : 16 * i + lane / 16 * 8 + lane % 8;
+      const int chunk = kTokenTiles == 1 ? lane / 8 : lane / 8 % 2;
+      x_lanes[i] = x_values + min(token, s.tokens - 1) * s.x_pitch + chunk * 16;
+    }
+  }
+
   // Chunks `chunk` and chunk + 1 (of the window's x) of all tokens: the words that stand against the weights'
-  // fragments. Tokens that are not there repeat the last one; nobody stores their sums.
+  // fragments.
   __device__ __forceinline__ void load_x(uint32_t (&words)[kTokenTiles][2], int chunk) const {
-    const uint8_t* const base = shared + x_lane + chunk * 16;
     if constexpr (kTokenTiles == 1) {
-      ptx::ldmatrix_x2(words[0], base + min(lane % 8, s.tokens - 1) * s.x_pitch);
+      ptx::ldmatrix_x2(words[0], shared + x_lanes[0] + chunk * 16);
     } else {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; n += 2) {
-        const int token = min(n * 8 + lane / 16 * 8 + lane % 8, s.tokens - 1);
         uint32_t four[4];
-        ptx::ldmatrix_x4(four, base + token * s.x_pitch);
+        ptx::ldmatrix_x4(four, shared + x_lanes[n / 2] + chunk * 16);
         words[n][0] = four[0], words[n][1] = four[1], words[n + 1][0] = four[2], words[n + 1][1] = four[3];
       }
     }
@@ -152,17 +164,17 @@ class StreamingProduct {
   // The same of one tile of tokens and chunks `chunk` .. chunk + 3.
   __device__ __forceinline__ void load_x_twice(uint32_t (&words)[2][1][2], int chunk) const {
     uint32_t four[4];
-    ptx::ldmatrix_x4(four, shared + x_lane + chunk * 16 + min(lane % 8, s.tokens - 1) * s.x_pitch);
+    ptx::ldmatrix_x4(four, shared + x_lanes[0] + chunk * 16);
     words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
   }
 
   // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
   __device__ __forceinline__ void promote(const Sums& part, const float (&weight_scales)[kTiles][2], int group) {
-    const int first = (range_here * s.x_groups + group) * kTokens + lane % 4 * 2;
-    const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + first;
+    const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + group * s.scale_tokens;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
-      const float2 of_x = *reinterpret_cast<const float2*>(scales + n * 8);
+      const int token = min(n * 8 + lane % 4 * 2, s.scale_tokens - 2);
+      const float2 of_x = *reinterpret_cast<const float2*>(scales + token);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -194,25 +206,52 @@ class StreamingProduct {
     }
   }
 
+  // What a warp reads of a stage at once: up to 8 tokens all of it, so that the stage can be copied to while the warp
+  // multiplies; beyond there are too few registers.
+  using Words = uint32_t[kSplit ? 1 : kTileChunks / 2][kTiles][4];
+
+  __device__ __forceinline__ void load_all(Words& all, int stage) {
+    if constexpr (!kSplit) {
+#pragma unroll
+      for (int pair = 0; pair < kTileChunks / 2; ++pair) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) load_weights(all[pair][m], stage, m, 2 * pair);
+      }
+      ring.advance();
+    }
+  }
+
+  // The words of pair `pair` of chunks.
+  __device__ __forceinline__ const uint32_t (&words_of(Words& all, int stage, int pair) const)[kTiles][4] {
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) load_weights(all[0][m], stage, m, 2 * pair);
+      return all[0];
+    } else {
+      return all[pair];
+    }
+  }
+
   // kSteps pairs of chunks are a scale group of x.
   template <int kSteps>
   __device__ __forceinline__ void multiply_fp8(int stage, float scale, int offset) {
     constexpr int kGroups = kTileChunks / 2 / kSteps;
-#pragma unroll 1
+    Words all;
+    load_all(all, stage);
+#pragma unroll(kSplit ? 1 : kGroups)
     for (int group = 0; group < kGroups; ++group) {
       Sums part;
       clear(part);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const int chunk = 2 * (group * kSteps + step);
+        const int pair = group * kSteps + step;
         uint32_t x_words[kTokenTiles][2], a[kTiles][2][4];
-        load_x(x_words, offset * kTileChunks + chunk);
+        load_x(x_words, offset * kTileChunks + 2 * pair);
+        const auto& words = words_of(all, stage, pair);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          uint32_t words[4];
-          load_weights(words, stage, m, chunk);
-          e4m3_fragment(a[m][0], words[0], words[1]);
-          e4m3_fragment(a[m][1], words[2], words[3]);
+          e4m3_fragment(a[m][0], words[m][0], words[m][1]);
+          e4m3_fragment(a[m][1], words[m][2], words[m][3]);
         }
         multiply_codes(part, a, x_words);
       }
@@ -221,6 +260,7 @@ class StreamingProduct {
       for (int m = 0; m < kTiles; ++m) scales[m][0] = scales[m][1] = scale;
       promote(part, scales, offset * kGroups + group);
     }
+    if constexpr (kSplit) ring.advance();
   }
 
   // Two fragments of the weight against two words of E4M3 codes of each token.
@@ -267,6 +307,7 @@ class StreamingProduct {
         promote(part, weight_scales, (offset * kTileChunks + chunk) >> (s.x_group_shift - 5));
       }
     }
+    ring.advance();
   }
 
   __device__ __forceinline__ void multiply_nvfp4(int stage, int offset) {
@@ -282,13 +323,14 @@ class StreamingProduct {
         scales[m][half][1] = __byte_perm(all.z, all.w, mine);
       }
     }
+    Words all;
+    load_all(all, stage);
 #pragma unroll
     for (int pair = 0; pair < kTileChunks / 2; ++pair) {
-      uint32_t words[kTiles][4];
+      const auto& words = words_of(all, stage, pair);
       __half2 factors[kTiles][2];  // of the pair's chunks in the halves
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        load_weights(words[m], stage, m, 2 * pair);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t codes = scales[m][half][pair / 2] >> pair % 2 * 16;
@@ -323,21 +365,24 @@ class StreamingProduct {
         }
       }
     }
+    if constexpr (kSplit) ring.advance();
   }
 
   __device__ __forceinline__ void multiply_dense(int stage, int offset) {
+    Words all;
+    load_all(all, stage);
 #pragma unroll
-    for (int chunk = 0; chunk < kTileChunks; chunk += 2) {
-      uint32_t b[kTokenTiles][2], a[kTiles][4];
-      load_x(b, offset * kTileChunks + chunk);
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) load_weights(a[m], stage, m, chunk);
+    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
+      uint32_t b[kTokenTiles][2];
+      load_x(b, offset * kTileChunks + 2 * pair);
+      const auto& words = words_of(all, stage, pair);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], a[m], b[n]);
+        for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], words[m], b[n]);
       }
     }
+    if constexpr (kSplit) ring.advance();
   }
 
   // ---- Sums ----
@@ -401,7 +446,9 @@ class StreamingProduct {
   int lane, ranges_here, subtiles, range_here, subtile, range;
   int begin, end;            // pieces of the warp's range
   int first_tile, tile_end;  // of the CTA
-  int x_scales, load_lane, x_lane;  // offsets in shared memory: of the scales, the lane's in a tile and in x
+  int x_values, x_scales;  // offsets in shared memory, of the warp's range
+  int load_lane;           // the lane's in a tile
+  int x_lanes[kLoads];     // and in x
   Ring ring;
   Sums total;
 };
@@ -411,7 +458,7 @@ template <Format kFormat, int kTokenTiles>
 cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
                           cudaStream_t stream) {
   using Kernel = StreamingProduct<kFormat, kTokenTiles>;
-  constexpr int kMostShared = 227 * 1024;
+  constexpr int kMostShared = 227 * 1024, kMostOfTwo = 113 * 1024;  // of a CTA, and of each of two on an SM
   Stream plan{};
   plan.product = product;
   plan.tokens = tokens;
@@ -420,24 +467,32 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   const int ranges = ranges_of(kFormat, product);
   while (1 << plan.range_shift < ranges) ++plan.range_shift;
   plan.pieces = pieces_of(kFormat, product);
-  const bool split = kTokenTiles > 2;
-  const int ranges_here = split ? 1 : ranges;
-  const int64_t rows = split ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
+  constexpr bool kSplit = Kernel::kSplit;
+  const int ranges_here = kSplit ? 1 : ranges;
+  const int64_t rows = kSplit ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
   plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
-  const int64_t columns = split ? ranges : 1;
-  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, kSms));
+  const int64_t columns = kSplit ? ranges : 1;
   const int64_t bytes = kFormat == Format::kDense ? 2 : 1;
   plan.row_bytes = static_cast<int>(kFormat == Format::kMxfp4 || kFormat == Format::kNvfp4 ? product.k / 2
                                                                                          : product.k * bytes);
-  plan.row_pitch = product.weight_stride * bytes;
+  plan.row_pitch = static_cast<int>(product.weight_stride * bytes);
+  plan.x_step = static_cast<int>(product.groups * product.x_stride * bytes);
+  plan.x_scale_step = static_cast<int>(product.groups * product.x_scale_stride);
+  plan.scale_tokens = (tokens + 1) / 2 * 2;
+  plan.scale_tokens_divisor = Divisor(plan.scale_tokens);
   plan.whole_pieces = plan.row_bytes / kTileRowBytes;
   int window = static_cast<int>(ceil_divide(plan.pieces, ranges));
   while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
     window = (window + 1) / 2;
   }
   const int64_t shared = Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window);
+  // Two CTAs an SM where they fit: eight warps alone leave more than half of the issue slots empty.
+  const int64_t ctas = shared <= kMostOfTwo ? Kernel::kCtasOfAnSm * kSms : kSms;
+  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, ctas));
   const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
                   static_cast<unsigned>(product.groups));
+  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) return status;
   return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(shared)}, plan);
 }
 

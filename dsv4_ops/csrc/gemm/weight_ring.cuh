@@ -32,6 +32,7 @@ class WeightRing {
         tile_end(tile_end),
         tile_stride(tile_stride),
         first_row(first_row),
+        group_row(static_cast<int>(blockIdx.z) * static_cast<int>(p.rows)),
         begin(begin),
         end(end),
         stage(offset) {
@@ -46,7 +47,7 @@ class WeightRing {
     load_block_scale();
   }
 
-  // The stage of the next piece, once it is there; all lanes call, and all call advance when they are done with it.
+  // The stage of the next piece, once it is there; all lanes call, and all call advance when they have read it.
   __device__ __forceinline__ int wait() const {
     ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
@@ -76,8 +77,8 @@ class WeightRing {
     next_piece = begin;
     const int row = row_of(tile);
     next_rows = min(kRows, static_cast<int>(p.rows) - row);
-    const int64_t first = blockIdx.z * p.rows + (next_rows > 0 ? row : 0);
-    next_source = static_cast<const uint8_t*>(p.weight) + (first + lane / kTileChunks) * s.row_pitch +
+    const int first = group_row + (next_rows > 0 ? row : 0);
+    next_source = static_cast<const uint8_t*>(p.weight) + static_cast<int64_t>(first + lane / kTileChunks) * s.row_pitch +
                   begin * kTileRowBytes + lane % kTileChunks * 16;
     if constexpr (kShape.scale_bytes > 0) {
       next_scales = static_cast<const uint8_t*>(p.weight_scale) + first * p.weight_scale_stride +
@@ -91,9 +92,9 @@ class WeightRing {
       const bool whole = next_piece < s.whole_pieces && next_rows == kRows;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        const uint8_t* const source = next_source + m * kTileRows * s.row_pitch;
+        const uint8_t* const source = next_source + static_cast<int64_t>(m) * kTileRows * s.row_pitch;
         if (whole) {
-          copy_whole_tile(shared, target + m * kTileBytes, source, 4 * s.row_pitch, lane);
+          copy_whole_tile(shared, target + m * kTileBytes, source, int64_t{4} * s.row_pitch, lane);
         } else {
           copy_tile(shared + target + m * kTileBytes, source, s.row_pitch, next_rows - m * kTileRows,
                     s.row_bytes - next_piece * kTileRowBytes, lane);
@@ -127,9 +128,9 @@ class WeightRing {
     if constexpr (kFormat == Format::kFp8) {
       scale_tile = tile;
       scale_piece = begin;
-      const int64_t row = blockIdx.z * p.rows + min(static_cast<int64_t>(row_of(tile)), p.rows - 1);
+      const int block = (group_row + min(row_of(tile), static_cast<int>(p.rows) - 1)) / 128;
       next_scales = static_cast<const uint8_t*>(p.weight_scale) +
-                    (row / 128 * p.weight_scale_stride + begin) * (p.fp32_weight_scale ? 4 : 1);
+                    (block * p.weight_scale_stride + begin) * (p.fp32_weight_scale ? 4 : 1);
     }
   }
 
@@ -151,7 +152,7 @@ class WeightRing {
   const Stream& s;
   const Product& p;
   uint8_t* shared;
-  int offset, lane, tile_end, tile_stride, first_row, begin, end;
+  int offset, lane, tile_end, tile_stride, first_row, group_row, begin, end;
   int stage;                                 // of the piece that is next to be multiplied with
   int next_tile, next_piece, next_rows;      // the next piece to copy, and how many rows of the tile there are
   const uint8_t *next_source, *next_scales;  // the lane's first 16 bytes of it, and the scales
