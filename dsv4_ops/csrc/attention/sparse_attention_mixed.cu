@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<Queries>(mixed, mixed.attention, memory, own);
+    consume_rows<Fold::kRunning, Queries>(mixed, mixed.attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();

@@ -1,5 +1,8 @@
-// Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. The same bits, but another
-// division of labour: two warpgroups share the keys, which two of 32 heads each would read twice.
+// Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. Another division of labour:
+// two warpgroups share the keys, which two of 32 heads each would read twice.
+//
+// Sequences of up to 8 rows have the bits of sparse_attention.cu: units are added by an FMA each. With more rows the
+// tensor cores add them to the output that is there, relative to a reference that rises with the largest score.
 //
 // A CTA owns 64 heads of one row at a time and goes from row to row. 512 threads, one CTA an SM:
 //
@@ -40,6 +43,8 @@ using namespace wide;
 constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
 static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
 static_assert(kThreads == 4 * kWarpgroup);
+
+constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -97,6 +102,7 @@ struct Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
+template <bool kRunning>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<Queries>(attention, attention, memory, own);
+    consume_rows<kRunning ? Fold::kRunning : Fold::kApart, Queries>(attention, attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();
@@ -124,7 +130,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  return launch_kernel(sparse_attention_wide_kernel, at, attention);
+  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<true>
+                                                          : sparse_attention_wide_kernel<false>,
+                       at, attention);
 }
 
 }  // namespace dsv4

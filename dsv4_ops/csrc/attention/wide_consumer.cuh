@@ -45,8 +45,11 @@ struct OfHeads {
   float value[2];
 };
 
-// Weights exp2(score - largest) of a unit, in the registers of the scores; the largest score and the sum of each head.
-__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHeads& largest, OfHeads& sum) {
+// Weights exp2(score - reference) of a unit, in the registers of the scores, and the sum of each head's. What they are
+// relative to is refer(head, largest score of the unit).
+template <typename Refer>
+__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer refer, OfHeads& reference,
+                                      OfHeads& sum) {
   const int lane = threadIdx.x % kWarp;
   if (valid != ~uint64_t{0}) {
     const uint64_t mine = valid >> lane % 4 * 2;
@@ -63,8 +66,8 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHea
     }
     float value = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
     value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2)) * kScoreScale;
-    largest.value[head] = value;
+    value = refer(head, fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2)) * kScoreScale);
+    reference.value[head] = value;
     const float offset = value == -INFINITY ? 0.0f : -value;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -106,13 +109,35 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, OfHea
   }
 }
 
-// Scores to weights for the unit of stage `own`, for both warpgroups.
-template <typename Queries, typename Memory>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own) {
+// How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
+// (softmax.cuh): the bits do not depend on who computes the unit. Running: relative to the reference that the units so
+// far have raised, its output added by the tensor cores.
+enum class Fold { kApart, kRunning };
+
+// Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
+template <Fold kFold, typename Queries, typename Memory>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own,
+                                           const RunningTotal (&totals)[2]) {
   float scores[32];
   queries.multiply(memory, own, scores);
-  OfHeads largest, sum;
-  weigh(scores, *reinterpret_cast<const uint64_t*>(memory.valid[own]), largest, sum);
+  OfHeads reference, sum;
+  const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
+  if constexpr (kFold == Fold::kApart) {
+    weigh(scores, valid, [](int, float largest) { return largest; }, reference, sum);
+  } else {
+    float before[2] = {totals[0].reference, totals[1].reference};
+    if (own == 1) {
+      ptx::named_barrier(weighed_barrier(0), kConsumers);
+      const float4 first = memory.weighed(0, 1).totals[threadIdx.x % kWarpgroup];
+      before[0] = first.x;
+      before[1] = first.y;
+    }
+    const auto raise = [&](int head, float largest) {
+      raise_reference(before[head], largest);
+      return before[head];
+    };
+    weigh(scores, valid, raise, reference, sum);
+  }
   const int thread = threadIdx.x % kWarpgroup;
   // What lay there is no longer read by any warp.
   if constexpr (Memory::kCodes) ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
@@ -125,7 +150,7 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
       weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
                                     pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
     }
-    weighed.totals[thread] = {largest.value[0], largest.value[1], sum.value[0], sum.value[1]};
+    weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
   }
   ptx::named_barrier_arrive(weighed_barrier(own), kConsumers);
 }
@@ -133,7 +158,7 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
 // Half of the output of 64 heads, not yet divided.
 struct Output {
   float sums[kHalfSlabs][32];
-  Total totals[2];
+  RunningTotal totals[2];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -141,44 +166,67 @@ struct Output {
 #pragma unroll
       for (int i = 0; i < 32; ++i) sums[slab][i] = 0.0f;
     }
-    totals[0] = totals[1] = Total();
+    totals[0] = totals[1] = RunningTotal();
+  }
+
+  __device__ __forceinline__ void rescale(float first, float second) {
+    if (!__any_sync(kAllLanes, first != 1.0f || second != 1.0f)) return;
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) sums[slab][i] = __fmul_rn(sums[slab][i], i / 2 % 2 == 0 ? first : second);
+    }
   }
 
   // Add the unit that lies in `stage`, and hand its half of the tile back.
-  template <typename Memory>
+  template <Fold kFold, typename Memory>
   __device__ __forceinline__ void add(Memory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
+    const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
     const Weighed& weighed = memory.weighed(stage, half);
     const int thread = threadIdx.x % kWarpgroup;
     uint4 weights[kUnit / 16];
 #pragma unroll
     for (int i = 0; i < kUnit / 16; ++i) weights[i] = weighed.weights[i][thread];
     const float4 unit = weighed.totals[thread];
-    const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
-    if (__any_sync(kAllLanes, steps[0].before != 1.0f || steps[1].before != 1.0f)) {
-#pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) sums[slab][i] = __fmul_rn(sums[slab][i], steps[i / 2 % 2].before);
-      }
-    }
-    const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
-    float part[32];
-#pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) {
-      ptx::pin_registers(part);
-      ptx::wgmma_fence();
+    // output [64 heads, 64 dimensions of a slab] = or += weights . keys, under way
+    const auto start = [&](int slab, float(&output)[32], bool accumulate) {
 #pragma unroll
       for (int step = 0; step < kUnit / 16; ++step) {
-        ptx::wgmma_64<true>(part, weights[step], ptx::advance_descriptor(b, slab * kSlabBytes + step * 2048), step > 0);
+        ptx::wgmma_64<true>(output, weights[step], ptx::advance_descriptor(b, slab * kSlabBytes + step * 2048),
+                            accumulate || step > 0);
       }
+    };
+    const int handed_back = empty_barrier(stage, half);
+    if constexpr (kFold == Fold::kRunning) {
+      rescale(totals[0].move_reference(unit.x, unit.z), totals[1].move_reference(unit.y, unit.w));
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; ++slab) start(slab, sums[slab], true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      ptx::pin_registers(part);
-      if (slab == kHalfSlabs - 1) ptx::named_barrier_arrive(empty_barrier(stage, half), kHandOverThreads);
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
+      for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
+      ptx::named_barrier_arrive(handed_back, kHandOverThreads);
+    } else {
+      const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
+      rescale(steps[0].before, steps[1].before);
+      float part[32];
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+        ptx::pin_registers(part);
+        ptx::wgmma_fence();
+        start(slab, part, false);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(part);
+        if (slab == kHalfSlabs - 1) ptx::named_barrier_arrive(handed_back, kHandOverThreads);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
+        }
       }
     }
   }
@@ -186,7 +234,7 @@ struct Output {
 
 // A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
 // queries to shared memory and to multiply keys by them.
-template <typename Queries, typename Operands, typename Memory>
+template <Fold kFold, typename Queries, typename Operands, typename Memory>
 __device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention, Memory& memory,
                                              int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
@@ -199,10 +247,13 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
   const auto load = [&](uint32_t tile) { queries.load(operands, tile / head_tiles, tile % head_tiles * kHeads); };
   copy(blockIdx.x);
   load(blockIdx.x);
-  RowKeys keys = keys_of_row(attention.keys, attention.rope, blockIdx.x / head_tiles);
+  int next_position = *position_of(attention.rope, blockIdx.x / head_tiles);
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const uint32_t next = min(tile + gridDim.x, work - 1);
-    const int units = (keys.count + kUnit - 1) / kUnit, position = keys.position;
+    const int position = next_position;
+    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, position);
+    const int units = (keys.count + kUnit - 1) / kUnit;
+    next_position = *position_of(attention.rope, next / head_tiles);
     queries.store(memory);
     meet_with_queries();
     Output output;
@@ -210,19 +261,20 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     if (units == 0) copy(next);
     for (int first = 0; first < units; first += kStages) {
       const int last = min(first + kStages, units) - 1;
-      if (first + own <= last) weigh_unit(queries, memory, own);
+      const bool weighs = first + own <= last;
+      if (weighs) weigh_unit<kFold>(queries, memory, own, output.totals);
+      const bool has_met = kFold == Fold::kRunning && own == 1 && weighs;  // at the other warpgroup's barrier
       for (int unit = first; unit <= last; ++unit) {
         const int stage = unit - first;
-        if (stage != own) ptx::named_barrier(weighed_barrier(stage), kConsumers);
+        if (stage != own && !has_met) ptx::named_barrier(weighed_barrier(stage), kConsumers);
         if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
           copy(next);
         }
-        output.add(memory, stage, own);
+        output.template add<kFold>(memory, stage, own);
       }
     }
     load(next);
-    keys = keys_of_row(attention.keys, attention.rope, next / head_tiles);
     store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
   }
   ptx::cp_async_wait<0>();

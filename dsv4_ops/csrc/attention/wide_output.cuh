@@ -53,9 +53,20 @@ __device__ __forceinline__ void store_rope_slab(const float (&sums)[32], int hea
   }
 }
 
+// A total to which units are also added that are relative to its own reference.
+struct RunningTotal : Total {
+  // The unit has raised the reference, or not: what came before is multiplied by the factor returned.
+  __device__ __forceinline__ float move_reference(float raised, float unit_sum) {
+    const float before = raised == reference ? 1.0f : ptx::ex2_approx_ftz(reference - raised);
+    reference = raised;
+    sum = __fmaf_rn(sum, before, unit_sum);
+    return before;
+  }
+};
+
 // Divide, turn and store what a consuming warpgroup has of a row.
 __device__ __forceinline__ void store_output(const SparseAttention& attention, const float (&sums)[kHalfSlabs][32],
-                                             const Total (&totals)[2], uint32_t row, int first_head, int position,
+                                             const RunningTotal (&totals)[2], uint32_t row, int first_head, int position,
                                              int half) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
 #pragma unroll
