@@ -18,7 +18,7 @@
 // other has the tensor cores. The second one stores the 128 columns of h that both have staged.
 //
 // What bounds it, in cycles of an SM for a step of 16 columns and a block of n rows: tensor cores 2n; L2, 2 KB of
-// weights and 32n bytes of rows. A warp executes about 60 instructions a step, of which decoding FP4 is 34, and a
+// weights and 32n bytes of rows. A warp executes about 55 instructions a step, of which decoding FP4 is 34, and a
 // scheduler has two such warps: latency between instructions counts as much as their number.
 #pragma once
 
@@ -218,7 +218,6 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
   using Shape = WeightShape<kFormat>;
   const int lane = threadIdx.x % kWarp, t = lane % 4, slot = threadIdx.x / kWarp * 8 + lane / 4;
   const int chunks = product.k / Shape::kChunk;
-  Factors<kFormat> factors;
   const uint8_t* block_scales[2];
   uint32_t ahead[2];
   if constexpr (kFormat == MoeFormat::kFp8) {
@@ -230,29 +229,45 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
       ahead[matrix] = *block_scales[matrix];
     }
   }
-  uint32_t a[2][2][4];  // of two steps
-  uint32_t read_panel = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  // Of a stage, what its first steps need: the pieces and the factors of their scales.
+  const auto load_stage = [&](int chunk, uint4 (&pieces)[kRowSets], Factors<kFormat>& factors) {
     ptx::mbarrier_wait(ptx::shared_address(memory.full_weights + rings.weights.stage), rings.weights.parity);
     if constexpr (Shape::kFp4) {
       factors.load(memory.scales[rings.scale_buffer], slot, chunk, t);
+      if (chunk % Shape::kScaleSpan == Shape::kScaleSpan - 1 || chunk == chunks - 1) {
+        rings.scale_buffer = rings.scale_buffer + 1 == Shape::kScaleBuffers ? 0 : rings.scale_buffer + 1;
+      }
     } else if constexpr (kFormat == MoeFormat::kFp8) {
       factors.set(ahead[0], ahead[1]);
       const int next = min(chunk + 1, chunks - 1);
       ahead[0] = block_scales[0][next];
       ahead[1] = block_scales[1][next];
     }
-    uint4 pieces[kRowSets];
+    if constexpr (kFormat != MoeFormat::kDense) {
+      load_weights<kFormat>(pieces, memory.weights[rings.weights.stage], 0);
+    }
+  };
+  uint4 pieces[kRowSets];
+  Factors<kFormat> factors;
+  load_stage(0, pieces, factors);
+  uint32_t a[2][2][4];  // of two steps
+  uint32_t read_panel = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    uint4 next_pieces[kRowSets] = {};
+    Factors<kFormat> next_factors{};
     uint64_t b = 0;
 #pragma unroll
     for (int step = 0; step < Shape::kSteps; ++step) {
-      if (step % Shape::kStepsOfLoad == 0) load_weights<kFormat>(pieces, memory.weights[rings.weights.stage], step);
+      if ((step > 0 || kFormat == MoeFormat::kDense) && step % Shape::kStepsOfLoad == 0) {
+        load_weights<kFormat>(pieces, memory.weights[rings.weights.stage], step);
+      }
       if (step % 4 == 0) factors.prepare(step);
       decode_step<kFormat>(a[step % 2][0], pieces, 0, step, factors);
       decode_step<kFormat>(a[step % 2][1], pieces, 1, step, factors);
       if (factors.large()) [[unlikely]] apply_rest<kFormat>(a[step % 2], factors);
       if (step == Shape::kSteps - Shape::kStepsOfLoad) {
-        ptx::mbarrier_arrive(ptx::shared_address(memory.empty_weights[rings.weights.stage] + threadIdx.x / kWarpgroup));
+        ptx::mbarrier_arrive(
+            ptx::shared_address(memory.empty_weights[rings.weights.stage] + threadIdx.x / kWarpgroup));
       }
       if (step % 4 == 0) {
         ptx::mbarrier_wait(ptx::shared_address(memory.full_panels + rings.panels.stage), rings.panels.parity);
@@ -268,13 +283,14 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
         read_panel = ptx::shared_address(memory.empty_panels + rings.panels.stage);
         rings.panels.advance();
       }
-    }
-    rings.weights.advance();
-    if constexpr (Shape::kFp4) {
-      if (chunk % Shape::kScaleSpan == Shape::kScaleSpan - 1 || chunk == chunks - 1) {
-        rings.scale_buffer = rings.scale_buffer + 1 == Shape::kScaleBuffers ? 0 : rings.scale_buffer + 1;
+      if (step == Shape::kSteps - (kFormat == MoeFormat::kDense ? 1 : 2)) {
+        rings.weights.advance();
+        if (chunk + 1 < chunks) load_stage(chunk + 1, next_pieces, next_factors);
       }
     }
+#pragma unroll
+    for (int set = 0; set < kRowSets; ++set) pieces[set] = next_pieces[set];
+    factors = next_factors;
   }
   ptx::wgmma_wait<0>();
   if (lane == 0) ptx::mbarrier_arrive(read_panel);
@@ -331,7 +347,8 @@ __device__ __forceinline__ void store_h(const PrefillProduct& product, const Til
   const int first = threadIdx.x % kWarpgroup / 8, chunk = threadIdx.x % 8;
   uint8_t* const h = product.h + (tile.part * 2 * product.rows.capacity + tile.block.first_row + first) * 128;
 #pragma unroll 2
-  for (int row = first; row < kN; row += kRowStep) {
+  for (int i = 0; i < kN / kRowStep; ++i) {
+    const int row = first + i * kRowStep;
     Chunk parts[2] = {staged(memory, 0, row, chunk), staged(memory, 1, row, chunk)};
     if constexpr (kFormat == MoeFormat::kFp8 || kFormat == MoeFormat::kMxfp4) round_fp8(parts);
     uint8_t* const target = h + (row - first) * 128 + chunk * 16;
@@ -378,11 +395,11 @@ __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, co
   stage<kN>(memory.staging[warpgroup], words);
   if (warpgroup == 0) {
     ptx::named_barrier_arrive(kStagedBarrier, kConsumers);
-    return;
+  } else {
+    ptx::named_barrier(kStagedBarrier, kConsumers);
+    store_h<kFormat, kN>(product, tile, memory);
+    if (!last) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
   }
-  ptx::named_barrier(kStagedBarrier, kConsumers);
-  store_h<kFormat, kN>(product, tile, memory);
-  if (!last) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
 }
 
 template <MoeFormat kFormat, int kN>

@@ -105,8 +105,8 @@ class Factors {
     }
   }
 
-  uint32_t codes_[kRowSets], factors_[kRowSets];
-  bool large_;
+  uint32_t codes_[kRowSets] = {}, factors_[kRowSets] = {};
+  bool large_ = false;
 };
 
 // A thread's part of a stage that `step` begins with, for each of its rows: a piece; of bf16 the half that a step
