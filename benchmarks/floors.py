@@ -24,6 +24,10 @@ class Traffic:
     bf16_flops: int = 0  # of those whose operands are exact in bf16, or sums of bf16 parts
     fp32_flops: int = 0  # of what has to keep fp32
 
+    @property
+    def flops(self) -> int:
+        return self.fp8_flops + self.bf16_flops + self.fp32_flops
+
     def __add__(self, other: "Traffic") -> "Traffic":
         pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
         return Traffic(*(mine + its for mine, its in pairs))
@@ -68,13 +72,16 @@ def floor(traffic: Traffic, ceilings: Ceilings) -> Floor:
 
 
 def measure_ceilings(time_us: Callable[[Callable[[], object]], float]) -> Ceilings:
-    """Copy and read-only bandwidth of this GPU, by torch's copy and sum over a GiB; `time_us` times a call."""
+    """Copy and read-only bandwidth of this GPU, by torch's kernels over a GiB; `time_us` times a call.
+
+    abs and not copy_, which in a graph becomes a memory copy node: not what a kernel reaches.
+    """
     import torch
 
     size = 1 << 28
     source = torch.randn(size, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / time_us(lambda: target.copy_(source))
+    copy = 2 * source.nbytes / time_us(lambda: torch.abs(source, out=target))
     rows = source.view(1 << 14, -1)
     read_only = source.nbytes / min(time_us(source.sum), time_us(lambda: rows.sum(1)))
     return Ceilings(copy=1e6 * copy, read_only=1e6 * read_only)

@@ -2,10 +2,11 @@
 
 Beside them stands what the peers' kernels take on an H200 for logits, metadata and top-k. Scores alone are timed where
 they fit in 1 GiB. Every query sees the whole context, as in the peers' measurements. Random queries and keys: scores
-without a pattern.
+without a pattern. A chart shows time and memory against the length of context.
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,6 +111,29 @@ def print_rows(rows: Iterable[dict[str, Any]]) -> None:
         )
 
 
+def bar(us: float, most: float, mark: str) -> str:
+    """A bar of up to 40 marks for `us` of `most`, logarithmic from 1 us on."""
+    return mark * max(1, round(40 * math.log(max(us, 1.0)) / math.log(max(most, math.e))))
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of time and memory against context: a group for each batch, k and form, ours (#) above the peers' (-)."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["form"], row["batch"], row["rows"], row["k"]), []).append(row)
+    most = max(max(row["warm_us"], row["peers"] or 0.0) for row in rows)
+    lines = []
+    for (form, batch, count, k), group in groups.items():
+        title = f"{form}, {batch} x {count} rows, k {k}: us, # ours, - peers, logarithmic; MiB beyond the arguments"
+        lines += ["", title]
+        for row in sorted(group, key=lambda row: row["entries"]):
+            extra = f"{row['peak_extra_bytes'] / 2**20:.1f} MiB"
+            lines.append(f"{row['entries']:>7} keys {row['warm_us']:>8.1f} {bar(row['warm_us'], most, '#')} {extra}")
+            if row["peers"] is not None:
+                lines.append(f"{'':>12} {row['peers']:>8.1f} {bar(row['peers'], most, '-')}")
+    return lines
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.indexer_gpu",
@@ -125,18 +149,25 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse()
+def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
+    """Time all cases, print table and chart, write the result file if there is a place for it."""
     require_kernels()
-    timer = Timer(arguments.replays)
+    timer = Timer(replays)
     rows = []
-    for form, case in tqdm([(form, case) for form in arguments.form for case in CASES], unit="case", leave=False):
+    for form, case in tqdm([(form, case) for form in forms for case in CASES], unit="case", leave=False):
         rows.append(measure(case, form, timer))
         torch.cuda.empty_cache()
     print_rows(rows)
+    print(*chart(rows), sep="\n")
     record = gpu_header() | {"heads": HEADS, "dim": DIM, "page_size": PAGE_SIZE, "rows": rows}
-    gpu = record["gpu"]["name"].lower().removeprefix("nvidia ").split()[0]
-    write(arguments.out or RESULTS / f"indexer_{gpu}.json", record)
+    if output is not None:
+        write(output, record)
+
+
+def main() -> None:
+    arguments = parse()
+    gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[0]
+    run(arguments.form, arguments.replays, arguments.out or RESULTS / f"indexer_{gpu}.json")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ DESCRIPTION = """\
 Time operators on a GPU at the shapes of V4-Flash and V4-Pro, by replaying CUDA graphs: warm (the same inputs again and
 again) and cold (L2 flushed before each call). Beside them stand the floor (what the operator must move or compute, over
 what the GPU can), the share of it that was reached, and what the peers' kernels take for the same work on an H200.
-Without --filter every operator that has a CUDA kernel is timed; --filter also finds those that run their reference."""
+Without --filter every operator that has a CUDA kernel is timed; --filter also finds those that run their reference.
+`dsv4 bench indexer` draws time and memory of index selections against the length of context instead."""
 
 
 def add_bench(commands) -> None:
@@ -30,9 +31,14 @@ def add_bench(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run_bench)
+    parser.add_argument(
+        "view", nargs="?", choices=("indexer",), help="index selections against context; takes --quick and --output"
+    )
     parser.add_argument("--filter", metavar="REGEX", help="only cases whose `operator case` matches, see --list")
     parser.add_argument("--model", choices=("flash", "pro", "both"), default="both", help="widths (default both)")
-    parser.add_argument("--tokens", metavar="T,T,...", help="tokens of a call (default 1,16,128,4096)")
+    parser.add_argument(
+        "--tokens", metavar="T,T,...", help="tokens of a call (default: those of the family, see --list)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer replays: noisier numbers")
     parser.add_argument("--list", action="store_true", help="print the operators and cases, time nothing")
     parser.add_argument(
@@ -42,6 +48,8 @@ def add_bench(commands) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
+    if arguments.view == "indexer":
+        return run_indexer(arguments)
     cases = select(arguments)
     if arguments.list:
         for case in cases:
@@ -50,7 +58,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     check_gpu(cases)
     record = measure(cases, QUICK_REPLAYS if arguments.quick else REPLAYS)
-    whole = not (arguments.filter or arguments.tokens or arguments.quick) and arguments.model == "both"
+    complete = not record.get("cases_not_timed")
+    whole = complete and not (arguments.filter or arguments.tokens or arguments.quick) and arguments.model == "both"
     output = arguments.output or (default_output(record["gpu"]["name"]) if whole else None)
     if output is not None:
         from benchmarks.record import write
@@ -63,13 +72,30 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
 
 
+def run_indexer(arguments: argparse.Namespace) -> None:
+    from model.errors import UserError
+
+    if arguments.filter or arguments.tokens or arguments.list or arguments.model != "both":
+        raise UserError("dsv4 bench indexer takes --quick and --output alone")
+    check_output(arguments.output)
+    check_gpu([])
+    import torch
+
+    from benchmarks import indexer_gpu
+
+    output = arguments.output
+    if output is None and not arguments.quick:
+        output = default_output(torch.cuda.get_device_name(), "indexer")
+    indexer_gpu.run(indexer_gpu.FORMS, QUICK_REPLAYS if arguments.quick else REPLAYS, output)
+
+
 def select(arguments: argparse.Namespace) -> "list[Case]":
     """The cases that the arguments ask for."""
     from benchmarks.cases import all_cases
-    from benchmarks.shapes import MODELS, TOKENS
+    from benchmarks.shapes import MODELS
     from model.errors import UserError
 
-    tokens = TOKENS if arguments.tokens is None else parse_tokens(arguments.tokens)
+    tokens = None if arguments.tokens is None else parse_tokens(arguments.tokens)
     cases = all_cases(MODELS[arguments.model], tokens)
     if arguments.filter is None:
         return [case for case in cases if arguments.list or not case.is_reference]
@@ -124,16 +150,16 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"{path.absolute().parent} is not a directory; make it first")
 
 
-def default_output(gpu: str) -> Path | None:
+def default_output(gpu: str, what: str = "ops") -> Path | None:
     """The result file of this GPU in a checkout; None where the package is installed."""
     if not (PACKAGE.parent / "pyproject.toml").is_file():
         return None
     name = gpu.lower().removeprefix("nvidia ").split()[0]
-    return PACKAGE / "results" / f"ops_{name}.json"
+    return PACKAGE / "results" / f"{what}_{name}.json"
 
 
 def measure(cases: "list[Case]", replays: int) -> dict[str, Any]:
-    """Time the cases one after another, print each when it is done, return the record."""
+    """Time the cases one after another, print each when it is done, return the record; an interrupt ends it early."""
     from dataclasses import asdict
 
     import torch
@@ -154,8 +180,12 @@ def measure(cases: "list[Case]", replays: int) -> dict[str, Any]:
         f" floors by {ceilings.copy / 1e12:.2f} and {ceilings.read_only / 1e12:.2f}"
     )
     rows = rows_of(cases, timer, ceilings, measured, record["rows"])
-    for line in text_lines(rows, width=max(len(case.name) for case in cases) + len(" (reference)")):
-        print(line, flush=True)
+    try:
+        for line in text_lines(rows, width=max(len(case.name) for case in cases) + len(" (reference)")):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(record['rows'])} of {len(cases)} cases")
+    record["cases_not_timed"] = len(cases) - len(record["rows"])
     return record
 
 

@@ -2,6 +2,7 @@
 
 A case names chains of kernels: what a peer launches one after another for the same work. Their times are added. Where a
 kernel has several rows for a shape (numbers of splits), the fastest counts, so a sum may be less than any real chain.
+Whole layers are those of transformers.
 """
 
 import json
@@ -51,6 +52,11 @@ def fastest(wanted: Kernel) -> PeerTime | None:
     rows = [row for row in table["rows"] if all(row[place] == value for place, value in places)]
     best = min(rows, key=lambda row: row[-2], default=None)
     return None if best is None else PeerTime((wanted.name,), best[-2], best[-1])
+
+
+def layer_us(kind: str, batch: int) -> float | None:
+    """The fastest mode of transformers for a layer of this kind in a decode step; None if it was not measured."""
+    return min((row[-1] for row in load()["layers"]["rows"] if row[0] == kind and row[2] == batch), default=None)
 
 
 def add_up(chain: Chain) -> PeerTime | None:

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.case import Case
 from benchmarks.floors import Ceilings, floor
 from benchmarks.peers import best_peer
-from benchmarks.targets import TARGETS
+from benchmarks.targets import COLD_TARGETS, TARGETS
 from benchmarks.timing import Times
 
 Row = Mapping[str, Any]
@@ -34,9 +34,11 @@ def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings) -> 
         "share": None if least.is_latency else round(least.us / times.cold, 3),
         "bytes_read": traffic.read,
         "bytes_written": traffic.written,
+        "flops": traffic.flops,
         "peer": None if peer is None else {"kernels": list(peer.kernels), "warm": peer.us, "cold": peer.cold_us},
         "ratio": None if peer is None else round(times.warm / peer.us, 3),
         "target": TARGETS.get(case.name),
+        "cold_target": COLD_TARGETS.get(case.name),
     }
 
 
@@ -49,7 +51,8 @@ def cells(row: Row) -> tuple[str, ...]:
     """The numbers of a row in the order of COLUMNS."""
     share = "latency" if row["share"] is None else f"{row['share']:.0%}"
     peer = ("", "") if row["peer"] is None else (f"{row['peer']['warm']:.2f}", f"{row['ratio']:.2f}")
-    target = "" if row["target"] is None else f"{row['target']:g}"
+    goals = ((row["target"], ""), (row.get("cold_target"), " cold"))
+    target = "".join(f"{us:g}{temperature}" for us, temperature in goals if us is not None)
     return (f"{row['warm']:.2f}", f"{row['cold']:.2f}", f"{row['floor']:.2f}", share, *peer, target)
 
 
@@ -64,14 +67,14 @@ def peer_names(row: Row) -> str:
 
 def text_lines(rows: Iterable[Row], width: int) -> Iterator[str]:
     """A table for a terminal, line by line as rows come; `width` characters for operator and case."""
-    yield f"{'us':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS) + "  peer"
+    yield f"{'us':<{width}}" + "".join(f" {column:>8}" for column in COLUMNS) + "  peer"
     for row in rows:
         mark = " (reference)" if row.get("runs") == "reference" else ""
         name = f"{row['op']} {row['case']}{mark}"
         if "error" in row:
             yield f"{name:<{width}}  {row['error']}"
             continue
-        yield f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells(row)) + f"  {peer_names(row)}"
+        yield f"{name:<{width}}" + "".join(f" {cell:>8}" for cell in cells(row)) + f"  {peer_names(row)}"
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -88,5 +91,34 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def headlines(record: Mapping[str, Any]) -> list[Row]:
     """The measured rows that TARGETS names, in its order."""
+    return named(record, TARGETS)
+
+
+def named(record: Mapping[str, Any], names: Iterable[str]) -> list[Row]:
     rows = {f"{row['op']} {row['case']}": row for row in record["rows"] if "error" not in row}
-    return [rows[name] for name in TARGETS if name in rows]
+    return [rows[name] for name in names if name in rows]
+
+
+def product_markdown(record: Mapping[str, Any]) -> str:
+    """The README's table of products with cold weights: what COLD_TARGETS names, in its order."""
+    lines = [
+        "| product | case | µs, cold | rate | share of floor | target | peers' best, cold | the peer's kernels |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in named(record, COLD_TARGETS):
+        target = COLD_TARGETS[f"{row['op']} {row['case']}"]
+        share = "latency" if row["share"] is None else f"{row['share']:.0%}"
+        peer, names = "", ", ".join(f"`{name}`" for name in peer_names(row).split(" + ") if name)
+        if row["peer"] is not None:
+            cold = row["peer"]["cold"]
+            peer = f"{row['peer']['warm']:.1f} (warm)" if cold is None else f"{cold:.1f}"
+        numbers = f"{row['cold']:.1f} | {rate(row)} | {share} | {target:g} | {peer} | {names}"
+        lines.append(f"| `{row['op']}` | {row['case']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def rate(row: Row) -> str:
+    """What a cold call moves or computes a second, whichever bounds it."""
+    if row["bound"] in ("memory", "latency"):
+        return f"{(row['bytes_read'] + row['bytes_written']) / row['cold'] / 1e3:.0f} GB/s"
+    return f"{row['flops'] / row['cold'] / 1e6:.0f} TFLOP/s"

@@ -4,7 +4,7 @@ warm   a graph of many calls with the same inputs; small inputs are in L2
 cold   a graph of pairs, first a kernel that writes more than L2 holds, then the call; the time of the same graph
        without the calls is subtracted. The two graphs take turns, so that both see the same clocks.
 
-Both are medians over replays, timed by events on the stream.
+Both are medians over replays, timed by events on the stream: fewer of graphs that take long.
 """
 
 import statistics
@@ -19,6 +19,8 @@ REPLAY_US = 1000  # how long a replay of warm calls should take at least
 MOST_CALLS = 200  # of one graph
 LEAST_CALLS = 4
 PAIRS = 10  # cold calls of one graph
+MOST_US = 1_000_000  # that all replays of a graph may take together
+LEAST_REPLAYS = 5
 FLUSH_BYTES = 256 << 20
 
 
@@ -47,11 +49,15 @@ class Timer:
         """us of a call, and how many calls a graph had."""
         few = replay_us(captured([call] * LEAST_CALLS), 3) / LEAST_CALLS
         calls = max(LEAST_CALLS, min(MOST_CALLS, round(REPLAY_US / few)))
-        return replay_us(captured([call] * calls), self.replays) / calls, calls
+        return replay_us(captured([call] * calls), self.affordable(few * calls)) / calls, calls
 
     def cold(self, call: Call) -> float:
         pairs = captured([self._flush, call] * PAIRS)
-        return paired_us(pairs, self._flushes, self.replays) / PAIRS
+        return paired_us(pairs, self._flushes, self.affordable(replay_us(pairs, 1))) / PAIRS
+
+    def affordable(self, us: float) -> int:
+        """How many replays of `us` each."""
+        return max(min(LEAST_REPLAYS, self.replays), min(self.replays, int(MOST_US / us)))
 
     def _flush(self) -> None:
         self._buffer.fill_(1)  # by a kernel; a memset of zeros might not pass through L2

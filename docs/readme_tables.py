@@ -13,11 +13,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import peers
 from benchmarks.decode_cpu import markdown as decode_table
 from benchmarks.decode_gpu import markdown as decode_gpu_table
+from benchmarks.decode_gpu import whole_markdown
 from benchmarks.evaluation_loss import markdown as evaluation_table
+from benchmarks.layer_gpu import markdown as layer_table
 from benchmarks.record import RESULTS
 from benchmarks.result import markdown as kernel_table
+from benchmarks.result import named, product_markdown
+from benchmarks.targets import COLD_TARGETS
 from docs import op_chart
 from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
 from dsv4_ops import ops
@@ -104,12 +109,64 @@ ratio of the warm ones. All cases that were timed are in
 {f"{gpu_provenance(record)} {record.get('note', '')}".rstrip()}"""
 
 
+def products() -> str:
+    """The section on products with cold weights; nothing before they were measured."""
+    record = op_chart.load()
+    if record is None or not named(record, COLD_TARGETS):
+        return ""
+    return f"""## Matrix products and experts on an H200
+
+Microseconds of one call whose weights are not in L2, which is what a decode step finds: a layer's weights are read once
+a step. T is the number of tokens. Rates are of the cold time, peers' where they were measured cold.
+
+{product_markdown(record)}
+
+{gpu_provenance(record)}"""
+
+
+def measured(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def layer_products() -> str:
+    """The section on the products of one layer as a chain; nothing before it was measured."""
+    record = measured("layer_products_h200")
+    if record is None:
+        return ""
+    return f"""### The products of a layer as a chain
+
+All matrix products of one V4-Flash CSA layer, the gate and the routed experts with them, one after another in a CUDA
+graph, through {record["layers"]} layers with weights of their own. A product may load its weights before the one in
+front of it has ended; one by one, cold, it cannot.
+
+{layer_table(record)}
+
+{gpu_provenance(record)}"""
+
+
+def whole_model() -> str:
+    """The section on a decode step of the whole of V4-Flash; nothing before it was measured."""
+    record = measured("decode_flash43_h200")
+    if record is None:
+        return ""
+    return f"""### The whole of V4-Flash on one H200
+
+All {len(record["layers"])} layers with {record["experts"]} of the 256 experts, which is what fits:
+{record["weight_bytes"] / 1e9:.1f} GB of random weights, made on the device. Context, graph and formats as above. The
+floor is what a step must read, at 4.7 TB/s; transformers is the time that its layers take on the same GPU, added up
+({peers.load()["layers"]["source"]}).
+
+{whole_markdown(record)}
+
+{gpu_provenance(record)}"""
+
+
 def decode_gpu() -> str:
     """The section on a decode step of four layers on an H200; nothing before it was measured."""
-    path = RESULTS / "decode_flash4_h200.json"
-    if not path.is_file():
+    record = measured("decode_flash4_h200")
+    if record is None:
         return ""
-    record = json.loads(path.read_text(encoding="utf-8"))
     return f"""## A decode step on an H200
 
 Four layers of V4-Flash ({", ".join(record["layers"])}) with random weights in the official format, embedding, head and
@@ -149,7 +206,10 @@ REGIONS = {
     "evaluation": lambda: results("evaluation_loss", evaluation_table),
     "decode": lambda: results("decode_cpu", decode_table),
     "kernels": kernels,
+    "products": products,
+    "layer-products": layer_products,
     "decode-gpu": decode_gpu,
+    "decode-whole": whole_model,
 }
 
 

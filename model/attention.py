@@ -1,8 +1,12 @@
 """Attention of the three block kinds: window; window + selected compressed entries (CSA); window + all of them (HCA).
 
 The projections are shared. What differs is which compressor runs before attention and which entries attention reads.
+Projections of one input are one product: of the hidden state wq_a and wkv, and all that the compressors project. wq_b
+and the indexer's are two: operators take queries whose heads lie at one distance over all tokens.
 Equations: DeepSeek-V4 report, section 2.3.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +19,36 @@ from model.storage import Storage
 
 
 class Compressor(nn.Module):
-    """Projections and parameters that turn `ratio` tokens into one entry of width `dim`; CSA overlaps two halves."""
+    """Parameters that turn projections of `ratio` tokens into one entry of width `dim`; CSA overlaps two halves."""
 
     def __init__(self, name: str, config: ModelConfig, dim: int, ratio: int, overlap: bool, storage: Storage):
         super().__init__()
         self.name, self.ratio, self.eps = name, ratio, config.rms_norm_eps
         width = dim * (2 if overlap else 1)
-        self.wkv = storage.plain_linear(f"{name}.wkv", width, config.hidden_size, fp32=True)
-        self.wgate = storage.plain_linear(f"{name}.wgate", width, config.hidden_size, fp32=True)
+        self.projections = {f"{name}.wkv": width, f"{name}.wgate": width}
         self.ape = parameter(ratio, width, dtype=torch.float32, device=storage.device)
         self.norm = parameter(dim, dtype=storage.dtype, device=storage.device)
 
     def forward(
-        self, append, state: Tensor, pool: Tensor, x: Tensor, rope_table: Tensor, table: Tensor, positions: Tensor
+        self,
+        append: Callable,
+        state: Tensor,
+        pool: Tensor,
+        kv: Tensor,
+        score: Tensor,
+        rope_table: Tensor,
+        table: Tensor,
+        positions: Tensor,
     ) -> None:
-        """Op `append` keeps the rows of x [B, S, d] in `state` and writes the entries that they complete to `pool`."""
-        kv, score = ops.linear_fp32(x, self.wkv.weight), ops.linear_fp32(x, self.wgate.weight)
+        """Op `append` keeps the rows of kv and score [B, S, width], the projections, in `state` and writes the entries
+        that they complete to `pool`."""
         page_size = compressed_page_size(self.ratio)
         append(
             state, pool, kv, score, self.ape, self.norm, rope_table, table, positions, self.eps, self.ratio, page_size
         )
 
     def bindings(self) -> list[Binding]:
-        return [
-            *self.wkv.bindings(),
-            *self.wgate.bindings(),
-            Binding((f"{self.name}.ape",), self.ape),
-            Binding((f"{self.name}.norm.weight",), self.norm),
-        ]
+        return [Binding((f"{self.name}.ape",), self.ape), Binding((f"{self.name}.norm.weight",), self.norm)]
 
 
 class Indexer(nn.Module):
@@ -53,23 +59,30 @@ class Indexer(nn.Module):
         self.heads, self.dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.ratio, self.format = ratio, index_format
         self.wq_b = storage.linear(f"{name}.wq_b", self.heads * self.dim, config.q_lora_rank)
-        self.weights_proj = storage.plain_linear(f"{name}.weights_proj", self.heads, config.hidden_size)
+        self.weights_proj = storage.plain_linear({f"{name}.weights_proj": self.heads}, config.hidden_size)
         self.compressor = Compressor(f"{name}.compressor", config, self.dim, ratio, True, storage)
 
     def forward(
-        self, x: Tensor, qr: tuple[Tensor, ...], positions: Tensor, rope_table: Tensor, state: LayerState
+        self,
+        x: Tensor,
+        qr: tuple[Tensor, ...],
+        kv: Tensor,
+        score: Tensor,
+        positions: Tensor,
+        rope_table: Tensor,
+        state: LayerState,
     ) -> Tensor:
-        """x [B, S, d], qr = the quantised query latent -> indices [B, S, index_topk] int32, -1 padded."""
+        """x [B, S, d], its projections kv and score, qr = the quantised query latent -> indices [B, S, index_topk]
+        int32, -1 padded."""
         page_size = compressed_page_size(self.ratio)
         append = getattr(ops, f"index_compress_append_{self.format}")
         query = getattr(ops, f"index_query_{self.format}")
         select = getattr(ops, f"index_topk_{self.format}")
-        self.compressor(append, state.index_state, state.index_pool, x, rope_table, state.compressed_table, positions)
+        table = state.compressed_table
+        self.compressor(append, state.index_state, state.index_pool, kv, score, rope_table, table, positions)
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
         query_parts = query(q, ops.linear_dense(x, self.weights_proj.weight), rope_table, positions)
-        return select(
-            *query_parts, state.index_pool, state.compressed_table, positions, self.ratio, page_size, self.topk
-        )
+        return select(*query_parts, state.index_pool, table, positions, self.ratio, page_size, self.topk)
 
     def bindings(self) -> list[Binding]:
         return [*self.wq_b.bindings(), *self.weights_proj.bindings(), *self.compressor.bindings()]
@@ -85,9 +98,8 @@ class WindowAttention(nn.Module):
         self.name, self.window, self.eps = name, config.sliding_window, config.rms_norm_eps
         self.heads, self.head_dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
         hidden, rank, width = config.hidden_size, config.q_lora_rank, self.heads * self.head_dim
-        self.wq_a = storage.linear(f"{name}.wq_a", rank, hidden)
+        self.wqkv_a = storage.linears({f"{name}.wq_a": rank, f"{name}.wkv": self.head_dim}, hidden)
         self.wq_b = storage.linear(f"{name}.wq_b", width, rank)
-        self.wkv = storage.linear(f"{name}.wkv", self.head_dim, hidden)
         self.wo_a = storage.grouped_linear(f"{name}.wo_a", self.groups, config.o_lora_rank, width // self.groups)
         self.wo_b = storage.linear(f"{name}.wo_b", hidden, self.groups * config.o_lora_rank)
         self.q_norm = parameter(rank, dtype=storage.dtype, device=storage.device)
@@ -96,12 +108,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, rope_table: Tensor, state: LayerState) -> Tensor:
         """x [B, S, d] (normed), positions [B, S] -> [B, S, d]."""
-        hidden = quantise(x, self.wq_a.activation)
-        qr = quantise(ops.rms_norm(self.wq_a(*hidden), self.q_norm, self.eps), self.wq_b.activation)
+        qr, kv = self.wqkv_a.split(*quantise(x, self.wqkv_a.activation))
+        qr = quantise(ops.rms_norm(qr, self.q_norm, self.eps), self.wq_b.activation)
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.head_dim))
         ops.qkv_norm_rope_append(
-            state.window_pool, q, self.wkv(*hidden), self.kv_norm, rope_table, state.window_table, positions,
-            self.eps, WINDOW_PAGE_SIZE,
+            state.window_pool, q, kv, self.kv_norm, rope_table, state.window_table, positions, self.eps,
+            WINDOW_PAGE_SIZE,
         )  # fmt: skip
         o, _ = self.attend(x, q, qr, positions, rope_table, state)
         o = o.flatten(-2).unflatten(-1, (self.groups, -1))
@@ -115,7 +127,7 @@ class WindowAttention(nn.Module):
         )  # fmt: skip
 
     def bindings(self) -> list[Binding]:
-        linears = (self.wq_a, self.wq_b, self.wkv, self.wo_a, self.wo_b)
+        linears = (self.wqkv_a, self.wq_b, self.wo_a, self.wo_b)
         return [
             *(binding for linear in linears for binding in linear.bindings()),
             Binding((f"{self.name}.q_norm.weight",), self.q_norm),
@@ -134,20 +146,24 @@ class SelectedAttention(WindowAttention):
         self.ratio = ratio
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, True, storage)
         self.indexer = Indexer(f"{name}.indexer", config, ratio, storage, index_format)
+        projections = self.compressor.projections | self.indexer.compressor.projections
+        self.to_compress = storage.plain_linear(projections, config.hidden_size, fp32=True)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+        kv, score, index_kv, index_score = self.to_compress.fp32_products(x)
         self.compressor(
-            ops.csa_compress_append, state.compressor_state, state.compressed_pool, x, rope_table,
+            ops.csa_compress_append, state.compressor_state, state.compressed_pool, kv, score, rope_table,
             state.compressed_table, positions,
         )  # fmt: skip
-        indices = self.indexer(x, qr, positions, rope_table, state)
+        indices = self.indexer(x, qr, index_kv, index_score, positions, rope_table, state)
         return ops.sparse_attention_selected(
             q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
             state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, compressed_page_size(self.ratio),
         )  # fmt: skip
 
     def bindings(self) -> list[Binding]:
-        return [*super().bindings(), *self.compressor.bindings(), *self.indexer.bindings()]
+        parts = (self.to_compress, self.compressor, self.indexer)
+        return [*super().bindings(), *(binding for part in parts for binding in part.bindings())]
 
 
 class CompressedAttention(WindowAttention):
@@ -159,10 +175,12 @@ class CompressedAttention(WindowAttention):
         super().__init__(name, config, storage)
         self.ratio = ratio
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, False, storage)
+        self.to_compress = storage.plain_linear(self.compressor.projections, config.hidden_size, fp32=True)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
+        kv, score = self.to_compress.fp32_products(x)
         self.compressor(
-            ops.hca_compress_append, state.compressor_state, state.compressed_pool, x, rope_table,
+            ops.hca_compress_append, state.compressor_state, state.compressed_pool, kv, score, rope_table,
             state.compressed_table, positions,
         )  # fmt: skip
         return ops.sparse_attention_compressed(
@@ -172,7 +190,7 @@ class CompressedAttention(WindowAttention):
         )  # fmt: skip
 
     def bindings(self) -> list[Binding]:
-        return [*super().bindings(), *self.compressor.bindings()]
+        return [*super().bindings(), *self.to_compress.bindings(), *self.compressor.bindings()]
 
 
 def make_attention(

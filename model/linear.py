@@ -1,12 +1,14 @@
 """Linear layers in the storage formats of the checkpoints, and how their inputs are quantised.
 
 A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of
-its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each.
+its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each. Where they can, layers
+with one input are one product: their weights lie below one another in one parameter, in whose rows the loader writes
+the checkpoint's tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from model.storage import Storage
 
 FP8_BLOCK = 128
+Parts = Mapping[str, int]  # linears of the checkpoint, by name, and how many rows of a weight each has, from the top
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,19 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Param
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
-def require_blocks(name: str, size: int, block: int) -> None:
+def require_blocks(parts: Iterable[str], size: int, block: int) -> None:
     if size % block:
+        name = next(iter(parts))
         raise CheckpointError(f"{name}: quantised layers need an input size that is a multiple of {block}, got {size}")
+
+
+def slices(tensor: Tensor, rows: Sequence[int], block: int = 1) -> Iterator[Tensor]:
+    """The rows of each part in a tensor that has a row for each `block` rows of the parts."""
+    first = 0
+    for count in rows:
+        last = first + -(-count // block)
+        yield tensor[first:last]
+        first = last
 
 
 class DenseLinear(nn.Module):
@@ -56,28 +69,38 @@ class DenseLinear(nn.Module):
 
     activation = "dense"
 
-    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+    def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        self.name, self.storage = name, storage
-        self.weight = parameter(rows, columns, dtype=storage.dtype, device=storage.device)
+        self.names, self.rows, self.storage = *zip(*parts.items(), strict=True), storage
+        self.weight = parameter(sum(parts.values()), columns, dtype=storage.dtype, device=storage.device)
+
+    @staticmethod
+    def can_join(parts: Parts) -> bool:
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_dense(x, self.weight)
 
     def bindings(self) -> list[Binding]:
-        return [self.storage.dense_binding(self.name, self.weight)]
+        weights = slices(self.weight, self.rows)
+        return [self.storage.dense_binding(name, weight) for name, weight in zip(self.names, weights, strict=True)]
 
 
 class PlainLinear(nn.Module):
-    """The weight of a linear that no checkpoint quantises; its user chooses the product."""
+    """The weight of linears that no checkpoint quantises; their user chooses the product."""
 
-    def __init__(self, name: str, rows: int, columns: int, storage: Storage, dtype: torch.dtype):
+    def __init__(self, parts: Parts, columns: int, storage: Storage, dtype: torch.dtype):
         super().__init__()
-        self.name = name
-        self.weight = parameter(rows, columns, dtype=dtype, device=storage.device)
+        self.names, self.rows = zip(*parts.items(), strict=True)
+        self.weight = parameter(sum(parts.values()), columns, dtype=dtype, device=storage.device)
+
+    def fp32_products(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The result of each of the linears, views of one fp32 product."""
+        return ops.linear_fp32(x, self.weight).split(self.rows, -1)
 
     def bindings(self) -> list[Binding]:
-        return [Binding((f"{self.name}.weight",), self.weight)]
+        weights = slices(self.weight, self.rows)
+        return [Binding((f"{name}.weight",), weight) for name, weight in zip(self.names, weights, strict=True)]
 
 
 class Fp8Linear(nn.Module):
@@ -85,22 +108,29 @@ class Fp8Linear(nn.Module):
 
     activation = "fp8"
 
-    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+    def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        require_blocks(name, columns, FP8_BLOCK)
-        self.name = name
+        require_blocks(parts, columns, FP8_BLOCK)
+        self.names, self.rows = zip(*parts.items(), strict=True)
+        rows = sum(self.rows)
         self.weight = parameter(rows, columns, dtype=torch.float8_e4m3fn, device=storage.device)
         blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
         self.weight_scale = parameter(*blocks, dtype=storage.fp8_scale_dtype, device=storage.device)
+
+    @staticmethod
+    def can_join(parts: Parts) -> bool:
+        """Every part but the last ends where a block of scales ends."""
+        return all(rows % FP8_BLOCK == 0 for rows in list(parts.values())[:-1])
 
     def forward(self, x: Tensor, x_scale: Tensor) -> Tensor:
         return ops.linear_fp8(x, x_scale, self.weight, self.weight_scale)
 
     def bindings(self) -> list[Binding]:
-        return [
-            fp8_binding(f"{self.name}.weight", self.weight),
-            Binding((f"{self.name}.scale",), self.weight_scale, as_bytes),
-        ]
+        weights, scales = slices(self.weight, self.rows), slices(self.weight_scale, self.rows, FP8_BLOCK)
+        result = []
+        for name, weight, scale in zip(self.names, weights, scales, strict=True):
+            result += [fp8_binding(f"{name}.weight", weight), Binding((f"{name}.scale",), scale, as_bytes)]
+        return result
 
 
 class Nvfp4Linear(nn.Module):
@@ -108,13 +138,19 @@ class Nvfp4Linear(nn.Module):
 
     activation = "nvfp4"
 
-    def __init__(self, name: str, rows: int, columns: int, storage: Storage):
+    def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        require_blocks(name, columns, 16)
-        self.name, device = name, storage.device
+        require_blocks(parts, columns, 16)
+        ((self.name, rows),) = parts.items()
+        self.rows, device = (rows,), storage.device
         self.weight = parameter(rows, columns // 2, dtype=torch.uint8, device=device)
         self.weight_scale = parameter(rows, columns // 16, dtype=torch.float8_e4m3fn, device=device)
         self.weight_global = parameter(1, dtype=torch.float32, device=device)
+
+    @staticmethod
+    def can_join(parts: Parts) -> bool:
+        """Each has an fp32 scale of its own."""
+        return len(parts) == 1
 
     def forward(self, x: Tensor, x_scale: Tensor, x_global: Tensor) -> Tensor:
         return ops.linear_nvfp4(x, x_scale, x_global, self.weight, self.weight_scale, self.weight_global)
@@ -125,6 +161,30 @@ class Nvfp4Linear(nn.Module):
             Binding((f"{self.name}.weight_scale",), self.weight_scale),
             Binding((f"{self.name}.weight_scale_2",), self.weight_global, lambda scale: scale.reshape(1)),
         ]
+
+
+class SharedInput(nn.Module):
+    """Linears with one input, as few products as their format allows: what each returns, side by side."""
+
+    def __init__(self, products: Sequence[nn.Module]):
+        super().__init__()
+        self.products = nn.ModuleList(products)
+        self.activation = products[0].activation
+
+    def forward(self, *activation: Tensor) -> Tensor:
+        results = [product(*activation) for product in self.products]
+        return results[0] if len(results) == 1 else torch.cat(results, -1)
+
+    def split(self, *activation: Tensor) -> list[Tensor]:
+        """The result of each of the linears; of one product they are views."""
+        results = []
+        for product in self.products:
+            y = product(*activation)
+            results += [y] if len(product.rows) == 1 else y.split(product.rows, -1)
+        return results
+
+    def bindings(self) -> list[Binding]:
+        return [binding for product in self.products for binding in product.bindings()]
 
 
 class DenseGroupedLinear(DenseLinear):

@@ -78,23 +78,27 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token passes: SwiGLU with the same clamp and route weight 1."""
+    """The expert that every token passes: SwiGLU with the same clamp and route weight 1.
+
+    `ones` [rows] f32, the route weights of as many rows as a call may have, are made with the state.
+    """
 
     def __init__(self, name: str, config: ModelConfig, storage: Storage):
         super().__init__()
         self.limit = config.swiglu_limit
+        self.register_buffer("ones", None, persistent=False)
         hidden, inner = config.hidden_size, config.moe_intermediate_size
-        self.w1 = storage.linear(f"{name}.w1", inner, hidden)
-        self.w3 = storage.linear(f"{name}.w3", inner, hidden)
+        self.w13 = storage.linears({f"{name}.w1": inner, f"{name}.w3": inner}, hidden)
         self.w2 = storage.linear(f"{name}.w2", hidden, inner)
 
     def forward(self, *activation: Tensor) -> Tensor:
-        gate_up = torch.cat((self.w1(*activation), self.w3(*activation)), dim=-1)
-        one = gate_up.new_ones(gate_up.shape[:-1], dtype=torch.float32)
+        gate_up = self.w13(*activation)
+        batch, rows = gate_up.shape[:-1]
+        one = self.ones[: batch * rows].view(batch, rows)
         return self.w2(*quantise(ops.swiglu(gate_up, one, self.limit), self.w2.activation))
 
     def bindings(self) -> list[Binding]:
-        return [binding for linear in (self.w1, self.w3, self.w2) for binding in linear.bindings()]
+        return [*self.w13.bindings(), *self.w2.bindings()]
 
 
 class MoE(nn.Module):
@@ -117,10 +121,10 @@ class MoE(nn.Module):
     def forward(self, y: Tensor, fixed_ids: Tensor) -> Tensor:
         """y [B, S, d] (normed), fixed_ids [B, S, k] int32 -> [B, S, d]: one rounding of routed + shared."""
         ids, weights = ops.gate(y, self.gate, self.bias, fixed_ids, self.topk, self.route_scale)
-        kind = self.shared.w1.activation
+        kind = self.shared.w13.activation
         activation = quantise(y, kind)
         routed = self.experts(y, activation, kind, ids, weights)
-        return (routed + self.shared(*activation).float()).to(y.dtype)
+        return self.shared(*activation).add_(routed)  # in fp32, rounded once
 
     def bindings(self) -> list[Binding]:
         gate = [Binding((f"{self.name}.gate.weight",), self.gate)]

@@ -13,9 +13,13 @@ from model.linear import (
     Fp8Linear,
     Nvfp4GroupedLinear,
     Nvfp4Linear,
+    Parts,
     PlainLinear,
+    SharedInput,
 )
 from model.weight_formats import DENSE, F32, FP8, NVFP4, WeightFormats
+
+LINEARS = {DENSE: DenseLinear, FP8: Fp8Linear, NVFP4: Nvfp4Linear}
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,27 @@ class Storage:
         return self.formats.of(name) if self.quantise_activations else DENSE
 
     def linear(self, name: str, rows: int, columns: int) -> nn.Module:
-        kind = {DENSE: DenseLinear, FP8: Fp8Linear, NVFP4: Nvfp4Linear}[self.format_of(name)]
-        return kind(name, rows, columns, self)
+        return LINEARS[self.format_of(name)]({name: rows}, columns, self)
+
+    def linears(self, parts: Parts, columns: int) -> SharedInput:
+        """Linears of one format that multiply the same input: one product where the format can join their rows."""
+        kind = LINEARS[self.format_of(next(iter(parts)))]
+        groups = [parts] if kind.can_join(parts) else [{name: rows} for name, rows in parts.items()]
+        return SharedInput([kind(group, columns, self) for group in groups])
 
     @property
     def fp32_operand_dtype(self) -> torch.dtype:
         """Of weights multiplied in fp32. A CPU would convert them in every call, a GPU does so while reading."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
-    def plain_linear(self, name: str, rows: int, columns: int, *, fp32: bool = False) -> nn.Module:
-        """A linear that no checkpoint quantises; `fp32`: one whose product is computed and kept in fp32."""
-        return PlainLinear(name, rows, columns, self, self.fp32_operand_dtype if fp32 else self.dtype)
+    def plain_linear(self, parts: Parts, columns: int, *, fp32: bool = False) -> PlainLinear:
+        """Linears that no checkpoint quantises; `fp32`: those whose product is computed and kept in fp32."""
+        return PlainLinear(parts, columns, self, self.fp32_operand_dtype if fp32 else self.dtype)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
         """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
         kind = Nvfp4GroupedLinear if self.format_of(name) == NVFP4 else DenseGroupedLinear
-        return kind(name, groups * rank, columns, self)
+        return kind({name: groups * rank}, columns, self)
 
     def dense_binding(self, name: str, target: Tensor) -> Binding:
         """Fill `target` with the linear's weight, dequantised if the checkpoint quantises it."""

@@ -119,25 +119,32 @@ class DeepseekV4(nn.Module):
         )  # fmt: skip
         self.register_buffer("window_rope", plain.to(device), persistent=False)
         self.register_buffer("compressed_rope", compressed.to(device), persistent=False)
+        rows = sizes.max_batch * sizes.max_chunk
+        free = torch.full((rows, config.num_experts_per_tok), -1, dtype=torch.int32, device=device)
+        self.register_buffer("free_slots", free, persistent=False)  # the router chooses
+        ones = torch.ones(rows, dtype=torch.float32, device=device)
+        for block in (*self.blocks, *(draft.block for draft in self.drafts)):
+            block.ffn.shared.ones = ones
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, positions: Tensor, state: DecodeState | None = None) -> Tensor:
         """tokens [B, S] int64, positions [B, S] int32 (-1: no token; a sequence's rows are consecutive) -> streams
         [B, S, n, d] after the last block. Writes the caches. B is the batch of the state (default: the model's whole
         state), S at most its chunk."""
-        streams = self.embedding(tokens).unsqueeze(-2).repeat(1, 1, self.config.hc_mult, 1)
-        chosen = positions.new_full((*tokens.shape, self.config.num_experts_per_tok), -1)
-        hashed = iter(self.hash_experts)
+        known = tokens.clamp_min(0)
+        streams = self.embed[known.unsqueeze(-1).expand(-1, -1, self.config.hc_mult)]
+        tables = iter(self.hash_experts)
         layers = (self.state if state is None else state).layers
         for block, layer in zip(self.blocks, layers, strict=False):
-            fixed = next(hashed)[tokens.clamp_min(0)] if block.ffn.hashed else chosen
+            fixed = next(tables)[known] if block.ffn.hashed else self.free(tokens)
             table = self.window_rope if block.attn.kind == "window" else self.compressed_rope
             self._mark_rows_dynamic(streams, positions, fixed)
             streams = block(streams, positions, fixed, table, layer)
         return streams
 
-    def embedding(self, tokens: Tensor) -> Tensor:
-        return self.embed[tokens.clamp_min(0)]
+    def free(self, tokens: Tensor) -> Tensor:
+        """fixed_ids of tokens [B, S] for which the router chooses all experts."""
+        return self.free_slots[: tokens.numel()].view(*tokens.shape, -1)
 
     def logits(self, streams: Tensor) -> Tensor:
         """streams [B, S, n, d] -> [B, S, vocab] fp32."""
@@ -148,9 +155,8 @@ class DeepseekV4(nn.Module):
         """Trunk streams at `positions` and the tokens that follow them -> logits of the tokens after those."""
         module = self.drafts[draft]
         layer = self.state.layers[len(self.blocks) + draft]
-        streams = module.streams(streams, self.embedding(next_tokens))
-        chosen = positions.new_full((*positions.shape, self.config.num_experts_per_tok), -1)
-        streams = module.block(streams, positions, chosen, self.window_rope, layer)
+        streams = module.streams(streams, self.embed[next_tokens.clamp_min(0)])
+        streams = module.block(streams, positions, self.free(positions), self.window_rope, layer)
         return module.head(streams, self.vocabulary)
 
     @torch.no_grad()

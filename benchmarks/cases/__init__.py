@@ -1,6 +1,7 @@
 """Cases of every operator, one file a family as in dsv4_ops/ops: inputs, what they move, the peers' counterparts.
 
-Two models often have one case in common: the name of a case tells all that it depends on.
+Two models often have one case in common: the name of a case tells all that it depends on. A family that is timed at
+other numbers of tokens than the rest has them as `TOKENS`.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from benchmarks.cases import (
     router,
     sampling,
 )
-from benchmarks.shapes import Widths
+from benchmarks.shapes import TOKENS, Widths
 
 FAMILIES = (
     quant,
@@ -38,12 +39,13 @@ FAMILIES = (
 )
 
 
-def all_cases(models: Iterable[Widths], tokens: Iterable[int]) -> list[Case]:
-    """Every case of these models and numbers of tokens, once, operator by operator."""
-    models, tokens = tuple(models), tuple(tokens)
+def all_cases(models: Iterable[Widths], tokens: Iterable[int] | None = None) -> list[Case]:
+    """Every case of these models and numbers of tokens (default: those of each family), once, operator by operator."""
+    models, tokens = tuple(models), None if tokens is None else tuple(tokens)
     found: dict[str, Case] = {}
     for family in FAMILIES:
-        of_family = [case for w in models for count in tokens for case in family.cases(w, count)]
+        counts = getattr(family, "TOKENS", TOKENS) if tokens is None else tokens
+        of_family = [case for w in models for count in counts for case in family.cases(w, count)]
         operators = list(dict.fromkeys(case.op_name for case in of_family))
         for case in sorted(of_family, key=lambda case: operators.index(case.op_name)):
             found.setdefault(case.name, case)

@@ -1,4 +1,4 @@
-"""Products of the query's second projection, and of the grouped output projection, in every format."""
+"""Products: all that the released models store in FP8, two of them in every format, and those that are kept in fp32."""
 
 from collections.abc import Iterator
 
@@ -9,10 +9,12 @@ from benchmarks.cases.nvfp4 import nvfp4_bytes
 from benchmarks.cases.quant import GROUP, fp8_bytes, mxfp4_bytes
 from benchmarks.floors import Traffic
 from benchmarks.inputs import Inputs
-from benchmarks.peers import kernel
+from benchmarks.peers import Chain, kernel
 from benchmarks.shapes import MOST_DECODE_ROWS, Widths
 
+TOKENS = (1, 16, 64, 4096)
 FORMATS = ("dense", "fp8", "mxfp4", "nvfp4")
+MOST_HEAD_ROWS = 64  # the head is multiplied with the last token of each sequence
 
 
 def product(form: str, flops: int) -> Traffic:
@@ -51,41 +53,73 @@ def make_weight(i: Inputs, form: str, *shape: int) -> tuple:
     return getattr(i, f"{form}_weight")(*shape)
 
 
-def cases(w: Widths, tokens: int) -> Iterator[Case]:
-    if tokens > MOST_DECODE_ROWS:
-        return
-    columns, rows = w.q_lora_rank, w.num_attention_heads * w.head_dim
-    groups, group_columns, group_rows = w.o_groups, rows // w.o_groups, w.o_lora_rank
-    for form in FORMATS:
-        flops = 2 * tokens * rows * columns
-        read = input_bytes(form, tokens, columns) + weight_bytes(form, rows, columns)
-        yield Case(
-            f"linear_{form}", tokens, f"{rows} x {columns}", Traffic(read, 2 * tokens * rows) + product(form, flops),
-            lambda i, form=form: (*make_input(i, form, tokens, columns), *make_weight(i, form, rows, columns)),
-            ((kernel("dg_fp8_gemm_nt", m=tokens, n=rows, k=columns),),) if form == "fp8" else (),
-        )  # fmt: skip
-        out = groups * group_rows
-        read = input_bytes(form, tokens * groups, group_columns) + weight_bytes(form, out, group_columns)
-        yield Case(
-            f"grouped_linear_{form}", tokens, f"{groups} x {group_rows} x {group_columns}",
-            Traffic(read, 2 * tokens * out) + product(form, 2 * tokens * out * group_columns),
-            lambda i, form=form, out=out: (
-                *make_input(i, form, tokens, groups, group_columns), *make_weight(i, form, out, group_columns)
-            ),
-        )  # fmt: skip
-    width = w.head_dim * 2  # projections of the CSA compressor
-    flops, weight = 2 * tokens * width * w.hidden_size, 2 * width * w.hidden_size
-    yield Case(
-        "linear_fp32", tokens, f"{width} x {w.hidden_size}",
-        Traffic(2 * tokens * w.hidden_size + weight, 4 * tokens * width, bf16_flops=flops),
-        lambda i: (
-            i.normal(tokens, w.hidden_size), i.normal(width, w.hidden_size, scale=w.hidden_size**-0.5)
-        ),
+def fp8_products(w: Widths) -> Iterator[tuple[str, int, int]]:
+    """(name, rows, columns) of the linears of a block, those with one input as the one product that they are."""
+    queries, inner = w.num_attention_heads * w.head_dim, w.moe_intermediate_size
+    yield "q_a + kv", w.q_lora_rank + w.head_dim, w.hidden_size
+    yield "q_b", queries, w.q_lora_rank
+    yield "indexer q_b", w.index_n_heads * w.index_head_dim, w.q_lora_rank
+    yield "wo_b", w.hidden_size, w.o_groups * w.o_lora_rank
+    yield "shared w1 + w3", 2 * inner, w.hidden_size
+    yield "shared w2", w.hidden_size, inner
+
+
+def fp32_products(w: Widths, tokens: int) -> Iterator[tuple[str, int, int]]:
+    """The same of products with bf16 weights that are kept in fp32."""
+    yield "CSA compressors", 4 * (w.head_dim + w.index_head_dim), w.hidden_size
+    yield "HCA compressor", 2 * w.head_dim, w.hidden_size
+    if tokens <= MOST_HEAD_ROWS:
+        yield "head", w.vocab_size, w.hidden_size
+
+
+def fp8_peers(tokens: int, rows: int, columns: int) -> tuple[Chain, ...]:
+    """DeepGEMM at the same shape. Of q_a + kv of Flash only q_a was measured: in decode, the least for both."""
+    measured = 1024 if (rows, columns) == (1536, 4096) and tokens <= MOST_DECODE_ROWS else rows
+    return ((kernel("dg_fp8_gemm_nt", m=tokens, n=measured, k=columns),),)
+
+
+def linear(form: str, name: str, tokens: int, rows: int, columns: int) -> Case:
+    flops = 2 * tokens * rows * columns
+    read = input_bytes(form, tokens, columns) + weight_bytes(form, rows, columns)
+    return Case(
+        f"linear_{form}", tokens, f"{name} {rows} x {columns}", Traffic(read, 2 * tokens * rows) + product(form, flops),
+        lambda i: (*make_input(i, form, tokens, columns), *make_weight(i, form, rows, columns)),
+        fp8_peers(tokens, rows, columns) if form == "fp8" else (),
     )  # fmt: skip
 
 
-def experts(i: Inputs, form: str, w: Widths) -> tuple[torch.Tensor, ...]:
-    """w1, w3 and w2 of all experts, each with its scales."""
+def fp32_linear(name: str, tokens: int, rows: int, columns: int) -> Case:
+    return Case(
+        "linear_fp32", tokens, f"{name} {rows} x {columns}",
+        Traffic(2 * (tokens + rows) * columns, 4 * tokens * rows, bf16_flops=2 * tokens * rows * columns),
+        lambda i: (i.normal(tokens, columns), i.normal(rows, columns, scale=columns**-0.5)),
+    )  # fmt: skip
+
+
+def grouped_linear(form: str, w: Widths, tokens: int) -> Case:
+    groups, rank = w.o_groups, w.o_lora_rank
+    columns, rows = w.num_attention_heads * w.head_dim // groups, groups * rank
+    read = input_bytes(form, tokens * groups, columns) + weight_bytes(form, rows, columns)
+    return Case(
+        f"grouped_linear_{form}", tokens, f"wo_a {groups} x {rank} x {columns}",
+        Traffic(read, 2 * tokens * rows) + product(form, 2 * tokens * rows * columns),
+        lambda i: (*make_input(i, form, tokens, groups, columns), *make_weight(i, form, rows, columns)),
+        ((kernel("dg_fp8_einsum_wo_a", b=tokens, h=groups, r=columns, d=rank),),) if form == "fp8" else (),
+    )  # fmt: skip
+
+
+def cases(w: Widths, tokens: int) -> Iterator[Case]:
+    for form in FORMATS:
+        for name, rows, columns in fp8_products(w):
+            if form == "fp8" or name == "q_b":
+                yield linear(form, name, tokens, rows, columns)
+        yield grouped_linear(form, w, tokens)
+    for name, rows, columns in fp32_products(w, tokens):
+        yield fp32_linear(name, tokens, rows, columns)
+
+
+def experts(i: Inputs, form: str, w: Widths, count: int) -> tuple[torch.Tensor, ...]:
+    """w1, w3 and w2 of `count` experts, each with its scales."""
     inner, dim = w.moe_intermediate_size, w.hidden_size
     shapes = ((inner, dim), (inner, dim), (dim, inner))
-    return tuple(part for shape in shapes for part in make_weight(i, form, w.n_routed_experts, *shape))
+    return tuple(part for shape in shapes for part in make_weight(i, form, count, *shape))

@@ -3,6 +3,9 @@
 A quantised product is the product of the dequantised operands, which are exact in fp32: power-of-two and E4M3 scales
 are applied to the operands, fp32 global scales to the product. `T` stands for any leading dimensions. Grouped products
 keep the checkpoint's layout: x [T, G, K], weight [G*R, K], group g of x meets rows g*R .. (g+1)*R - 1.
+
+On CUDA a row's bits do not depend on how many rows there are up to 64. Beyond, where libraries are faster, they compute
+(csrc/gemm/large.h): FP8 with the accumulation of Hopper's tensor cores, which keeps 13 bits below the largest term.
 """
 
 from collections.abc import Callable
@@ -12,14 +15,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dsv4_ops.ops.formats import FP8, decode_finite_e4m3, look_up_e2m1_pairs, look_up_ue8m0
+from dsv4_ops.ops.gemm_workspace import room_for_fp4, room_for_fp8, room_for_sums
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference
-from dsv4_ops.registry import Cuda, define, describe, expect
+from dsv4_ops.registry import define, describe, expect
 
 BLOCK = 128  # rows and columns of an FP8 weight that share a scale
-# Weights that the reference of a product dequantises at a time: what fits into a CPU's cache; on a GPU, where every
-# step is a launch, what fits into its memory easily. The sum of a row does not depend on it.
-VALUES_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 28}
+VALUES_AT_ONCE = 1 << 17  # weights that a reference dequantises at a time: what fits into a CPU's cache
 
 
 def scale_groups(values: Tensor, scale: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_by_rows(x: Tensor, weight: Tensor, scale: Tensor, dequantise: Callable, rows_per_scale: int) -> Tensor:
     """fp32 x [T, K] @ dequantise(weight [N, K], scale)^T, some rows at a time."""
-    rows = max(1, VALUES_AT_ONCE.get(x.device.type, 1 << 17) // (BLOCK * x.shape[-1])) * BLOCK
+    rows = max(1, VALUES_AT_ONCE // (BLOCK * x.shape[-1])) * BLOCK
     starts = range(0, weight.shape[0], rows)
     scales = [scale[start // rows_per_scale : -(-(start + rows) // rows_per_scale)] for start in starts]
     return torch.cat(
@@ -171,20 +173,14 @@ def check_dense(op: str):
     return check
 
 
-def check_fp8(op: str):
+def check_fp8_x(op: str, *, fp4_weight: bool):
     def check(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
         expect_fp8_rows(op, x, x_scale)
-        expect_fp8_blocks(op, "weight", weight, weight_scale)
-        expect_product(op, x, weight, x.shape[-1])
-
-    return check
-
-
-def check_mxfp4(op: str):
-    def check(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
-        expect_fp8_rows(op, x, x_scale)
-        expect_fp4(op, "weight", weight, weight_scale, MXFP4_GROUP, torch.uint8)
-        expect_product(op, x, weight, x.shape[-1] // 2)
+        if fp4_weight:
+            expect_fp4(op, "weight", weight, weight_scale, MXFP4_GROUP, torch.uint8)
+        else:
+            expect_fp8_blocks(op, "weight", weight, weight_scale)
+        expect_product(op, x, weight, x.shape[-1] // (1 + fp4_weight))
 
     return check
 
@@ -215,7 +211,7 @@ linear_dense = define(
     alloc=lambda x, weight: alloc_rows(x, weight, x.dtype),
     reference=linear_dense_reference,
     check=check_dense("linear_dense"),
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, weight: room_for_sums(x, weight, 1),
 )
 
 # x [T, K] bf16 | f32, weight [N, K] bf16 | f32 -> y [T, N] f32
@@ -224,7 +220,7 @@ linear_fp32 = define(
     alloc=lambda x, weight: alloc_rows(x, weight, torch.float32),
     reference=linear_fp32_reference,
     check=check_dense("linear_fp32"),
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, weight: room_for_sums(x, weight, 1),
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K] E4M3, weight_scale [ceil(N/128), ceil(K/128)] uint8 | f32
@@ -233,8 +229,8 @@ linear_fp8 = define(
     "linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale) -> (Tensor y)",
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_fp8_reference,
-    check=check_fp8("linear_fp8"),
-    cuda=Cuda.REFERENCE,
+    check=check_fp8_x("linear_fp8", fp4_weight=False),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp8(x, weight, 1),
 )
 
 # x [T, K] E4M3, x_scale [T, K/group] uint8, weight [N, K/2] uint8, weight_scale [N, K/32] uint8 -> y [T, N] bf16
@@ -242,8 +238,8 @@ linear_mxfp4 = define(
     "linear_mxfp4(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale) -> (Tensor y)",
     alloc=lambda x, x_scale, weight, weight_scale: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_mxfp4_reference,
-    check=check_mxfp4("linear_mxfp4"),
-    cuda=Cuda.REFERENCE,
+    check=check_fp8_x("linear_mxfp4", fp4_weight=True),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp4(x, weight),
 )
 
 # x [T, K/2] uint8, x_scale [T, K/16] E4M3, x_global [T, 1] | [1] f32,
@@ -254,7 +250,7 @@ linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_rows(x, weight, torch.bfloat16),
     reference=linear_nvfp4_reference,
     check=check_nvfp4("linear_nvfp4"),
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, x_global, weight, *scales: room_for_fp4(x, weight),
 )
 
 # x [T, G, K] bf16 | f32, weight [G*R, K] bf16 | f32 -> y [T, G*R] of x's dtype
@@ -263,7 +259,7 @@ grouped_linear_dense = define(
     alloc=lambda x, weight: alloc_groups(x, weight, x.dtype),
     reference=grouped_linear_dense_reference,
     check=check_dense("grouped_linear_dense"),
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, weight: room_for_sums(x, weight, 2),
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K], weight_scale [ceil(G*R/128), ceil(K/128)] as linear_fp8
@@ -272,8 +268,8 @@ grouped_linear_fp8 = define(
     "grouped_linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale) -> (Tensor y)",
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_fp8_reference,
-    check=check_fp8("grouped_linear_fp8"),
-    cuda=Cuda.REFERENCE,
+    check=check_fp8_x("grouped_linear_fp8", fp4_weight=False),
+    workspace=lambda x, x_scale, weight, *scale: room_for_fp8(x, weight, 2),
 )
 
 # x [T, G, K], x_scale [T, G, K/group], weight [G*R, K/2], weight_scale [G*R, K/32] as linear_mxfp4 -> y [T, G*R] bf16
@@ -281,8 +277,8 @@ grouped_linear_mxfp4 = define(
     "grouped_linear_mxfp4(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale) -> (Tensor y)",
     alloc=lambda x, x_scale, weight, weight_scale: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_mxfp4_reference,
-    check=check_mxfp4("grouped_linear_mxfp4"),
-    cuda=Cuda.REFERENCE,
+    check=check_fp8_x("grouped_linear_mxfp4", fp4_weight=True),
+    workspace=lambda x, x_scale, weight, *scale: room_for_sums(x, weight, 2),
 )
 
 # x [T, G, K/2], x_scale [T, G, K/16], x_global [T, G, 1] | [1], weight [G*R, K/2], weight_scale [G*R, K/16],
@@ -293,5 +289,5 @@ grouped_linear_nvfp4 = define(
     alloc=lambda x, x_scale, x_global, weight, weight_scale, weight_global: alloc_groups(x, weight, torch.bfloat16),
     reference=grouped_linear_nvfp4_reference,
     check=check_nvfp4("grouped_linear_nvfp4"),
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, x_global, weight, *scales: room_for_sums(x, weight, 2),
 )

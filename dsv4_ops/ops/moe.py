@@ -24,11 +24,12 @@ from dsv4_ops.ops.gemm import (
     expect_fp8_blocks,
     expect_fp8_rows,
 )
+from dsv4_ops.ops.moe_workspace import alloc_workspace
 from dsv4_ops.ops.norm import ACTIVATION_DTYPES, swiglu_reference
 from dsv4_ops.ops.nvfp4 import NVFP4_GROUP, expect_global_scale, nvfp4_row_scale_reference, quant_nvfp4_reference
 from dsv4_ops.ops.quant import MXFP4_GROUP, dequant_fp8_reference, quant_fp8_reference
 from dsv4_ops.ops.router import expect_slots
-from dsv4_ops.registry import Cuda, Inline, define, describe, expect
+from dsv4_ops.registry import Inline, define, describe, expect
 
 BLOCK_PAIRS = 16  # pairs in a block of one expert when there are more pairs than experts
 BLOCKS_AT_ONCE = 8  # experts that lie dequantised in memory at the same time
@@ -259,7 +260,7 @@ moe_dense = define(
     reference=moe_dense_reference,
     check=check_moe_dense,
     inline=Inline.STATIC_SHAPES,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 FP8_INPUT_ARGUMENTS = (
@@ -274,7 +275,7 @@ moe_fp8 = define(
     alloc=lambda x, x_scale, ids, weights, w1, w1_scale, w3, w3_scale, w2, w2_scale, limit: alloc_moe(x, 1),
     reference=moe_fp8_input(dequantise_blocks),
     check=check_moe_fp8,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 # x [T, d] E4M3, x_scale [T, d/group] uint8, ids, weights as moe_dense, w1, w3 [E, I, d/2], w2 [E, d, I/2] uint8, their
@@ -284,7 +285,7 @@ moe_mxfp4 = define(
     alloc=lambda x, x_scale, ids, weights, w1, w1_scale, w3, w3_scale, w2, w2_scale, limit: alloc_moe(x, 1),
     reference=moe_fp8_input(dequantise_mxfp4),
     check=check_moe_mxfp4,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, ids, weights, w1, *others: alloc_workspace(x, x.shape[-1], ids, w1),
 )
 
 # x [T, d/2] uint8, x_scale [T, d/16] E4M3, x_global [T, 1] | [1] f32, ids, weights as moe_dense, w1, w3 [E, I, d/2],
@@ -296,5 +297,5 @@ moe_nvfp4 = define(
     alloc=alloc_moe_nvfp4,
     reference=moe_nvfp4_reference,
     check=check_moe_nvfp4,
-    cuda=Cuda.REFERENCE,
+    workspace=lambda x, x_scale, x_global, ids, weights, w1, *others: alloc_workspace(x, 2 * x.shape[-1], ids, w1),
 )

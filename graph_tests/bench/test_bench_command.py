@@ -9,15 +9,26 @@ import sys
 import pytest
 import torch
 
-from benchmarks import op_bench
+from benchmarks import floors, op_bench, record, timing
 from benchmarks.cases import all_cases
 from benchmarks.floors import H200
-from benchmarks.result import COLUMNS, failure, headlines, markdown, peer_names, result, text_lines
-from benchmarks.shapes import FLASH, PRO, TOKENS
+from benchmarks.indexer_gpu import chart
+from benchmarks.result import (
+    COLUMNS,
+    cells,
+    failure,
+    headlines,
+    markdown,
+    peer_names,
+    product_markdown,
+    result,
+    text_lines,
+)
+from benchmarks.shapes import FLASH, PRO
 from benchmarks.timing import Times
 from model.errors import UserError
 
-CASES = {case.name: case for case in all_cases((FLASH, PRO), TOKENS)}
+CASES = {case.name: case for case in all_cases((FLASH, PRO))}
 NEEDS_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
 
 
@@ -40,7 +51,8 @@ def test_list_names_operators_and_cases_on_any_machine(capsys):
     run("--list")
     lines = capsys.readouterr().out.splitlines()
     assert "hc_post T=4096 dim 7168" in lines
-    assert "moe_mxfp4 T=1 E 256, 6 read (reference)" in lines
+    assert "linear_fp8 T=64 wo_b 4096 x 8192" in [line.removesuffix(" (reference)") for line in lines]
+    assert "moe_mxfp4 T=1 Flash E 256, 6 read" in [line.removesuffix(" (reference)") for line in lines]
 
 
 def test_list_takes_filter_model_and_tokens(capsys):
@@ -50,7 +62,7 @@ def test_list_takes_filter_model_and_tokens(capsys):
 
 def test_without_a_filter_only_operators_with_a_kernel_are_timed():
     assert not any(case.is_reference for case in op_bench.select(parsed()))
-    assert all(case.is_reference for case in op_bench.select(parsed("--filter", "^moe_")))
+    assert len(op_bench.select(parsed("--filter", "."))) == len(CASES)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +75,8 @@ def test_without_a_filter_only_operators_with_a_kernel_are_timed():
         (("--tokens", "1,40000"), "--tokens wants numbers from 1 to 32768"),
         (("--output", "/no/such/folder/x.json"), "/no/such/folder is not a directory; make it first"),
         (("--output", "/tmp"), "/tmp is a directory; --output names the file to write"),
+        (("indexer", "--filter", "fp8"), "dsv4 bench indexer takes --quick and --output alone"),
+        (("indexer", "--output", "/tmp"), "/tmp is a directory; --output names the file to write"),
     ],
 )
 def test_what_a_user_can_get_wrong(words, message):
@@ -74,6 +88,22 @@ def test_what_a_user_can_get_wrong(words, message):
 def test_without_a_gpu_one_line_says_what_is_missing():
     with pytest.raises(UserError, match=r"^dsv4 bench needs an NVIDIA GPU: torch .*; `dsv4 bench --list` shows"):
         run("--filter", "quant_fp8")
+
+
+@NEEDS_GPU
+def test_the_indexer_view_needs_a_gpu_too():
+    with pytest.raises(UserError, match="^dsv4 bench needs an NVIDIA GPU"):
+        run("indexer", "--quick")
+
+
+def test_the_indexer_view_draws_ours_above_the_peers():
+    common = {"form": "fp8", "batch": 1, "rows": 1, "k": 512, "peak_extra_bytes": 1 << 20}
+    rows = [common | {"entries": 65536, "warm_us": 10.0, "peers": 100.0}]
+    rows += [common | {"entries": 8192, "warm_us": 0.5, "peers": None}, rows[0] | {"form": "fp4", "peers": None}]
+    _, head, short, long, peers, *fp4 = chart(rows)
+    assert head.startswith("fp8, 1 x 1 rows, k 512")
+    assert short.split() == ["8192", "keys", "0.5", "#", "1.0", "MiB"]
+    assert (long.count("#"), peers.count("-"), len(fp4)) == (20, 40, 3)
 
 
 def test_registering_the_command_imports_nothing_heavy():
@@ -104,14 +134,14 @@ def test_peers_target_and_ratio():
 
 
 def test_kernel_that_a_peer_launches_twice_is_counted():
-    moe = row("moe_fp8 T=1 E 256, 6 read")
-    assert peer_names(moe) == "2 x dg_grouped_fp8_masked" and moe["runs"] == "reference"
+    moe = row("moe_fp8 T=1 Flash E 256, 6 read")
+    assert peer_names(moe) == "2 x dg_grouped_fp8_masked"
 
 
 def test_text_table_has_a_line_for_each_case():
     rows = [
         row("hc_post T=4096 dim 7168", warm=126.0, cold=130.0),
-        row("moe_fp8 T=1 E 256, 6 read"),
+        row("moe_fp8 T=1 Flash E 256, 6 read") | {"runs": "reference"},
         row("sinkhorn T=1 n 4"),
     ]
     head, *lines = text_lines(rows, width=40)
@@ -120,9 +150,33 @@ def test_text_table_has_a_line_for_each_case():
     assert "(reference)" in lines[1] and "latency" in lines[2]
 
 
+def test_columns_stay_apart_where_numbers_are_long():
+    long = row("linear_fp8 T=4096 wo_b 7168 x 16384", warm=1234.5, cold=1234.5)
+    assert list(text_lines([long], width=50))[1].split()[-4:-1] == ["1.62", "846.6", "cold"]
+
+
 def test_case_that_fails_is_a_line_and_the_others_go_on():
     line = list(text_lines([failure(CASES["sinkhorn T=1 n 4"], RuntimeError("no kernel\nmore"))], width=20))[1]
     assert line.endswith("RuntimeError: no kernel")
+
+
+def test_an_interrupt_keeps_what_was_timed(monkeypatch, capsys):
+    """Minutes of measuring are not lost; the record says how many cases are missing."""
+    cases = [CASES["sinkhorn T=1 n 4"], CASES["hc_post T=1 dim 7168"]]
+
+    def one_row(cases, timer, ceilings, measured, rows):
+        rows.append(row(cases[0].name))
+        yield rows[-1]
+        raise KeyboardInterrupt
+
+    ceilings = floors.Ceilings(copy=1e12, read_only=1e12)
+    monkeypatch.setattr(op_bench, "rows_of", one_row)
+    monkeypatch.setattr(floors, "measure_ceilings", lambda time_us: ceilings)
+    monkeypatch.setattr(timing, "Timer", lambda replays: None)
+    monkeypatch.setattr(record, "gpu_header", lambda: {"gpu": {"name": "some GPU"}})
+    found = op_bench.measure(cases, 1)
+    assert (len(found["rows"]), found["cases_not_timed"]) == (1, 1)
+    assert "stopped after 1 of 2 cases" in capsys.readouterr().out
 
 
 def test_headlines_are_those_that_have_a_target():
@@ -131,6 +185,20 @@ def test_headlines_are_those_that_have_a_target():
     assert [found["op"] for found in headlines({"rows": rows})] == ["hc_post", "quant_fp8"]
     table = markdown({"rows": rows}).splitlines()
     assert len(table) == 2 + 2 and re.match(r"\| `hc_post` \| T=4096 dim 7168 \| 2.00 \| 4.00 \|", table[2])
+
+
+def test_products_are_set_against_peers_with_cold_weights():
+    """Memory-bound ones by what they move, the others by what they compute; a peer may not have been measured cold."""
+    rows = [
+        row("linear_fp8 T=1 wo_b 4096 x 8192", warm=7.0, cold=8.925),
+        row("linear_fp8 T=4096 wo_b 4096 x 8192", cold=220.0),
+        row("moe_nvfp4 T=1 Flash E 256, 6 read", cold=26.0),
+    ]
+    assert cells(rows[0])[-1] == "9 cold"
+    decode, experts, prefill = product_markdown({"rows": rows}).splitlines()[2:]
+    assert decode == "| `linear_fp8` | T=1 wo_b 4096 x 8192 | 8.9 | 3762 GB/s | 80% | 9 | 20.5 | `dg_fp8_gemm_nt` |"
+    assert "| 220.0 | 1249 TFLOP/s | 96% | 236.2 | 212.6 (warm) |" in prefill
+    assert experts.endswith("| 27 |  |  |")
 
 
 def test_rows_are_json():

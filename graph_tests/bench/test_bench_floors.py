@@ -5,7 +5,7 @@ import pytest
 from benchmarks.cases import all_cases
 from benchmarks.floors import H200, LAUNCH_US, Ceilings, Traffic, floor
 from benchmarks.peers import add_up, best_peer, fastest, kernel, load
-from benchmarks.shapes import FLASH, PRO, TOKENS
+from benchmarks.shapes import FLASH, PRO
 
 ROUND = Ceilings(copy=4e12, read_only=5e12, fp8=1000e12, bf16=500e12, fp32=50e12)
 
@@ -82,7 +82,7 @@ def test_unknown_kernel_or_column_is_an_error():
 
 def test_peers_of_all_cases_exist():
     """best_peer raises for a kernel or column that the data does not have."""
-    for case in all_cases((FLASH, PRO), TOKENS):
+    for case in all_cases((FLASH, PRO)):
         best_peer(case.peers)
 
 

@@ -25,14 +25,14 @@ def model():
 def test_random_weights_are_numbers_in_the_official_format(model):
     for name, parameter in model.named_parameters():
         assert not parameter.is_floating_point() or parameter.float().isfinite().all(), name
-    assert isinstance(model.blocks[0].attn.wq_a, Fp8Linear)
+    assert isinstance(model.blocks[0].attn.wo_b, Fp8Linear)
     assert model.blocks[1].ffn.experts.format == "mxfp4"
     assert [block.attn.kind for block in model.blocks] == [kind for kind, _ in LAYERS]
 
 
 def test_products_keep_the_size_of_their_input(model):
     """Otherwise activations would grow or vanish from layer to layer, and quantisers see only zeros."""
-    layer = model.blocks[0].attn.wq_a
+    layer = model.blocks[0].attn.wqkv_a
     x = torch.randn(64, TINY.hidden_size).to(torch.float8_e4m3fn)
     scale = torch.full((64, TINY.hidden_size // 128), 127, dtype=torch.uint8)
     assert 0.3 < float(layer(x, scale).float().std()) < 3

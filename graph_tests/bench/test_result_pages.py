@@ -9,7 +9,7 @@ from benchmarks.cases import all_cases
 from benchmarks.floors import H200, floor
 from benchmarks.record import RESULTS, as_json
 from benchmarks.result import result
-from benchmarks.shapes import FLASH, PRO, TOKENS
+from benchmarks.shapes import FLASH, PRO
 from benchmarks.targets import TARGETS
 from benchmarks.timing import Times
 from docs import op_chart, readme_tables
@@ -22,7 +22,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def record():
     """Every headline, at half again its floor or what a small kernel takes."""
     rows = []
-    for case in all_cases((FLASH, PRO), TOKENS):
+    for case in all_cases((FLASH, PRO)):
         if case.name in TARGETS:
             us = 1.5 * floor(case.traffic, H200).us + 1.0
             rows.append(result(case, Times(us, us + 1.0, 200), H200, H200))

@@ -110,7 +110,7 @@ def dequantised(form: str, arguments: tuple) -> tuple[Tensor, Tensor]:
 
 # ---- FP8 products of Hopper's tensor cores ----
 
-KEPT_BITS = 13  # of an addend, below the largest exponent of a step
+KEPT_BITS = 13  # behind the leading one
 STEPS = 4
 
 
@@ -120,23 +120,27 @@ def order_of_steps() -> Tensor:
     return (step // 2 * 64 + thread * 16 + step % 2 * 8 + byte).flatten(1)
 
 
+def exponent(x: Tensor) -> Tensor:
+    return torch.frexp(x)[1] - 1
+
+
+def cut_off(x: Tensor, exponents: Tensor) -> Tensor:
+    """Towards zero, to multiples of 2^(exponent - 13)."""
+    unit = torch.ldexp(torch.ones((), dtype=torch.float64), (exponents - KEPT_BITS).double())
+    return torch.trunc(x / unit) * unit
+
+
 def truncated_product(q: Tensor, keys: Tensor) -> Tensor:
     """q [N, 128], keys [C, 128] fp64 -> [N, C] fp64: four steps, each the sum of 32 products and of the steps before.
-    Every addend is cut off 13 bits below the largest of their exponents, and the sum to fp32."""
+    Every addend is cut off 13 bits below the largest of their exponents (of a product: the sum of its factors'), and
+    the sum 13 bits below its own."""
     total = torch.zeros(q.shape[0], keys.shape[0], dtype=torch.float64)
     for channels in order_of_steps():
         products = q[:, None, channels] * keys[None, :, channels]
         addends = torch.cat((products, total[..., None]), dim=-1)
-        factors = torch.frexp(q)[1][:, None, channels] + torch.frexp(keys)[1][None, :, channels] - 2
-        exponents = torch.cat((factors, torch.frexp(total)[1][..., None] - 1), dim=-1)
+        factors = exponent(q)[:, None, channels] + exponent(keys)[None, :, channels]
+        exponents = torch.cat((factors, exponent(total)[..., None]), dim=-1)
         largest = exponents.masked_fill(addends == 0, -1000).amax(-1, keepdim=True)
-        unit = torch.ldexp(torch.ones(()).double(), (largest - KEPT_BITS).double())
-        total = toward_zero((torch.trunc(addends / unit) * unit).sum(-1))
+        total = cut_off(addends, largest).sum(-1)
+        total = cut_off(total, exponent(total))
     return total
-
-
-def toward_zero(x: Tensor) -> Tensor:
-    """fp64 -> the fp32 number next to it towards zero, as fp64."""
-    nearest = x.float()
-    too_large = nearest.double().abs() > x.abs()
-    return torch.where(too_large, torch.nextafter(nearest, torch.zeros(())), nearest).double()

@@ -195,14 +195,24 @@ def test_rows_do_not_depend_on_the_batch(name):
         assert_rows_independent(name, arguments, rows_of(name, arguments), (0, 15, 16, tokens - 1))
 
 
-@pytest.mark.parametrize("n", [2, 16])
-def test_rows_of_other_numbers_of_streams_do_not_depend_on_the_batch(n):
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_rows_of_other_shapes_do_not_depend_on_the_batch(n):
+    """Other numbers of streams, and columns that are no whole splits."""
     arguments = arguments_of("hc_pre", (2049,), n=n, dim=72, dtype=BF16)
     assert_rows_independent("hc_pre", arguments, (0,), (0, 1000, 2048))
 
 
-def test_many_tokens():
-    check("hc_post_pre_rms_norm_quant_fp8", (2051,), dim=384, group=128)
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("tokens", "dim"), [(70, 512), (2051, 640)])
+def test_many_tokens(tokens, dim):
+    """Warps that own tokens, one split a CTA and several; rows of a CTA one after another."""
+    check("hc_post_pre_rms_norm_quant_fp8", (tokens,), dim=dim, group=128)
+    check("hc_pre_rms_norm_quant_nvfp4", (tokens,), dim=dim)
+
+
+@pytest.mark.parametrize("tokens", [32, 33, 256, 257])
+def test_tokens_at_the_ends_of_a_tactic(tokens):
+    check("hc_pre", (tokens,), dim=256)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

@@ -77,11 +77,12 @@ LONG_KINDS = (
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
 def test_selection_from_long_rows(kind):
-    """Only groups of 16 whose best entry is good enough are looked at; if these are too many, every entry is."""
+    """Only groups of 16 whose best entry is good enough are looked at; if these are too many, every entry is, as it is
+    where there are no more than k groups."""
     scores = long_scores(kind)
-    positions = [4 * LONG - 1, 4 * 50000, 4 * 49152 - 1, 4 * 600, -1]
+    positions = [4 * LONG - 1, 4 * 50000, 4 * 49170, 4 * 49152 - 1, 4 * 600, -1]
     arguments = on_cuda(arguments_for(scores.tolist(), positions))
-    for k in (1, 512, 1024, 2048):
+    for k in (1, 512, 1024, 2048, 3000, 3100):
         picks = OPS.index_topk_plain(*arguments, k).cpu()
         for row, position in enumerate(positions):
             seen = scores[: (position + 1) // RATIO]

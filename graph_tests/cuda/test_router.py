@@ -144,7 +144,7 @@ def test_gate_of_fp32_operands_is_the_reference(dtypes, rows):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("rows", [2, 260])
+@pytest.mark.parametrize("rows", [2, 70, 260])
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (F32, F32)])
 def test_gate_at_the_edges_of_tiles(dtypes, rows):
     """d, experts and rows fill no tile."""

@@ -149,6 +149,51 @@ def test_settings_that_are_not_finite(kind):
     check(arguments(logits, temperature, [0, 5] * 12, top_p, counter=list(range(rows))))
 
 
+@pytest.mark.parametrize("vocabulary", [37, 5000])
+def test_settings_at_the_ends_of_their_types(vocabulary):
+    rows = 32
+    top_k = [-5, 2**31 - 1, -(2**31), 3] * 8
+    top_p = [NAN, -1.0, INF, -INF, 0.0, 0.5, 2.0, 1e-45] * 4
+    temperature = [NAN, INF, -INF, -1.0, 1e-45, 3e38, 1.0, 0.5] * 4
+    settings = (temperature, top_k, top_p[1:] + top_p[:1], [2**63 - 1, -(2**63)] * 16, list(range(rows)))
+    check(arguments(make_logits(rows, vocabulary, seed=11), *settings))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("seed", range(2))
+def test_random_bits_give_a_token_of_the_vocabulary(seed):
+    """Whatever logits and settings hold. Also where they change between the launches of a call, as they do while
+    another stream writes them: that ended in a write far behind the list of a row, whose length nobody had cleared."""
+    rows, vocabulary = 16, 20000
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def random_bits(*shape: int, words: int = 1) -> torch.Tensor:
+        low, high = -(2**31), 2**31
+        bits = torch.randint(low, high, (*shape, words), generator=generator, device="cuda").int()
+        return bits.view(torch.int64 if words == 2 else torch.float32).squeeze(-1)
+
+    def batch() -> tuple:
+        settings = random_bits(rows), random_bits(rows).view(torch.int32), random_bits(rows)
+        return random_bits(rows, vocabulary), *settings, random_bits(rows, words=2), random_bits(rows, words=2)
+
+    def drawn() -> tuple:
+        return on_cuda(mixed(rows, vocabulary, seed=seed))
+
+    tokens = [OPS.sample(*batch())]
+    static, sources = drawn(), [batch(), drawn(), batch()] * 4
+    torch.cuda.synchronize()
+    writer = torch.cuda.Stream()
+    with torch.cuda.stream(writer):
+        for source in sources:
+            for destination, values in zip(static, source, strict=True):
+                destination.copy_(values)
+    for _ in range(20):
+        tokens.append(OPS.sample(*static))
+    torch.cuda.current_stream().wait_stream(writer)
+    for token in tokens:
+        assert 0 <= int(token.min()) and int(token.max()) < vocabulary
+
+
 def test_noise_of_the_words_at_both_ends():
     """Seed 0, counter 44: the word of token 72918 rounds up to 2^32. Drawn with every other token masked."""
     logits = torch.full((1, 72920), -INF)
@@ -177,9 +222,10 @@ def test_a_graph_follows_its_settings():
     batches = [on_cuda(mixed(8, 20000, kind, seed=seed)) for seed, kind in enumerate(("normal", "ties", "masked"))]
     static = tuple(tensor.clone() for tensor in batches[0])
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         OPS.sample(*static)
-    stream.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         token = OPS.sample(*static)

@@ -169,7 +169,8 @@ def test_refit_takes_weights_in_another_precision(directories):
     """A trainer's fp32 weights go into a bf16 model, rounded once."""
     loaded, weights = make(directories["bf16"]), random_tensors(CONFIG, seed=18, dtype=torch.float32)
     refit(loaded, weights)
-    assert torch.equal(loaded.blocks[1].attn.wq_a.weight, weights["layers.1.attn.wq_a.weight"].bfloat16())
+    given = [weights[f"layers.1.attn.{name}.weight"].bfloat16() for name in ("wq_a", "wkv")]
+    assert torch.equal(loaded.blocks[1].attn.wqkv_a.products[0].weight, torch.cat(given))
 
 
 def test_refit_ignores_calibrated_input_scales(directories):

@@ -129,7 +129,8 @@ def test_pools_are_packed_in_default_mode_and_plain_in_exact_mode(directories, n
 )
 def test_default_mode_keeps_weights_as_they_are_stored(directories, name, linear, experts):
     block = make(directories[name]).blocks[1]
-    assert block.attn.wq_a.weight.dtype == block.attn.wo_b.weight.dtype == linear
-    assert block.attn.indexer.wq_b.weight.dtype == block.ffn.shared.w2.weight.dtype == linear
+    joined = (*block.attn.wqkv_a.products, *block.ffn.shared.w13.products)
+    alone = (block.attn.wq_b, block.attn.indexer.wq_b, block.attn.wo_b, block.ffn.shared.w2)
+    assert {product.weight.dtype for product in (*joined, *alone)} == {linear}
     assert block.ffn.experts.w1.dtype == experts
     assert block.attn.wo_a.weight.dtype == (torch.uint8 if name == "nvfp4" else torch.bfloat16)

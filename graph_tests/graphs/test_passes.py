@@ -95,7 +95,6 @@ hc_pre_rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-linear_fp8
 qkv_norm_rope_append
 sparse_attention_window
 grouped_linear_dense
@@ -104,7 +103,6 @@ linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
 moe_mxfp4
-linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
@@ -121,13 +119,9 @@ hc_pre_rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-linear_fp8
 qkv_norm_rope_append
 linear_fp32
-linear_fp32
 csa_compress_append
-linear_fp32
-linear_fp32
 index_compress_append_fp4
 linear_fp8
 linear_dense
@@ -140,7 +134,6 @@ linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
 moe_mxfp4
-linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
@@ -157,9 +150,7 @@ hc_pre_rms_norm_quant_fp8
 linear_fp8
 rms_norm_quant_fp8
 linear_fp8
-linear_fp8
 qkv_norm_rope_append
-linear_fp32
 linear_fp32
 hca_compress_append
 sparse_attention_compressed
@@ -169,7 +160,6 @@ linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
 moe_mxfp4
-linear_fp8
 linear_fp8
 swiglu_quant_fp8
 linear_fp8

@@ -1,10 +1,15 @@
 // The producing warps: keys of paged pools, gathered, unpacked and written to tiles in shared memory.
 //
-// A warp takes blocks of 8 keys: lane l has key l % 8, and of every group of 64 dimensions the quarter l / 8, so that a
-// load of the warp reads 64 bytes in a row of each key and a store fills all banks. While the quarters of one block are
-// unpacked, those of the next are loaded into the same registers: a warp has 4.5 KB under way all the time. Keys are
-// looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch
-// ahead.
+// A warp takes blocks of 8 keys: lane l has key l / 4, and of every group of 64 dimensions the quarter l % 4. So a load
+// of the warp reads 64 bytes in a row of each key, and the eight lanes that L1 serves at a time read from two keys.
+// Lanes the other way round read from eight: then a load takes 25 cycles of L1's data pipe (measured on an H200), more
+// in all than all else that a unit asks of it. Eight lanes of a store have the even chunks of one key and the odd ones
+// of the next: all banks.
+//
+// All of a block is loaded before the block in front of it is unpacked, into registers of its own: a warp has 4.5 KB
+// under way all the time, and what is under way where a tile is handed over has been so for as long as it takes to
+// unpack a block. That matters since fence.proxy.async waits for the loads of its thread. Keys are looked up 32 at a
+// time, a lane for each, for four blocks: their indices two batches ahead, their pages one batch ahead.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -15,7 +20,6 @@
 
 namespace dsv4 {
 
-constexpr int kStages = 2;  // tiles in shared memory, where nothing else is said
 constexpr int kBlock = 8;   // keys of a warp at a time
 constexpr int kTileBytes = kUnit * kDim * 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;
@@ -31,7 +35,6 @@ struct StagedTiles {
   uint64_t empty[kCount];                     // the tile has been used
   alignas(8) uint8_t valid[kCount * 8];       // a bit for each key
 };
-using TileMemory = StagedTiles<kStages>;
 
 struct Tiles {
   uint8_t* keys;
@@ -43,18 +46,6 @@ struct Tiles {
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
-
-// How often each stage has been filled and used: the parity of its barriers.
-struct StageUses {
-  uint32_t even = 0, odd = 0;
-
-  __device__ __forceinline__ uint32_t of(int stage) const { return stage == 0 ? even : odd; }
-  __device__ __forceinline__ void add(int tiles) {
-    even += (tiles + 1) / 2;
-    odd += tiles / 2;
-  }
-};
-static_assert(kStages == 2, "StageUses counts two");
 
 // By all threads of the CTA, first of all. A tile is free again after so many arrivals.
 template <int kCount, int kParts>
@@ -140,7 +131,8 @@ struct WarpKeys {
       : first(first), step(step), blocks((last - first + step - 1) / step * kBlocks), warp(warp) {}
 
   __device__ __forceinline__ Lookup find_entry(const KeySources& sources, const RowKeys& row, int batch) const {
-    const int lane = threadIdx.x % kWarp, block = batch * kBatch + lane / kBlock, part = block % kBlocks * kWarps + warp;
+    const int lane = threadIdx.x % kWarp, block = batch * kBatch + lane / kBlock;
+    const int part = block % kBlocks * kWarps + warp;
     const int key = (first + block / kBlocks * step) * kUnit + part * kBlock + lane % kBlock;
     return Lookup{key, block < blocks ? entry_of_key(sources, row, key) : kNoEntry, 0};
   }
@@ -161,92 +153,88 @@ struct FirstLookups {
   }
 };
 
-// Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0, each of which has been used for
-// `uses` tiles of other rows before.
+// Eight keys of a warp on their way to shared memory.
+struct KeyBlock {
+  uint4 parts[kLoads];
+  uint2 scales;
+  uint32_t valid;  // a bit for each key
+};
+
+// Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0.
 template <int kWarps, int kCount, int kParts>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles,
-                                        const WarpKeys<kWarps>& own, const FirstLookups& lookups,
-                                        const StageUses& uses) {
-  constexpr int kBlocks = WarpKeys<kWarps>::kBlocks, kBatch = WarpKeys<kWarps>::kBatch, kPart = kSlabs / kParts;
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
-  const int blocks = own.blocks, warp = own.warp;
+                                        const WarpKeys<kWarps>& own, const FirstLookups& lookups) {
+  static_assert(WarpKeys<kWarps>::kBlocks == 1, "a warp has one block of a unit");
+  constexpr int kBatch = WarpKeys<kWarps>::kBatch, kPart = kSlabs / kParts;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4, units = own.blocks;
   Lookup upcoming = lookups.upcoming, later = lookups.later;
-  KeyPlace ready = place_of(sources, row, upcoming);
-  uint32_t present = __ballot_sync(kAllLanes, upcoming.entry >= 0);  // of the keys in `ready`
-  upcoming = later;
-  find_page(sources, row, upcoming);
-  later = own.find_entry(sources, row, 2);
-
-  KeyPlace next{from_lane(ready.data, column), from_lane(ready.scales, column)};
-  uint4 parts[kLoads];
-#pragma unroll
-  for (int load = 0; load < kLoads; ++load) parts[load] = load_part(next, load, quarter);
-  uint2 scales = *reinterpret_cast<const uint2*>(next.scales);
-
-  for (int block = 0; block < blocks; ++block) {
-    const int tile = block / kBlocks, stage = tile % kCount, part = block % kBlocks * kWarps + warp;
-    const int following = block + 1, source = following % kBatch * kBlock;
-    const uint32_t valid = present >> block % kBatch * kBlock & 0xFF;
-    if (following % kBatch == 0) {
+  KeyPlace ready{};
+  uint32_t present = 0;  // of the keys in `ready`
+  const auto load = [&](int unit, KeyBlock& block, bool may_start_batch) {
+    const int place = unit % kBatch * kBlock;
+    if (may_start_batch && place == 0) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
       upcoming = later;
       find_page(sources, row, upcoming);
-      later = own.find_entry(sources, row, following / kBatch + 2);
+      later = own.find_entry(sources, row, unit / kBatch + 2);
     }
-    next = {from_lane(ready.data, source + column), from_lane(ready.scales, source + column)};
-    const uint2 next_scales = *reinterpret_cast<const uint2*>(next.scales);
-    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
-    const uint2 all_scales = scales;
-    if (large)
-      scales = {__vminu4(scales.x, kLargestScale * 0x01010101u), __vminu4(scales.y, kLargestScale * 0x01010101u)};
-
-    const uint32_t use = uses.of(stage) + tile / kCount;
-    if (block % kBlocks == 0 && use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
-    const int key = part * kBlock + column;
+    const KeyPlace key{from_lane(ready.data, place + column), from_lane(ready.scales, place + column)};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) block.parts[i] = load_part(key, i, quarter);
+    block.scales = *reinterpret_cast<const uint2*>(key.scales);
+    block.valid = present >> place & 0xFF;
+    __syncwarp();  // keeps ptxas from moving the loads to where they are used
+  };
+  const int key = own.warp * kBlock + column;
+  const auto write = [&](int unit, const KeyBlock& block) {
+    const int stage = unit % kCount, use = unit / kCount;
+    const bool large =
+        __any_sync(kAllLanes, (large_scales(block.scales.x) | large_scales(block.scales.y & 0xFFFFFFu)) != 0);
+    uint2 scales = block.scales;
+    if (large) {
+      scales.x = __vminu4(scales.x, kLargestScale * 0x01010101u);
+      scales.y = __vminu4(scales.y, kLargestScale * 0x01010101u);
+    }
+    if (use > 0) ptx::mbarrier_wait(tiles.empty_barrier(stage), (use - 1) & 1);
     uint8_t* const keys = tiles.keys + stage * kTileBytes;
     uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);
     uint8_t* const second_chunk = keys + chunk_offset(key, 2 * quarter + 1);
-    if (lane == 0) tiles.valid[stage * 8 + part] = static_cast<uint8_t>(valid);
+    if (lane == 0) tiles.valid[stage * 8 + own.warp] = static_cast<uint8_t>(block.valid);
     const auto hand_over = [&](int slabs) {
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive(tiles.full_barrier(stage * kParts + slabs / kPart - 1));
     };
-    const bool last_block = block % kBlocks == kBlocks - 1;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       uint4 a, b;
       if (slab < kSlabs - 1) {
         const uint32_t byte = __byte_perm(scales.x, scales.y, 0x4440 + slab) & 0xFF;
-        unpack_e4m3(parts[slab], first_factor(byte), a, b);
-        parts[slab] = load_part(next, slab, quarter);
+        unpack_e4m3(block.parts[slab], first_factor(byte), a, b);
       } else {
-        a = parts[kLoads - 2];
-        b = parts[kLoads - 1];
-        parts[kLoads - 2] = load_part(next, kLoads - 2, quarter);
-        parts[kLoads - 1] = load_part(next, kLoads - 1, quarter);
+        a = block.parts[kLoads - 2];
+        b = block.parts[kLoads - 1];
         split_pairs(a, b);
       }
       *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
       *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
-      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
-      if (kParts > 1 && (slab + 1) % kPart == 0 && last_block && !large) hand_over(slab + 1);
+      if ((slab + 1) % kPart == 0 && !large) hand_over(slab + 1);
     }
-    if (large) multiply_again(all_scales, first_chunk, second_chunk);
-    if (last_block && (kParts == 1 || large)) {
+    if (!large) return;
+    multiply_again(block.scales, first_chunk, second_chunk);
 #pragma unroll
-      for (int slabs = kPart; slabs <= kSlabs; slabs += kPart) hand_over(slabs);
-    }
-    scales = next_scales;
-  }
-}
+    for (int slabs = kPart; slabs <= kSlabs; slabs += kPart) hand_over(slabs);
+  };
 
-// The same for units first .. last - 1, from the first lookup on.
-template <int kWarps, int kCount = kStages>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles, int first,
-                                        int last, int warp, const StageUses& uses) {
-  const WarpKeys<kWarps> own(first, last, 1, warp);
-  produce<kWarps, kCount, 1>(sources, row, tiles, own, FirstLookups(sources, row, own), uses);
+  KeyBlock even, odd;
+  load(0, even, true);
+  for (int unit = 0; unit < units; unit += 2) {
+    if (unit + 1 < units) load(unit + 1, odd, false);
+    write(unit, even);
+    if (unit + 1 == units) break;
+    if (unit + 2 < units) load(unit + 2, even, true);
+    write(unit + 1, odd);
+  }
 }
 
 }  // namespace dsv4

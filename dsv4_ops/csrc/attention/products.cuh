@@ -36,8 +36,8 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
   ptx::cp_async_wait<0>();
 }
 
-// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those before; under way until waited
-// for.
+// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; under
+// way until waited for
 template <int kHeads, int kFirst, int kLast>
 __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
@@ -58,12 +58,16 @@ __device__ __forceinline__ void multiply_queries(uint32_t keys, uint32_t query, 
   multiply_slabs<kHeads, 0, kSlabs>(keys, query, scores);
 }
 
-// output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for
-template <int kHeads>
+// Weights of 8 heads and a unit: core matrices of 8 keys x 8 heads.
+constexpr int kWeightBytes = kUnit * 8 * 2;
+
+// output [64 dimensions of a slab, kHeads] = keys^T . weights, under way until waited for. From the weights of 8 heads
+// to those of the next 8 are kStride bytes.
+template <int kHeads, int kStride = kWeightBytes>
 __device__ __forceinline__ void multiply_weights(uint32_t keys, uint32_t weights, int slab,
                                                  float (&output)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys + slab * kSlabBytes, 16, 1024, true);
-  const uint64_t b = ptx::wgmma_descriptor(weights, 128, kUnit / 8 * 128, false);
+  const uint64_t b = ptx::wgmma_descriptor(weights, 128, kStride, false);
   ptx::pin_registers(output);
   ptx::wgmma_fence();
 #pragma unroll
@@ -90,15 +94,15 @@ __device__ __forceinline__ void wait_for_slab(int pending) {
 
 // Where the warps of a warpgroup exchange what they find about a unit.
 struct Exchange {
-  uint8_t* weights;  // core matrices of 8 keys x 8 heads: [kHeads / 8][8]
+  uint8_t* weights;  // [kHeads / 8] times kWeightBytes, kStride bytes apart
   float* largest;    // [4][kHeads], of each warp
   float* sum;        // [4][kHeads]
 };
 
-// Weights exp2(score - largest) of a unit from its scores, to shared memory in bf16, and the sums of each warp's: to be
-// read after the caller's barrier. `own_largest` is that of the head that this thread keeps the total of, keep(column,
-// largest) takes those of its columns.
-template <int kHeads, typename Keep>
+// Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
+// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the
+// total of, keep(column, largest) takes those of its columns.
+template <int kHeads, int kStride = kWeightBytes, typename Keep>
 __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
                                       float& own_largest, Keep keep) {
   const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
@@ -132,10 +136,9 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
   }
 #pragma unroll
   for (int i = 0; i < kHeads / 2; i += 2) {
-    const int core = i / 4 * (kUnit / 8) + 2 * warp + i / 2 % 2;
-    *reinterpret_cast<uint32_t*>(memory.weights + core * 128 + lane * 4) = pack_bf16(scores[i], scores[i + 1]);
+    const int place = i / 4 * kStride + (2 * warp + i / 2 % 2) * 128 + lane * 4;
+    *reinterpret_cast<uint32_t*>(memory.weights + place) = pack_bf16(scores[i], scores[i + 1]);
   }
-  ptx::fence_async_proxy();
   reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
 }
 

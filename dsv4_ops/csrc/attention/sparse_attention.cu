@@ -26,11 +26,11 @@
 // computed while the one before is weighed and a third is written; with two, the consumers would hold both while
 // producers idle, so they take one unit at a time.
 //
-// Cost of a unit in cycles of an SM for kHeads = 16 (32). Shared memory, at 128 bytes a cycle, is what bounds it:
+// Cost of a unit in cycles of an SM for kHeads = 16 (32). L1's data pipe, which shared memory is part of, bounds it:
 //
 //   keys from memory   37 KB: 1870 at 20 bytes a cycle, less where tiles of heads share them through L2
 //   unpacking          8 instructions for 4 codes, 400 a warp and 8 keys with all else: 800 of each SM quarter
-//   shared memory      write K 512, read K twice 1024, read Q and weights 256 (512): 1800 (2050)
+//   data pipe of L1    loads 600 at best, write K 512, read K twice 1024, read Q and weights 256 (512): 2400 (2650)
 //   tensor cores       512 (1024)
 #include "attention/output.cuh"
 #include "attention/products.cuh"
@@ -102,6 +102,7 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
     float largest[kColumns<kHeads>], own_largest = -INFINITY;
     weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
                   [&](int column, float value) { largest[column] = value; });
+    ptx::fence_async_proxy();
     ptx::named_barrier(kBarrier, kWarpgroup);
 #pragma unroll
     for (int slab = 0; slab < kDepth; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
@@ -144,7 +145,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
     ptx::give_registers<kProducerRegisters>();
     const int warp = threadIdx.x / kWarp - 4;
-    produce<kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, 0, units, warp, StageUses());
+    const WarpKeys<kProducerWarps> own(0, units, 1, warp);
+    const FirstLookups lookups(attention.keys, keys, own);
+    produce<kProducerWarps, kRing<kHeads>, 1>(attention.keys, keys, tiles, own, lookups);
     return;
   }
   ptx::take_registers<kConsumerRegisters>();
@@ -159,7 +162,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float2 turn = inverse_turn(attention.rope, keys.position);
   consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
-  if (thread < kHeads) memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
+  if (thread < kHeads) {
+    memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
+  }
   ptx::named_barrier(kBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
   load_columns<kHeads>(memory.largest, reciprocal);

@@ -9,8 +9,8 @@
 // Were a unit multiplied where it is weighed, its output would have to be handed on in fp32: 2048 bytes a head, which
 // for 16 rows of 64 heads and 640 keys is 21 MB each way. Instead every key is gathered and unpacked twice, once by
 // each kernel, an eighth of it by each CTA of the second; and that one does so while the first is still at work: it is
-// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables, positions,
-// indices) may be read in front of its own wait. Only weights lie behind it.
+// launched after the wait of the first has returned, so all that kernels before the two wrote (pools, tables,
+// positions, indices) may be read in front of its own wait. Only weights lie behind it.
 //
 // weigh_units_kernel: 384 threads. Warpgroup 0 has queries, scores and weights; warpgroups 1 and 2 are producers
 // (producer.cuh), which hand over a tile in four parts, so that the scores of one are computed while the next is
@@ -25,10 +25,10 @@
 // What bounds it is latency, not bytes or flops. In the order of time, with what is under way at once in one step:
 //
 //   weigh_units_kernel   wait | position, index | page | key | a quarter of a tile unpacked (200 issue slots of each SM
-//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights |
-//                        sums of four warps | end of the kernel
-//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a unit,
-//                        in order | denominator | output through shared memory
+//                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights
+//                        | sums of four warps | end of the kernel
+//   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold a
+//                        unit, in order | denominator | output through shared memory
 //
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
 // gathering warps bound the second kernel, with 60 instructions for 8 keys. With 16 rows of 64 heads and 640 keys the
@@ -45,7 +45,7 @@ namespace {
 
 constexpr int kThreads = 3 * kWarpgroup;
 [[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
-constexpr int kHeadBytes = kUnit * 2 + sizeof(float2);  // of a unit, handed from one kernel to the other
+constexpr int kHandedBytes = kUnit * 8 * 2 + 8 * sizeof(float2);  // of a unit and 8 heads, from one kernel to the other
 
 // Heads for which a unit is handed on: as many as any choice of tiles reaches.
 int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
@@ -56,11 +56,12 @@ int units_of(const SparseAttention& attention) {
   return static_cast<int>((key_capacity(attention.keys) + kUnit - 1) / kUnit);
 }
 
-constexpr int kParts = 4;  // in which weigh_units_kernel hands over a tile: the scores of one while the next is unpacked
+constexpr int kTiles = 2;  // of weigh_units_kernel
+constexpr int kParts = 4;  // in which it hands over a tile
 
 template <int kHeads>
 struct WeighMemory {
-  StagedTiles<kStages, kParts> tiles;
+  StagedTiles<kTiles, kParts> tiles;
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
   float largest[4 * kHeads];
   float sum[4 * kHeads];
@@ -70,12 +71,12 @@ struct WeighMemory {
 template <int kHeads, int kGroups>
 struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
-  [[maybe_unused]] static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {
     alignas(1024) uint8_t keys[kSlabBytes];
-    alignas(128) uint8_t weights[kAll * kUnit * 2];
-    alignas(16) float2 totals[kAll];
+    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
   };
   Stage stages[kDepth];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
@@ -86,20 +87,19 @@ struct AddMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// What is handed on about a unit of a row.
+// What is handed on about a unit of a row: for every 8 heads their weights, then of each the largest score and the sum.
 struct UnitWeights {
   uint8_t* data;
-  int heads;  // padded
 
-  __device__ __forceinline__ UnitWeights(float* partials, int heads, int64_t unit)
-      : data(reinterpret_cast<uint8_t*>(partials) + unit * heads * kHeadBytes), heads(heads) {}
-  // From a multiple of 8 heads on: [heads / 8][8 core matrices of 8 keys][128 bytes]
-  __device__ __forceinline__ uint8_t* weights(int head) const { return data + head * (kUnit * 2); }
-  // Largest score and sum
-  __device__ __forceinline__ float2* totals(int head) const {
-    return reinterpret_cast<float2*>(data + heads * (kUnit * 2)) + head;
-  }
+  __device__ __forceinline__ UnitWeights(float* partials, int padded_heads, int64_t unit)
+      : data(reinterpret_cast<uint8_t*>(partials) + unit * (padded_heads / 8 * kHandedBytes)) {}
+  __device__ __forceinline__ uint8_t* of_heads(int first_head) const { return data + first_head / 8 * kHandedBytes; }
 };
+
+// Largest score and sum of head number `head` of those whose weights start at `weights`.
+__device__ __forceinline__ float2* totals_of(uint8_t* weights, int head) {
+  return reinterpret_cast<float2*>(weights + head / 8 * kHandedBytes + kWeightBytes) + head % 8;
+}
 
 // Where add_units_kernel gets what it adds up.
 struct WeighedUnits {
@@ -110,18 +110,18 @@ struct WeighedUnits {
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
   __device__ __forceinline__ void copy(Memory& memory, int unit) const {
-    constexpr uint32_t kWeightBytes = sizeof(Memory::Stage::weights), kTotalBytes = sizeof(Memory::Stage::totals);
+    constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
     typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
     const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
     const UnitWeights from(partials, padded, first + unit);
-    ptx::mbarrier_arrive_expect(full, kWeightBytes + kTotalBytes);
-    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.weights(first_head), kWeightBytes, full);
-    ptx::cp_async_bulk(ptx::shared_address(stage.totals), from.totals(first_head), kTotalBytes, full);
+    ptx::mbarrier_arrive_expect(full, kBytes);
+    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.of_heads(first_head), kBytes, full);
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l % 8 of a
-// block and quarter l / 8 of its dimensions; it keeps 128 bytes under way, of eight blocks, or of four of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l / 4
+// of a block and quarter l % 4 of its dimensions. It loads 128 bytes at once, of eight blocks or four of the rope slab;
+// while those are handed over nothing is under way but the lookups of what follows (see producer.cuh).
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
@@ -129,42 +129,44 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
   constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   const Keys own(0, units, 1, warp);
   Lookup upcoming[kLookups], later[kLookups];
   KeyPlace places[kLookups];
   int batches = 0;  // looked up
-  const auto look_ahead = [&] {
+  const auto find_entries = [&](Lookup(&found)[kLookups]) {
 #pragma unroll
-    for (int i = 0; i < kLookups; ++i) {
-      places[i] = place_of(sources, row, upcoming[i]);
-      upcoming[i] = later[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
+    for (int i = 0; i < kLookups; ++i) found[i] = own.find_entry(sources, row, batches++);
+  };
+  const auto find_pages = [&] {
 #pragma unroll
     for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
   };
   uint4 parts[kUnderWay][kPieces];
   uint32_t scales[kUnderWay];
-  const auto load = [&](int i) {
-    const KeyPlace& place = places[i / kBatch];
-    const int source = i % kBatch * kBlock + column;
-    const uint8_t* const data = from_lane(place.data, source) + (kRope ? kNope + quarter * 32 : slab * 64 + quarter * 16);
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
-    scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
-  };
-  for (int i = 0; i < kLookups; ++i) upcoming[i] = own.find_entry(sources, row, batches++);
-  for (int i = 0; i < kLookups; ++i) later[i] = own.find_entry(sources, row, batches++);
-  for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
-  look_ahead();
-#pragma unroll
-  for (int i = 0; i < kUnderWay; ++i) load(i);
-
+  find_entries(upcoming);
+  find_entries(later);
+  find_pages();
   for (int first = 0; first < own.blocks; first += kUnderWay) {
-    look_ahead();
+#pragma unroll
+    for (int i = 0; i < kLookups; ++i) {
+      places[i] = place_of(sources, row, upcoming[i]);
+      upcoming[i] = later[i];
+    }
+    find_pages();
+    find_entries(later);
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      const KeyPlace& place = places[i / kBatch];
+      const int source = i % kBatch * kBlock + column;
+      const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+      const uint8_t* const data = from_lane(place.data, source) + offset;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
+      scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
+    }
+    __syncwarp();  // keeps ptxas from moving the loads to where they are used
 #pragma unroll
     for (int i = 0; i < kUnderWay; ++i) {
       const int block = first + i, unit = block / kBlocks, stage = unit % Memory::kDepth, use = unit / Memory::kDepth;
@@ -185,7 +187,6 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
           multiply_chunk(b, second_factor(scales[i]));
         }
       }
-      load(i);
       const int key = (block % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
       uint8_t* const keys = memory.stages[stage].keys;
       *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
@@ -221,21 +222,26 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int stage = min(first + i, units - 1) % Memory::kDepth;
-      multiply_weights<kHeads>(ptx::shared_address(memory.stages[stage].keys),
-                               ptx::shared_address(memory.stages[stage].weights + group * kHeads * kUnit * 2), 0,
-                               parts[i]);
+      uint8_t* const weights = memory.stages[stage].weights + group * (kHeads / 8 * kHandedBytes);
+      multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage].keys),
+                                             ptx::shared_address(weights), 0, parts[i]);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const bool exists = first + i < units;
-      const float2* const totals = memory.stages[min(first + i, units - 1) % Memory::kDepth].totals + group * kHeads;
+      uint8_t* const weights = memory.stages[min(first + i, units - 1) % Memory::kDepth].weights +
+                               group * (kHeads / 8 * kHandedBytes);
       float largest[kColumns<kHeads>];
 #pragma unroll
       for (int column = 0; column < kColumns<kHeads>; ++column) {
-        largest[column] = exists ? totals[head_of_column(column, threadIdx.x % kWarp)].x : references[column];
+        const float of_unit = totals_of(weights, head_of_column(column, threadIdx.x % kWarp))->x;
+        largest[column] = exists ? of_unit : references[column];
       }
       steps[i] = Steps<kHeads>(references, largest);
-      if (exists && thread < kHeads) total.add(totals[thread].x, totals[thread].y);
+      if (exists && thread < kHeads) {
+        const float2 own = *totals_of(weights, thread);
+        total.add(own.x, own.y);
+      }
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -279,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       lookups = FirstLookups(attention.keys, keys, own);
     }
     if (own.blocks > 0) {
-      produce<kProducerWarps, kStages, kParts>(attention.keys, keys, tiles, own, lookups, StageUses());
+      produce<kProducerWarps, kTiles, kParts>(attention.keys, keys, tiles, own, lookups);
     }
     return;
   }
@@ -292,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::named_barrier(kBarrier, kWarpgroup);
   const uint32_t query = ptx::shared_address(memory.query);
   for (int unit = first, tile = 0; unit < row_units; unit += step, ++tile) {
-    const int stage = tile % kStages, parity = tile / kStages & 1;
+    const int stage = tile % kTiles, parity = tile / kTiles & 1;
     const uint32_t tile_keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
     float scores[kHeads / 2], own_largest = -INFINITY;
     static_assert(kParts == 4 && kSlabs == 8, "two slabs a part");
@@ -308,12 +314,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     ptx::mbarrier_arrive(tiles.empty_barrier(stage));
-    const UnitWeights result(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
-    weigh<kHeads>(scores, valid, Exchange{result.weights(first_head), memory.largest, memory.sum}, kBarrier,
-                  own_largest, [](int, float) {});
+    const int64_t result = static_cast<int64_t>(row) * units + unit;
+    uint8_t* const weights = UnitWeights(attention.partials, padded, result).of_heads(first_head);
+    weigh<kHeads, kHandedBytes>(scores, valid, Exchange{weights, memory.largest, memory.sum}, kBarrier, own_largest,
+                                [](int, float) {});
     ptx::named_barrier(kBarrier, kWarpgroup);
     if (thread < kHeads) {
-      result.totals(first_head)[thread] = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
+      *totals_of(weights, thread) = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
     }
   }
 #else
@@ -334,59 +341,64 @@ __global__ void __launch_bounds__(kThreads, 2)
       ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
     }
+    ptx::fence_async_proxy();  // bulk copies arrive there
   }
   __syncthreads();
   const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
   const uint32_t row = blockIdx.x / head_tiles;
   const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
-  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
+  const int position = ptx::load_relaxed(position_of(attention.rope, row));
+  const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
+    ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
     if (slab == kSlabs - 1) {
       gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     } else {
       gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     }
-    return;
-  }
-  const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup, own_head = first_head + group * kHeads;
-  const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
-  const float2 turn = inverse_turn(attention.rope, keys.position);
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
+  } else {
+    const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
+    const int own_head = first_head + group * kHeads;
+    const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+    const float2 turn = inverse_turn(attention.rope, position);
+    ptx::wait_for_predecessors();
+    ptx::launch_dependents();
 
-  if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
-  constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
-  float output[kHeads / 2];
-  Total total;
-  fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
-  float* const reciprocals = memory.reciprocals + group * kHeads;
-  if (thread < kHeads) {
-    reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
+    constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
+    float output[kHeads / 2];
+    Total total;
+    fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
+    float* const reciprocals = memory.reciprocals + group * kHeads;
+    if (thread < kHeads) {
+      reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
+    }
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    float reciprocal[kColumns<kHeads>];
+    load_columns<kHeads>(reciprocals, reciprocal);
+    finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
+    stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
+    store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
+                              attention.heads - own_head, slab * kSlab);
   }
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(reciprocals, reciprocal);
-  finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
-  stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
-  ptx::named_barrier(kBarrier + group, kWarpgroup);
-  const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
-  store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
-                            attention.heads - own_head, slab * kSlab);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 #endif
 }
 
-// The smallest tile of heads with which `count` CTAs a row and tile get an SM each, and no smaller than needed.
-int choose_tile(const SparseAttention& attention, int64_t count, int processors) {
+// The smallest tile of heads, but not of 8 where there are more, with which `count` CTAs a row and tile are no more
+// than `room`; or 64.
+int choose_tile(const SparseAttention& attention, int64_t count, int64_t room) {
   for (const int tile : {8, 16, 32}) {
     if (attention.heads <= tile) return tile;
-    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= processors) return tile;
+    if (tile > 8 && attention.rows * tiles_of(attention.heads, tile) * count <= room) return tile;
   }
   return 64;
 }
@@ -402,8 +414,8 @@ cudaError_t launch_in_turn(void (*kernel)(Parameters...), const Launch& at, Argu
 template <int kHeads>
 cudaError_t launch_weigh(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * tiles_of(attention.heads, kHeads);
-  // As few CTAs as have the same number of units each at most: add_units_kernel starts where SMs are idle.
-  const int rounds = static_cast<int>((units * tiles + processors - 1) / std::max<int64_t>(processors, tiles));
+  // No more CTAs than the largest number of units of one asks for: add_units_kernel starts where SMs are idle.
+  const int most = static_cast<int>(std::max<int64_t>(processors / tiles, 1)), rounds = (units + most - 1) / most;
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
   const Launch at{dim3(tiles, groups), dim3(kThreads), stream, sizeof(WeighMemory<kHeads>)};
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
@@ -420,13 +432,16 @@ cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t
 }  // namespace
 
 int64_t partial_floats(const SparseAttention& attention) {
-  return attention.rows * units_of(attention) * padded_heads(attention.heads) * (kHeadBytes / 4);
+  return attention.rows * units_of(attention) * padded_heads(attention.heads) / 8 * (kHandedBytes / 4);
 }
 
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int units = units_of(attention);
+  const int add_tile = choose_tile(attention, kSlabs, processors);
+  // Two of its CTAs fit an SM, and they are to find some that the first kernel leaves to them.
+  const int64_t room = processors - attention.rows * tiles_of(attention.heads, add_tile) * kSlabs / 2;
   const auto weigh = [&] {
-    switch (choose_tile(attention, units, processors)) {
+    switch (choose_tile(attention, units, room)) {
       case 8:
         return launch_weigh<8>(attention, units, processors, stream);
       case 16:
@@ -439,7 +454,7 @@ cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int 
   };
   const cudaError_t status = weigh();
   if (status != cudaSuccess) return status;
-  switch (choose_tile(attention, kSlabs, processors)) {
+  switch (add_tile) {
     case 8:
       return launch_add<8, 1>(attention, units, stream);
     case 16:

@@ -1,5 +1,8 @@
-// Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. The same bits, but another
-// division of labour: two warpgroups share the keys, which two of 32 heads each would read twice.
+// Sparse attention of sparse_attention.cu for tiles of 64 heads: large batches and prefill. Another division of labour:
+// two warpgroups share the keys, which two of 32 heads each would read twice.
+//
+// Sequences of up to 8 rows have the bits of sparse_attention.cu: units are added by an FMA each. With more rows the
+// tensor cores add them to the output that is there, relative to a reference that rises with the largest score.
 //
 // A CTA owns 64 heads of one row at a time and goes from row to row. 512 threads, one CTA an SM:
 //

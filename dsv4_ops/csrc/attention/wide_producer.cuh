@@ -1,11 +1,11 @@
 // The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
 //
 // A warp has one half of the dimensions and 16 keys of every tile, which it takes in two blocks of 8: lane l has key
-// l % 8 of a block, and of every group of 64 dimensions the quarter l / 8, so that a load of the warp reads 64 bytes in
-// a row of each key and a store fills all banks. While the first block is unpacked, the second one is loaded into the
-// same registers, a piece after each piece; the first block of the next tile is loaded once the tile is handed over.
-// Keys are looked up for two tiles at a time, a lane for each: their indices two batches ahead, their pages one batch
-// ahead. A value is loaded into the registers that it is used from: a copy at the end of a loop would wait for it.
+// l / 4 of a block, and of every group of 64 dimensions the quarter l % 4, for the reasons given in producer.cuh. While
+// the first block is unpacked, the second one is loaded into the same registers, a piece after each piece; the first
+// block of the next tile is loaded once the tile is handed over. Keys are looked up for two tiles at a time, a lane for
+// each: their indices two batches ahead, their pages one batch ahead. A value is loaded into the registers that it is
+// used from: a copy at the end of a loop would wait for it.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -143,7 +143,7 @@ __device__ __forceinline__ void take_back(int stage, uint32_t& handed_over) {
 template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
                                         uint32_t& handed_over) {
-  const int lane = threadIdx.x % kWarp, column = lane % kBlock, quarter = lane / kBlock;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
   constexpr int kCodeSlabs = kHalfSlabs - kHalf;

@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t ordered(float value) {
 
 // The value; NaN for 0xFFFFFFFF and for 0.
 __device__ __forceinline__ float from_ordered(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+  return __uint_as_float(key ^ (0x80000000u | ~static_cast<uint32_t>(static_cast<int32_t>(key) >> 31)));
 }
 
 }  // namespace dsv4

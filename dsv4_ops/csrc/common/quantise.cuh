@@ -152,10 +152,11 @@ struct Nvfp4Global {
 };
 
 // quant_nvfp4: packed codes and the group's E4M3 scale code, found with that rounded scale. A scale of 0 gives codes 0.
+// amax: the largest magnitude of the group.
 template <int kCount>
-__device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount], const Nvfp4Global& global,
-                                                   uint8_t (&packed)[kCount / 2]) {
-  const float amax = group_amax<16>(values), ratio = global.by_largest.quotient(amax);
+__device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount], float amax,
+                                                   const Nvfp4Global& global, uint8_t (&packed)[kCount / 2]) {
+  const float ratio = global.by_largest.quotient(amax);
   uint32_t scale = encode_e4m3(ratio);
   float step = decode_e4m3(scale) * global.scale;
   float magnitudes[kCount];
@@ -182,9 +183,9 @@ __device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount]
 }
 
 template <int kCount>
-__device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount], float global_scale,
+__device__ __forceinline__ uint32_t quantise_nvfp4(const float (&values)[kCount], const Nvfp4Global& global,
                                                    uint8_t (&packed)[kCount / 2]) {
-  return quantise_nvfp4(values, Nvfp4Global(global_scale), packed);
+  return quantise_nvfp4(values, group_amax<16>(values), global, packed);
 }
 
 }  // namespace dsv4

@@ -3,8 +3,8 @@
 // A policy names the outputs of all rows. `begin` moves it to one row. `store` quantises kCount neighbouring values,
 // which are rounded to the activation dtype, and writes the codes and the scales; all lanes of the warp call it
 // together, those past the end of the row with `inside` false. A format with kNeedsAmax scales by the largest magnitude
-// of the row: `scale_by` tells it to every thread before the first `store`. Where kSpan is not 0, vectors of a thread
-// are stored together, if they lie in the same kSpan columns.
+// of the row: `scaled` makes of it what has the `store`, once for all of a thread's vectors. Where kSpan is not 0,
+// vectors of a thread are stored together, if they lie in the same kSpan columns.
 #pragma once
 
 #include "common/quantise.cuh"
@@ -80,6 +80,38 @@ struct Mxfp4Row {
   }
 };
 
+// A row of NVFP4 whose global scale is known.
+struct Nvfp4Scaled {
+  uint8_t* q;
+  uint8_t* scale;
+  Nvfp4Global global;
+
+  template <int kCount>
+  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], bool inside) const {
+    store(column, values, group_amax<16>(values), inside);
+  }
+
+  // The same from a vector as it lies in memory: of bf16 two magnitudes are compared at a time.
+  template <typename T, int kCount>
+  __device__ __forceinline__ void store(unsigned column, const Packed<T, kCount> (&vectors)[1], bool inside) const {
+    float values[kCount];
+    vectors[0].to_floats(values);
+    const uint32_t bits = max_lanes<16 / kCount>(vectors[0].max_magnitude_bits());
+    store(column, values, __uint_as_float(bits), inside);
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], float amax,
+                                        bool inside) const {
+    uint8_t packed[kCount / 2];
+    const uint32_t code = quantise_nvfp4(values, amax, global, packed);
+    if (!inside) return;
+    store_bytes(q + column / 2, packed);
+    if (column % 16 == 0) scale[column / 16] = code;
+  }
+};
+
 // q [rows, width / 2] pairs of E2M1, scale [rows, width / 16] E4M3, global_scale [rows] fp32.
 struct Nvfp4Row {
   static constexpr bool kNeedsAmax = true;
@@ -87,7 +119,6 @@ struct Nvfp4Row {
   uint8_t* q;
   uint8_t* scale;
   float* global_scale;
-  float of_row;  // set by scale_by
 
   __device__ __forceinline__ void begin(int64_t row, unsigned width) {
     q += row * (width / 2);
@@ -95,18 +126,11 @@ struct Nvfp4Row {
     global_scale += row;
   }
 
-  __device__ __forceinline__ void scale_by(float amax, bool writes) {
-    of_row = clamp_min(__fdiv_rn(amax, kNvfp4Largest), kNvfp4ScaleFloor);
+  // `writes`: this thread stores the global scale.
+  __device__ __forceinline__ Nvfp4Scaled scaled(float amax, bool writes) const {
+    const float of_row = nvfp4_global_scale(amax);
     if (writes) *global_scale = of_row;
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ void store(unsigned column, const float (&values)[kCount], bool inside) const {
-    uint8_t packed[kCount / 2];
-    const uint32_t code = quantise_nvfp4(values, of_row, packed);
-    if (!inside) return;
-    store_bytes(q + column / 2, packed);
-    if (column % 16 == 0) scale[column / 16] = code;
+    return {q, scale, Nvfp4Global(of_row)};
   }
 };
 

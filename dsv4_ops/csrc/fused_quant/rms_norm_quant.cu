@@ -10,8 +10,9 @@
 // no influence on the bits.
 //
 // Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4, 4096 rows of
-// 7168: floor 31 us, measured 45 (H200, 2026-11-25); its 38 instructions an element take 38 us, half of them in the
-// E2M1 codes and exact quotients of quantise.cuh. One row of 7168: 2.2 us.
+// 7168: floor 31 us, measured 45 (H200, 2026-11-25) with 36 instructions an element, two thirds of them in the E2M1
+// codes and exact quotients of quantise.cuh. They bound it: 78% of the issue slots were taken, the rest was lost at the
+// two barriers of a row, which is why as many rows as possible are in flight. One row of 7168: 2.2 us.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/norm_row.cuh"
@@ -21,9 +22,10 @@ namespace {
 
 constexpr int kFewRows = 32;  // rows that several CTAs share
 
-// NVFP4 computes as long as it loads. The others leave registers for four CTAs on Hopper, and for three on Blackwell.
+// NVFP4 waits at two barriers a row, and computes longer than it loads: five CTAs, at the cost of ten registers
+// spilled. The others leave registers for four CTAs on Hopper, and for three on Blackwell.
 template <typename Output>
-constexpr int kManyCtas = Output::kNeedsAmax ? 4 : 3;
+constexpr int kManyCtas = Output::kNeedsAmax ? 5 : 3;
 
 template <int kVectors, int kParts, typename T, typename W, typename Output>
 __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_ctas<kParts, T, W>(kManyCtas<Output>))
@@ -38,21 +40,25 @@ __global__ void __launch_bounds__(norm_max_threads(kVectors) / kParts, norm_min_
   row.normalise(eps, sums);
 
   output.begin(blockIdx.x, row.width);
+  y += blockIdx.x * rows.width;
+  const auto store = [&](const auto& target) {
+    // This CTA's share of the warps: gridDim.y is a power of two.
+    if ((threadIdx.x / kWarp & (gridDim.y - 1)) != blockIdx.y) return;
+#pragma unroll
+    for (int i = 0; i < row.kAll; ++i) {
+      store_row(target, row.column_of(i), row.values[i], row.inside(i));
+      if (row.inside(i)) row.values[i].store(y + row.column_of(i));
+    }
+  };
   if constexpr (Output::kNeedsAmax) {
     __shared__ uint32_t largest[kNormMaxWarps];
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < row.kAll; ++i) bits = max(bits, row.values[i].max_magnitude_bits());
-    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0 && blockIdx.y == 0);
-  }
-
-  // This CTA's share of the warps: gridDim.y is a power of two.
-  if ((threadIdx.x / kWarp & (gridDim.y - 1)) != blockIdx.y) return;
-  y += blockIdx.x * rows.width;
-#pragma unroll
-  for (int i = 0; i < row.kAll; ++i) {
-    if (row.inside(i)) row.values[i].store(y + row.column_of(i));
-    store_row(output, row.column_of(i), row.values[i], row.inside(i));
+    bits = max_warps(bits, largest);
+    store(output.scaled(__uint_as_float(bits), threadIdx.x == 0 && blockIdx.y == 0));
+  } else {
+    store(output);
   }
 }
 
@@ -66,15 +72,19 @@ __global__ void __launch_bounds__(kNormMaxWarps * kWarp)
   y += blockIdx.x * rows.width;
   const uint32_t bits = norm_any_row(x + blockIdx.x * rows.stride, weight, width, eps, y, sums);
   output.begin(blockIdx.x, width);
+  const auto store = [&](const auto& target) {
+    for_each_norm_vector(width, [&](unsigned column) {
+      float values[kNormCount];
+      load_some(y + column, static_cast<int>(width - column), values);  // what this thread has stored
+      target.store(column, values, column < width);
+    });
+  };
   if constexpr (Output::kNeedsAmax) {
     __shared__ uint32_t largest[kNormMaxWarps];
-    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
+    store(output.scaled(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0));
+  } else {
+    store(output);
   }
-  for_each_norm_vector(width, [&](unsigned column) {
-    float values[kNormCount];
-    load_some(y + column, static_cast<int>(width - column), values);  // what this thread has stored
-    output.store(column, values, column < width);
-  });
 }
 
 template <typename T, typename W, typename Output>

@@ -6,10 +6,10 @@
 // vector), in several beyond, each then computed twice. Shared memory: 64 bytes for that maximum.
 //
 // Floor: with bf16 4 bytes an element of h and its codes (1 or 1/2 byte) at the speed of a copy. FP8, 24576 rows of
-// 2048: floor 56 us, measured 65 (H200, 2026-11-25), a best public kernel 59. Counted in the machine code,
-// instructions take 33 us and exp and its reciprocal 27, so neither explains the gap, and what does is not known.
-// Clamping bf16 pairs and one scale for two vectors a thread took a fifth off the instructions and 1 us off the time;
-// longer lines in flight a thread have not been tried.
+// 2048: floor 56 us, measured 65 (H200, 2026-11-25), a best public kernel 59. Memory bounds it: half of the time of a
+// warp is waiting for its loads, DRAM is 78% busy, instructions take 33 us and exp and its reciprocal 27. Why DRAM does
+// not get busier is not known. Clamping bf16 pairs and one scale for two vectors a thread took a fifth off the
+// instructions and 1 us off the time; longer lines in flight a thread have not been tried.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/gated_row.cuh"
@@ -31,15 +31,15 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
   const auto compute = [&](unsigned first) {
     tile.compute(gate_up + blockIdx.x * rows.stride, width, first, route_weight + blockIdx.x, limit);
   };
-  const auto store = [&](unsigned first) {
+  const auto store = [&](const auto& target, unsigned first) {
     if constexpr (Output::kSpan != 0) {
       const unsigned column = tile.column_of(first, 0);
-      output.store(column, tile.h, column < width);
+      target.store(column, tile.h, column < width);
     } else {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const unsigned column = tile.column_of(first, i);
-        store_row(output, column, tile.h[i], column < width);
+        store_row(target, column, tile.h[i], column < width);
       }
     }
   };
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
   output.begin(blockIdx.x, width);
   if constexpr (!Output::kNeedsAmax) {
     compute(blockIdx.y * step);
-    store(blockIdx.y * step);
+    store(output, blockIdx.y * step);
   } else {
     __shared__ uint32_t largest[kMaxThreads<Output> / kWarp];
     uint32_t bits = 0;
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kMaxThreads<Output>)
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) bits = max(bits, tile.h[i].max_magnitude_bits());
     }
-    output.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
+    const auto target = output.scaled(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
     for (unsigned first = 0; first < width; first += step) {
       if (step < width) compute(first);
-      store(first);
+      store(target, first);
     }
   }
 }

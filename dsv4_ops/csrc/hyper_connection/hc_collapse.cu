@@ -3,21 +3,24 @@
 //
 //   y = sum_j pre_j x_j, rounded; then rms_norm of what was rounded, rounded; then the quantiser of what that rounded
 //
-// A CTA has one of two roles, so that the two long chains of a token run on different SMs:
+// This is the kernel for n = 4 and rows of whole vectors, up to 8192 columns wide (fp32: 4096); hc_collapse_any.cu has
+// the others. A CTA has one of two roles, so that the two long chains of a token run on different SMs:
 //
-//   rows     One token each. The CTA adds the partial sums of pre and of the squares (n + 4 values), and each warp for
-//            itself turns them into the weights pre. A thread owns 8 neighbouring columns of all 4 streams, loaded
-//            while the partial sums arrive, and keeps them in registers up to the quantiser. Barriers: one after the
-//            partial sums, one for the norm's sum of squares, one for the largest magnitude where the format is NVFP4.
-//   mixing   The first CTAs of the grid: post, and comb by Sinkhorn's iteration, of one token (few tokens) or of a
-//            token a warp. hc_head has none.
+//   rows     A thread owns 8 neighbouring columns of all 4 streams, loaded while the partial sums arrive, and keeps
+//            them in registers up to the quantiser. The CTA adds the partial sums of pre and of the squares (8 values),
+//            and one warp makes the weights pre of them: what a warp does once for a token is as long as its share of
+//            the row. Barriers of a token: one after the partial sums, one after pre, one for the norm's sum of
+//            squares, one for the largest magnitude where the format is NVFP4. For many tokens a CTA has up to 8 of
+//            them after one another: the first two barriers and pre, a warp a token, are for all of them together, and
+//            the streams of the next token are on their way while this one is normed.
+//   mixing   post, and comb by Sinkhorn's iteration, of up to 32 tokens: partial sums and logits of a token a warp,
+//            then Sinkhorn of a token a lane. hc_head has none.
 //
-// Other n, rows that are not whole vectors, and rows wider than 8192 (fp32: 4096) are read again in every phase
-// instead of kept.
+// For few tokens mixing comes first in the grid, because it takes longest. For many it comes last, and the last tokens
+// come first, which L2 still holds from hc_mix.
 //
-// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][outputs + 4] fp32, then the logits of comb
-// [tokens][n][n]: 960 bytes for one token of 4096 columns and n = 4, 15 KiB for 16. Static: 256 bytes, two words a
-// warp.
+// Shared memory, dynamic: sums of groups [tokens of the CTA][groups][values] fp32, 8 values for rows and 28 for mixing,
+// whose logits of comb [tokens][4][4] follow. Static: two words a warp, twice, and pre.
 //
 // Budget of one token at decode sizes, in cycles: partial sums from L2 (one access, 8 in flight a thread) and their
 // adds, barrier, adds of the groups, mean, root and sigmoid: a load and about 300. Then the row: 240 instructions a
@@ -26,311 +29,196 @@
 // longest chain and bounds the launch. For many tokens the floor is n * d elements read and the results written.
 #include <algorithm>
 
+#include "common/divisor.cuh"
 #include "common/launch.cuh"
-#include "common/quantised_row.cuh"
-#include "common/reduce.cuh"
-#include "common/rms_norm.cuh"
-#include "hyper_connection/sinkhorn.cuh"
-#include "hyper_connection/streams.cuh"
+#include "hyper_connection/collapse.cuh"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kMaxWarps = 32;
-constexpr int kAnyThreads = 256;  // of a CTA that does not keep its row
+constexpr int kStreams = 4;
+constexpr int kPreValues = kStreams + kSquareSums;
+constexpr int kValues = (2 + kStreams) * kStreams + kSquareSums;  // of mixing
+constexpr int kMatrix = kStreams * kStreams;
 template <typename T>
-constexpr int kKeptThreads = sizeof(T) == 2 ? 1024 : 512;  // at most, of one that does
-constexpr int kMaxMixing = 16;    // tokens of a CTA with the role mixing
-constexpr int kFewTokens = 64;    // up to here such a CTA has one
+constexpr int kMaxThreads = sizeof(T) == 2 ? 1024 : 512;
+constexpr int kFewTokens = 64;  // up to here a CTA with the role mixing has one
+constexpr int kMaxMixing = 32;  // tokens of such a CTA
+constexpr int kMaxRows = 8;     // tokens of a CTA with the role rows
+constexpr int kSms = 132;
 
-struct Arguments {
-  const void* x;
-  int64_t tokens;
-  int streams;
-  int width;
-  int64_t stride;
-  MixWeights weights;
-  const float* partial;
-  int chunks;
-  int chunks_per_group;
-  int groups;
+// How the tokens of a launch are divided.
+struct Division {
   int mixing_ctas;
   int mixing_tokens;  // of a CTA
-  Collapsed out;
+  int row_tokens;     // of a CTA
+  bool backwards;     // roles and tokens
+  Divisor groups;
 };
 
-// ---- partial sums ----
-
-// Add the chunks of each group, in order: values 0 .. values - 1 of `tokens` tokens to sums [tokens][groups][values].
-__device__ __forceinline__ void add_chunks(const Arguments& at, int64_t first, int tokens, int values, float* sums) {
-  const int places = at.weights.outputs + kSquareSums;
-  for (int i = threadIdx.x; i < tokens * at.groups * values; i += blockDim.x) {
-    const int value = i % values, group = i / values % at.groups;
-    const int64_t token = first + i / values / at.groups;
-    const int chunk = group * at.chunks_per_group;
-    const int count = min(at.chunks_per_group, at.chunks - chunk);
-    const float* const partial = at.partial + (token * at.chunks + chunk) * places + value;
-    float parts[kSplitsPerGroup];
+// Add the chunks of each group: values 0 .. kCount - 1 of `tokens` tokens to sums [tokens][groups][kCount].
+template <int kCount>
+__device__ __forceinline__ void add_all_chunks(const CollapseArguments& at, const Division& division, int64_t first,
+                                               int tokens, float* sums) {
+  const int places = at.weights.outputs + kSquareSums, all = tokens * at.groups * kCount;
+  const float* const partial = at.partial + first * at.chunks * places;
+  if (at.chunks_per_group == 1) {  // nothing to add: 8 at a time
+    for (int begin = threadIdx.x; begin < all; begin += 8 * blockDim.x) {
+      float parts[8];
 #pragma unroll
-    for (int c = 0; c < kSplitsPerGroup; ++c) parts[c] = c < count ? __ldcg(partial + c * places) : -0.0f;
+      for (int i = 0; i < 8; ++i) {
+        const unsigned index = begin + i * blockDim.x;
+        if (index < all) parts[i] = __ldcg(partial + index / kCount * places + index % kCount);
+      }
 #pragma unroll
-    for (int c = 1; c < kSplitsPerGroup; ++c) parts[0] += parts[c];  // x + -0 is x
-    sums[i] = parts[0];
-  }
-}
-
-// Add the groups of one value, in order.
-__device__ __forceinline__ float add_groups(const Arguments& at, const float* sums, int values) {
-  float sum = sums[0];
-  for (int group = 1; group < at.groups; ++group) sum += sums[group * values];
-  return sum;
-}
-
-// 1 / rms of the streams: the sums of squares lie in lanes n .. n + 3.
-__device__ __forceinline__ float streams_inverse_rms(const Arguments& at, float lane_sum) {
-  float squares[kSquareSums];
-#pragma unroll
-  for (int i = 0; i < kSquareSums; ++i) squares[i] = __shfl_sync(kAllLanes, lane_sum, at.streams + i);
-  const float sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-  return inverse_rms(sum, at.streams * at.width, at.weights.norm_eps);
-}
-
-struct Affine {
-  float scale;
-  float base;
-};
-
-// Of the product at place `value` of the partial sums: before the squares those of pre, then post and comb.
-__device__ __forceinline__ Affine load_affine(const Arguments& at, int value) {
-  const int n = at.streams, output = value < n ? value : value - kSquareSums;
-  if (value >= at.weights.outputs + kSquareSums || (value >= n && output < n)) return {0.0f, 0.0f};
-  return {at.weights.scale[output < n ? 0 : output < 2 * n ? 1 : 2], at.weights.base[output]};
-}
-
-// What goes into a sigmoid or a softmax, from a product with the streams and their 1 / rms.
-__device__ __forceinline__ float logit_of(float product, float inverse_rms, Affine affine) {
-  return add_weighted(affine.base, __fmul_rn(product, inverse_rms), affine.scale);
-}
-
-__device__ __forceinline__ float sigmoid(float logit) { return 1.0f / (1.0f + expf(-logit)); }
-
-// ---- role mixing ----
-
-// post and comb of one token by a warp; `affine` belongs to value `lane`, `logits` holds n * n floats.
-__device__ void mix_token(const Arguments& at, int64_t token, Affine affine, const float* sums, float* logits) {
-  const int lane = threadIdx.x % kWarp, n = at.streams;
-  const int values = at.weights.outputs + kSquareSums;
-  float inverse = 0.0f;
-  for (int first = 0; first < values; first += kWarp) {
-    const int value = first + lane;
-    const float sum = value < values ? add_groups(at, sums + value, values) : 0.0f;
-    if (first == 0) inverse = streams_inverse_rms(at, sum);
-    if (first > 0) affine = load_affine(at, value);
-    if (value < n + kSquareSums || value >= values) continue;
-    const int output = value - kSquareSums;
-    const float logit = logit_of(sum, inverse, affine);
-    if (output < 2 * n) {
-      at.out.post[token * n + output - n] = 2.0f * sigmoid(logit);
-    } else {
-      logits[output - 2 * n] = logit;
-    }
-  }
-  __syncwarp();
-  float* const comb = at.out.comb + token * n * n;
-  if (n == 4) {
-    float matrix[4][4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) matrix[j][k] = logits[j * 4 + k];
-    }
-    sinkhorn_4(matrix, at.weights.hc_eps, at.weights.iterations);
-    if (lane != 0) return;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      reinterpret_cast<float4*>(comb)[j] = {matrix[j][0], matrix[j][1], matrix[j][2], matrix[j][3]};
+      for (int i = 0; i < 8; ++i) {
+        const unsigned index = begin + i * blockDim.x;
+        if (index < all) sums[index] = parts[i];
+      }
     }
     return;
   }
-  float row[kMaxStreams];
-#pragma unroll
-  for (int k = 0; k < kMaxStreams; ++k) row[k] = lane < n && k < n ? logits[lane * n + k] : 0.0f;
-  __syncwarp();
-  sinkhorn_warp(row, n, at.weights.hc_eps, at.weights.iterations, logits);
-#pragma unroll
-  for (int k = 0; k < kMaxStreams; ++k) {
-    if (lane < n && k < n) comb[lane * n + k] = row[k];
+  for (unsigned index = threadIdx.x; index < all; index += blockDim.x) {
+    const int place = index / kCount, token = division.groups.divide(place);
+    const int chunk = (place - token * at.groups) * kSplitsPerGroup;
+    const float* const chunks = partial + (token * at.chunks + chunk) * places + index % kCount;
+    sums[index] = add_chunks(chunks, places, min(kSplitsPerGroup, at.chunks - chunk));
   }
 }
 
-__device__ void mix_tokens(const Arguments& at, Affine affine, float* sums) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * at.mixing_tokens;
-  const int tokens = static_cast<int>(min(static_cast<int64_t>(at.mixing_tokens), at.tokens - first));
-  const int values = at.weights.outputs + kSquareSums;
-  add_chunks(at, first, tokens, values, sums);
+// ---- role mixing ----
+
+// post and the logits of comb of one token by a warp.
+__device__ __forceinline__ void find_logits(const CollapseArguments& at, int64_t token, Affine affine,
+                                            const float* sums, float* logits) {
+  const int lane = threadIdx.x % kWarp;
+  const float sum = lane < kValues ? add_groups(at, sums + lane, kValues) : 0.0f;
+  const float logit = logit_of(sum, streams_inverse_rms(at, kStreams, sum), affine);
+  const int output = lane - kPreValues;  // behind those of pre
+  if (output < 0 || lane >= kValues) return;
+  if (output < kStreams) {
+    at.out.post[token * kStreams + output] = 2.0f * sigmoid(logit);
+  } else {
+    logits[output - kStreams] = logit;
+  }
+}
+
+// comb by a thread.
+__device__ __forceinline__ void store_comb(const CollapseArguments& at, int64_t token, const float* logits) {
+  float matrix[4][4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) matrix[j][k] = logits[j * 4 + k];
+  }
+  sinkhorn_4(matrix, at.weights.hc_eps, at.weights.iterations);
+  float4* const comb = reinterpret_cast<float4*>(at.out.comb) + token * 4;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) comb[j] = {matrix[j][0], matrix[j][1], matrix[j][2], matrix[j][3]};
+}
+
+__device__ __forceinline__ void mix_tokens(const CollapseArguments& at, const Division& division, int64_t first,
+                                           Affine affine, float* sums) {
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(division.mixing_tokens), at.tokens - first));
+  add_all_chunks<kValues>(at, division, first, tokens, sums);
   __syncthreads();
-  const int warp = threadIdx.x / kWarp;
-  if (warp >= tokens) return;
-  float* const logits = sums + at.mixing_tokens * at.groups * values;
-  mix_token(at, first + warp, affine, sums + warp * at.groups * values, logits + warp * at.streams * at.streams);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float* const logits = sums + division.mixing_tokens * at.groups * kValues;
+  for (int token = warp; token < tokens; token += blockDim.x / kWarp) {
+    find_logits(at, first + token, affine, sums + token * at.groups * kValues, logits + token * kMatrix);
+  }
+  if (tokens > 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();  // the only token is the first warp's
+  }
+  if (warp == 0 && lane < tokens) store_comb(at, first + lane, logits + lane * kMatrix);
 }
 
 // ---- role rows ----
 
-__device__ __forceinline__ void load_norm_weights(const Arguments& at, int column, float (&weights)[kCount]) {
-  const auto load = [&](const auto* address) {
-    if (column + kCount <= at.width && at.width % kCount == 0) {
-      load_floats(address + column, weights);
-    } else {
-      load_some(address + column, at.width - column, weights);
-    }
-  };
-  if (at.out.norm_dtype == Dtype::kBf16) {
-    load(static_cast<const __nv_bfloat16*>(at.out.norm_weight));
-  } else {
-    load(static_cast<const float*>(at.out.norm_weight));
-  }
-}
-
-// `pre` of stream `lane` in lanes below n.
-__device__ __forceinline__ float find_pre(const Arguments& at, const float* sums, Affine affine) {
-  const int lane = threadIdx.x % kWarp, values = at.streams + kSquareSums;
-  const float sum = lane < values ? add_groups(at, sums + lane, values) : 0.0f;
-  const float inverse = streams_inverse_rms(at, sum);
-  return __fadd_rn(sigmoid(logit_of(sum, inverse, affine)), at.weights.hc_eps);
-}
-
-// Add weight * values of one stream; the first stream starts the sum.
-__device__ __forceinline__ void add_stream(int stream, float weight, const float (&values)[kCount],
-                                           float (&sums)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    sums[i] = stream == 0 ? first_weighted(weight, values[i]) : add_weighted(sums[i], weight, values[i]);
-  }
-}
-
-// Codes and scales of a lane's part of the normed row. All lanes of a warp call it together.
-template <Tail kTail>
-__device__ __forceinline__ void quantise(const Arguments& at, int64_t token, int column, const float (&values)[kCount],
-                                         float global_scale, bool inside) {
-  const auto store = [&](auto row) {
-    row.begin(token, at.width);
-    row.store(column, values, inside);
-  };
-  if constexpr (kTail == Tail::kNormFp8) {
-    switch (at.out.group) {
-      case 32: store(Fp8Row<32>{at.out.q, at.out.q_scale}); break;
-      case 64: store(Fp8Row<64>{at.out.q, at.out.q_scale}); break;
-      default: store(Fp8Row<128>{at.out.q, at.out.q_scale}); break;
-    }
-  } else if constexpr (kTail == Tail::kNormNvfp4) {
-    store(Nvfp4Row{at.out.q, at.out.q_scale, at.out.global_scale, global_scale});
-  }
-}
-
-// kKept: n is 4 and the threads of the CTA have all columns of the row in registers, 8 each.
-template <typename T, bool kKept, Tail kTail>
-__global__ void __launch_bounds__(kKept ? kKeptThreads<T> : kAnyThreads) hc_collapse_kernel(const Arguments at) {
+// The threads of the CTA have all columns of a row in registers, 8 each.
+template <typename T, Tail kTail>
+__global__ void __launch_bounds__(kMaxThreads<T>) hc_collapse_kernel(const CollapseArguments at, Division division) {
   extern __shared__ float sums[];
-  __shared__ alignas(16) float scratch[kMaxWarps];
-  __shared__ uint32_t largest[kMaxWarps];
-  const int own = threadIdx.x * kCount, step = kKept ? at.width : blockDim.x * kCount;  // columns
-  const bool kept = kKept && own < at.width;
+  __shared__ alignas(16) float scratch[2][kMaxWarps];
+  __shared__ uint32_t largest[2][kMaxWarps];
+  __shared__ float4 pres[kMaxRows];
+  const int column = threadIdx.x * kCount, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool inside = column < at.width;
   // 1. parameters
-  const bool is_row = static_cast<int>(blockIdx.x) >= at.mixing_ctas;
-  const Affine affine = load_affine(at, threadIdx.x % kWarp);
+  const int place = division.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const bool is_row = place >= division.mixing_ctas;
+  const Affine affine = load_affine(at, lane);
   float weights[kCount] = {};
-  if (kept && kTail != Tail::kNone && is_row) load_norm_weights(at, own, weights);
+  if (inside && kTail != Tail::kNone && is_row) load_norm_weights(at, column, weights);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   if (!is_row) {
-    mix_tokens(at, affine, sums);
+    mix_tokens(at, division, static_cast<int64_t>(place) * division.mixing_tokens, affine, sums);
     return;
   }
-  const int64_t token = blockIdx.x - at.mixing_ctas;
-  const T* const x = static_cast<const T*>(at.x) + token * at.streams * at.stride;
-  T* const y = static_cast<T*>(at.out.y) + token * at.width;
+  const int64_t first = static_cast<int64_t>(place - division.mixing_ctas) * division.row_tokens;
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(division.row_tokens), at.tokens - first));
 
-  // 2. streams and partial sums
-  Columns<T> streams[4] = {};
-  if (kept) {
+  // 2. streams of the first token, and pre of all
+  const T* x = static_cast<const T*>(at.x) + first * kStreams * at.stride + column;
+  T* y = static_cast<T*>(at.out.y) + first * at.width + column;
+  Columns<T> streams[kStreams] = {};
+  const auto load_streams = [&] {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) streams[j].load_once(x + j * at.stride + own);
-  }
-  add_chunks(at, token, 1, at.streams + kSquareSums, sums);
+    for (int j = 0; j < kStreams; ++j) streams[j].load_once(x + j * at.stride);
+  };
+  if (inside) load_streams();
+  add_all_chunks<kPreValues>(at, division, first, tokens, sums);
   __syncthreads();
-  const float pre = find_pre(at, sums, affine);
+  if (warp < tokens) {
+    const float* const of_token = sums + warp * at.groups * kPreValues;
+    const float sum = lane < kPreValues ? add_groups(at, of_token + lane, kPreValues) : 0.0f;
+    const float pre = find_pre(at, kStreams, sum, affine);
+    if (lane < kStreams) reinterpret_cast<float*>(pres + warp)[lane] = pre;
+  }
+  __syncthreads();
 
-  // 3. the weighted sum, rounded
-  float values[kCount] = {};
-  float squares = 0.0f;
-  for (int first = 0; first < at.width; first += step) {
-    const int column = first + own;
-    if constexpr (kKept) {
+  for (int t = 0; t < tokens; ++t, y += at.width) {
+    // 3. the weighted sum, rounded
+    const float4 pre = pres[t];
+    const float each[kStreams] = {pre.x, pre.y, pre.z, pre.w};
+    float values[kCount];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float stream[kCount];
-        streams[j].to_floats(stream);
-        add_stream(j, __shfl_sync(kAllLanes, pre, j), stream, values);
-      }
-    } else {
-      for (int j = 0; j < at.streams; ++j) {
-        float stream[kCount];
-        load_some(x + j * at.stride + column, at.width - column, stream);
-        add_stream(j, __shfl_sync(kAllLanes, pre, j), stream, values);
-      }
+    for (int j = 0; j < kStreams; ++j) {
+      float stream[kCount];
+      streams[j].to_floats(stream);
+      add_stream(j, each[j], stream, values);
     }
+    x += kStreams * at.stride;
+    if (inside && t + 1 < tokens) load_streams();
     round_all_to<T>(values);
-    squares += sum_of_squares(values);
-    if constexpr (!kKept) {
-      store_some(y + column, at.width - column, values);
-    } else if (kTail == Tail::kNone && kept) {
-      store_floats(y + column, values);
+    if constexpr (kTail == Tail::kNone) {
+      if (inside) to_columns<T>(values).store(y);
+      continue;
     }
-  }
-  if constexpr (kTail == Tail::kNone) return;
 
-  // 4. the normed row
-  const float inverse = inverse_rms(sum_warps<kMaxWarps>(squares, scratch), at.width, at.weights.norm_eps);
-  uint32_t bits = 0;
-  for (int first = 0; first < at.width; first += step) {
-    const int column = first + own;
-    if constexpr (!kKept) {
-      load_norm_weights(at, column, weights);
-      load_some(y + column, at.width - column, values);  // what this thread has stored
-    }
-    rms_norm<T>(values, weights, inverse);
-    if constexpr (kKept) {
-      if (kept) store_floats(y + column, values);
-    } else {
-      store_some(y + column, at.width - column, values);
-    }
-    bits = max(bits, max_magnitude_bits(values));
-  }
+    // 4. the normed row
+    const float sum = sum_warps<kMaxWarps>(sum_of_squares(values), scratch[t % 2]);
+    rms_norm<T>(values, weights, inverse_rms(sum, at.width, at.weights.norm_eps));
+    if (inside) to_columns<T>(values).store(y);
 
-  // 5. codes and scales
-  if constexpr (kTail == Tail::kNormFp8 || kTail == Tail::kNormNvfp4) {
-    float global_scale = 0.0f;
-    if constexpr (kTail == Tail::kNormNvfp4) {
-      Nvfp4Row row{nullptr, nullptr, at.out.global_scale + token, 0.0f};
-      row.scale_by(__uint_as_float(max_warps(bits, largest)), threadIdx.x == 0);
-      global_scale = row.of_row;
-    }
-    for (int first = 0; first < at.width; first += step) {
-      const int column = first + own;
-      if constexpr (!kKept) load_some(y + column, at.width - column, values);
-      quantise<kTail>(at, token, column, values, global_scale, column < at.width);
-    }
+    // 5. codes and scales
+    uint32_t bits = 0;
+    if constexpr (kTail == Tail::kNormNvfp4) bits = max_warps(max_magnitude_bits(values), largest[t % 2]);
+    quantise<kTail>(at, first + t, __uint_as_float(bits),
+                    [&](const auto& row) { row.store(column, values, inside); });
   }
 }
 
-template <typename T, bool kKept>
-void (*choose_kernel(Tail tail))(Arguments) {
+template <typename T>
+void (*choose_kernel(Tail tail))(CollapseArguments, Division) {
   switch (tail) {
-    case Tail::kNone: return hc_collapse_kernel<T, kKept, Tail::kNone>;
-    case Tail::kNorm: return hc_collapse_kernel<T, kKept, Tail::kNorm>;
-    case Tail::kNormFp8: return hc_collapse_kernel<T, kKept, Tail::kNormFp8>;
-    default: return hc_collapse_kernel<T, kKept, Tail::kNormNvfp4>;
+    case Tail::kNone: return hc_collapse_kernel<T, Tail::kNone>;
+    case Tail::kNorm: return hc_collapse_kernel<T, Tail::kNorm>;
+    case Tail::kNormFp8: return hc_collapse_kernel<T, Tail::kNormFp8>;
+    default: return hc_collapse_kernel<T, Tail::kNormNvfp4>;
   }
 }
 
@@ -338,29 +226,35 @@ void (*choose_kernel(Tail tail))(Arguments) {
 
 cudaError_t launch_hc_collapse(const Streams& x, const MixWeights& weights, const float* partial, const Collapsed& out,
                                cudaStream_t stream) {
+  const bool many = x.tokens >= kManyTokens;
+  const int groups = group_count(x.width);
+  const CollapseArguments arguments{.x = x.data,
+                                    .tokens = x.tokens,
+                                    .streams = x.streams,
+                                    .width = x.width,
+                                    .stride = x.stride,
+                                    .weights = weights,
+                                    .partial = partial,
+                                    .chunks = chunk_count(x.tokens, x.width),
+                                    .chunks_per_group = many ? 1 : kSplitsPerGroup,
+                                    .groups = groups,
+                                    .out = out};
   return with_dtype(x.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool kept = x.streams == 4 && reads_vectors(x.width) && x.width <= kKeptThreads<T> * kCount;
-    const int threads = kept ? (x.width / kCount + kWarp - 1) / kWarp * kWarp : kAnyThreads;
-    const int mixing_tokens = kept && x.tokens > kFewTokens ? std::min(threads / kWarp, kMaxMixing) : 1;
+    const bool kept = x.streams == kStreams && reads_vectors(x.width) && x.width <= kMaxThreads<T> * kCount;
+    if (!kept) return launch_hc_collapse_any(arguments, x.dtype, stream);
+    const int warps = (x.width / kCount + kWarp - 1) / kWarp, threads = warps * kWarp;
+    const int mixing_tokens = x.tokens <= kFewTokens ? 1 : many ? kMaxMixing : std::max(warps / 4, 1);
     const int64_t mixing_ctas = out.comb == nullptr ? 0 : (x.tokens + mixing_tokens - 1) / mixing_tokens;
-    const int groups = group_count(x.width), values = weights.outputs + kSquareSums;
-    const Arguments arguments{.x = x.data,
-                              .tokens = x.tokens,
-                              .streams = x.streams,
-                              .width = x.width,
-                              .stride = x.stride,
-                              .weights = weights,
-                              .partial = partial,
-                              .chunks = chunk_count(x.tokens, x.width),
-                              .chunks_per_group = x.tokens < kManyTokens ? kSplitsPerGroup : 1,
-                              .groups = groups,
-                              .mixing_ctas = static_cast<int>(mixing_ctas),
-                              .mixing_tokens = mixing_tokens,
-                              .out = out};
-    const size_t floats = mixing_tokens * (groups * values + x.streams * x.streams);
-    const Launch at{dim3(mixing_ctas + x.tokens), dim3(threads), stream, floats * sizeof(float)};
-    return launch_kernel(kept ? choose_kernel<T, true>(out.tail) : choose_kernel<T, false>(out.tail), at, arguments);
+    const int resident = kSms * (kMaxThreads<T> / threads);  // CTAs
+    const int64_t each = (x.tokens + resident - 1) / resident;
+    const int row_tokens = static_cast<int>(std::min<int64_t>({warps, kMaxRows, each}));
+    const int64_t row_ctas = (x.tokens + row_tokens - 1) / row_tokens;
+    const int of_mixing = mixing_ctas == 0 ? 0 : mixing_tokens * (groups * kValues + kMatrix);
+    const size_t bytes = std::max(of_mixing, row_tokens * groups * kPreValues) * sizeof(float);
+    const Launch at{dim3(mixing_ctas + row_ctas), dim3(threads), stream, bytes};
+    const Division division{static_cast<int>(mixing_ctas), mixing_tokens, row_tokens, many, Divisor(groups)};
+    return launch_kernel(choose_kernel<T>(out.tail), at, arguments, division);
   });
 }
 

@@ -10,7 +10,7 @@ cudaError_t launch_hc_pre(const Streams& x, const Post* post, const MixWeights& 
     mixed.data = post->streams;
     mixed.stride = x.width;
   }
-  const bool post_inside = post != nullptr && x.streams == 4 && reads_vectors(x.width);
+  const bool post_inside = post != nullptr && x.streams == 4 && reads_vectors(x.width) && !mixes_many(x);
   if (post != nullptr && !post_inside) {
     const cudaError_t status = launch_hc_post(x, *post, stream);
     if (status != cudaSuccess) return status;

@@ -1,8 +1,9 @@
 // Launchers of the family `hyper_connection`; shapes and dtypes are those of dsv4_ops/ops/hyper_connection.py and
 // hyper_connection_quant.py.
 //
-// An op that computes `pre` is two launches. hc_mix adds up products of columns; hc_collapse adds those sums, and ends
-// in what the op returns. Between them, for every token, `workspace` holds
+// An op that computes `pre` is two launches, and hc_post in front of them where hc_mix cannot do that. hc_mix adds up
+// products of columns; hc_collapse adds those sums, and ends in what the op returns. Between them, for every token,
+// `workspace` holds
 //
 //   partial [tokens, chunks, outputs + 4] fp32: n products of `pre`, 4 sums of squares, the other products
 //
@@ -20,6 +21,7 @@ constexpr int kMaxStreams = 16;
 constexpr int kSplitColumns = 64;
 constexpr int kSplitsPerGroup = 8;
 constexpr int kManyTokens = 2048;
+constexpr int kFewMixTokens = 32;
 constexpr int kSquareSums = 4;
 
 // x [tokens, streams, width]: tokens * streams rows, `stride` elements from one to the next.
@@ -81,6 +83,11 @@ constexpr int64_t workspace_size(int64_t tokens, int width, int outputs) {
 
 // Whether rows of this width are read 8 columns at a time; they must then start at multiples of 16 bytes.
 constexpr bool reads_vectors(int width) { return width % 8 == 0; }
+
+// Whether the kernel for many tokens (hc_mix_many.cu) multiplies. hc_post is then a launch of its own.
+constexpr bool mixes_many(const Streams& x) {
+  return x.tokens > kFewMixTokens && x.dtype == Dtype::kBf16 && x.streams == 4 && x.width % kSplitColumns == 0;
+}
 
 // comb [count, n, n] contiguous; logits: count * n rows of n.
 cudaError_t launch_sinkhorn(const float* logits, Rows rows, int n, float eps, int iterations, float* comb,

@@ -19,12 +19,6 @@ __device__ __forceinline__ Columns<T> to_columns(const float (&values)[kCount]) 
   return columns;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_columns(T* address, const Columns<T>& columns) {
-#pragma unroll
-  for (int i = 0; i < kCount / Columns<T>::kWidth; ++i) reinterpret_cast<uint4*>(address)[i] = columns.parts[i];
-}
-
 // sum + weight * x as torch rounds it: the product, then the sum.
 __device__ __forceinline__ float add_weighted(float sum, float weight, float x) {
   return __fadd_rn(sum, __fmul_rn(weight, x));

@@ -11,13 +11,20 @@
 //   fp4   E2M1 times its UE8M0 scale is exact in bf16; wgmma bf16, 8 steps of 16
 //
 // After the product a thread has 16 heads of two keys for each token. It adds w * relu in a fixed order, four
-// neighbouring lanes add up, so a score depends on nothing but its query and its key.
+// neighbouring lanes add up, so a score depends on nothing but its query and its key. The lanes meet, and the scores
+// are written, while the next product runs.
 //
 // Shared memory, bytes:  rows * 64 * (128 fp8, 256 bf16)   queries, rows of 128 bytes in the 128-byte swizzle
 //                        rows * 256 + 32                   weights; how many entries each row sees
 //                        warpgroups * stages * 8704 (fp8) or 5120 (fp4)  keys and scales, a slot for each thread
-// Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory. Prefill, 16384 flops a score on the
-// tensor cores; the two instructions a head and score of the sum hide behind the products of the other warpgroups.
+// Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory, 420 (220) cycles a tile and
+// multiprocessor. Prefill, 16384 flops a score on the tensor cores, in FP8 256 cycles for a tile and two tokens; the
+// two instructions a head and score of the sum are 128 cycles of each scheduler in that time.
+// What bounds it is the instructions of the sum: in a profile of 1024 rows of 4096 keys tensor cores were busy half of
+// the time and a quarter of the wait was for the pipe of comparisons, weights and lanes. Hence relu on two pipes,
+// weights in registers (decode) or four vectors (prefill), lanes that meet during the next product, addresses that stay
+// in registers, and pages of one tile found without a division. Four warpgroups are what the accumulators leave room
+// for in prefill; in decode two CTAs of two hide the latency of one another.
 #include <algorithm>
 #include <cmath>
 
@@ -35,10 +42,11 @@ constexpr int kMultiprocessors = 132;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// acc = keys * queries over all of k; `queries` is the descriptor of the first step, `panel` the bytes of a panel.
+// acc = keys * queries over all of k, to be waited for; `queries` is the descriptor of the first step, `panel` the
+// bytes of a panel.
 template <IndexForm kForm, int kN>
-__device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
-                                         uint32_t panel) {
+__device__ __forceinline__ void start_product(float (&acc)[kN / 2], const KeyOperand<kForm>& keys, uint64_t queries,
+                                              uint32_t panel) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Format<kForm>::kSteps; ++step) {
@@ -50,22 +58,32 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], const KeyOperand<
     }
   }
   ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  ptx::pin_registers(acc);
 }
 
+// A thread's 16 weights of a token.
+struct Weights {
+  float4 fours[4];
+
+  __device__ __forceinline__ void load(const float* weights, int row, int part) {
+    const auto* const from = reinterpret_cast<const float4*>(weights + row * kHeads + part * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fours[i] = from[i];
+  }
+};
+
 // Sum over a thread's 16 heads of w * relu for its two keys, for the token whose columns start at acc[kFirst].
-template <int kFirst, int kCount>
-__device__ __forceinline__ float2 sum_heads(const float (&acc)[kCount], const float* weights, int part) {
+template <IndexForm kForm, int kFirst, int kCount>
+__device__ __forceinline__ float2 sum_heads(const float (&acc)[kCount], const Weights& weights) {
   float2 low{0.0f, 0.0f}, high{0.0f, 0.0f};  // even and odd columns
 #pragma unroll
   for (int block = 0; block < kHeads / 8; ++block) {
-    const float2 w = *reinterpret_cast<const float2*>(weights + block * 8 + part * 2);
+    const float4 four = weights.fours[block / 2];
+    const float2 w = block % 2 ? float2{four.z, four.w} : float2{four.x, four.y};
     const int i = kFirst + block * 4;
-    low.x = __fmaf_rn(w.x, ptx::max_nan(acc[i], 0.0f), low.x);
-    low.y = __fmaf_rn(w.y, ptx::max_nan(acc[i + 1], 0.0f), low.y);
-    high.x = __fmaf_rn(w.x, ptx::max_nan(acc[i + 2], 0.0f), high.x);
-    high.y = __fmaf_rn(w.y, ptx::max_nan(acc[i + 3], 0.0f), high.y);
+    low.x = __fmaf_rn(w.x, relu<kForm, false>(acc[i]), low.x);
+    low.y = __fmaf_rn(w.y, relu<kForm, true>(acc[i + 1]), low.y);
+    high.x = __fmaf_rn(w.x, relu<kForm, false>(acc[i + 2]), high.x);
+    high.y = __fmaf_rn(w.y, relu<kForm, true>(acc[i + 3]), high.y);
   }
   return {low.x + low.y, high.x + high.y};
 }
@@ -94,72 +112,52 @@ struct Block {
   }
 };
 
-// Parts of queries that a thread loads together.
-template <IndexForm kForm>
-struct QueryBatch {
-  static constexpr int kParts = 4;
-  QueryPart parts[kParts];
-
-  // Those with numbers first, first + blockDim.x, ... of `count`.
-  __device__ __forceinline__ void load(const IndexScoring& in, const Block& block, int first, int count) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < count) parts[i] = load_query<kForm>(in, block.token, block.rows, index);
-    }
-  }
-
-  __device__ __forceinline__ void store(uint8_t* queries, int all_rows, int first, int count) const {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int index = first + i * blockDim.x;
-      if (index < count) store_query<kForm>(queries, all_rows, index, parts[i]);
-    }
-  }
-};
-
-// What a lane writes of the product of a tile with the queries of one row or two.
-struct LaneOutput {
-  int row;         // of the block
-  int entry;
-  int upper;       // the key is the upper one of the thread's two
+// Sums over a thread's heads for its two keys and the one or two rows of a product, and what its lane will write.
+template <bool kPaired>
+struct Sums {
+  float2 rows[kPaired ? 2 : 1];
   float scale;     // of the key
+  int row;         // of the block; from `rows` of the block on: none
+  int entry;
   int64_t offset;  // in the sink
 };
 
-// From the product of a tile with the queries of `row` (kPaired: and the row behind it) to scores, keys and maxima.
-// Lanes exchange sums until each has one score; what belongs to a row that does not exist is dropped.
+// From sums to scores, keys and maxima. Lanes exchange sums until each has one score.
 template <bool kPaired>
-__device__ __forceinline__ void put_scores(const float (&acc)[kPaired ? kHeads : kHeads / 2], const float* weights,
-                                           const int* seen_by, int row, int rows, int capacity, const LaneOutput& own,
-                                           const ScoreSink& sink) {
+__device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper, const int* seen_by, int rows,
+                                           int capacity, const ScoreSink& sink) {
   const int lane = threadIdx.x % kWarp, part = lane % 4;
-  float2 sums = sum_heads<0>(acc, weights + row * kHeads, part);
+  float2 both = sums.rows[0];
   float score;
   if constexpr (kPaired) {
-    const float2 others = sum_heads<kHeads / 2>(acc, weights + (row + 1) * kHeads, part);
     const bool second = part % 2;
-    sums = {exchange(sums.x, others.x, second, 1), exchange(sums.y, others.y, second, 1)};
-    score = exchange(sums.x, sums.y, own.upper, 2);
+    both = {exchange(both.x, sums.rows[1].x, second, 1), exchange(both.y, sums.rows[1].y, second, 1)};
+    score = exchange(both.x, both.y, upper, 2);
   } else {
-    score = exchange(sums.x, sums.y, own.upper, 1);
+    score = exchange(both.x, both.y, upper, 1);
     score += __shfl_xor_sync(kAllLanes, score, 2);
   }
-  const bool exists = own.row < rows && (kPaired || part < 2);
+  const bool exists = sums.row < rows && (kPaired || part < 2);
   uint32_t key = 0;
-  if (exists) key = put_score(sink, own.offset, own.entry, capacity, score * own.scale, own.entry < seen_by[own.row]);
-  if (sink.maxima == nullptr) return;
-#pragma unroll
-  for (int distance = kPaired ? 2 : 1; distance < kWarp; distance *= 2) {  // over the lanes of one row
-    key = max(key, __shfl_xor_sync(kAllLanes, key, distance));
+  if (exists) {
+    const bool seen = sums.entry < (kPaired ? seen_by[sums.row] : *seen_by);
+    key = put_score(sink, sums.offset, sums.entry, capacity, score * sums.scale, seen);
   }
-  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[own.offset / kGroup] = key;
+  if (sink.maxima == nullptr) return;
+  if constexpr (kPaired) {  // over the lanes of one row
+    const uint32_t even = __reduce_max_sync(kAllLanes, part % 2 ? 0 : key);
+    const uint32_t odd = __reduce_max_sync(kAllLanes, part % 2 ? key : 0);
+    key = part % 2 ? odd : even;
+  } else {
+    key = __reduce_max_sync(kAllLanes, key);
+  }
+  if (exists && lane < (kPaired ? 2 : 1)) sink.maxima[sums.offset / kGroup] = key;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-// kPaired: two tokens a product, else a block has one token.
-template <IndexForm kForm, bool kPaired>
+// kPaired: two tokens a product, else a block has one token. Pages: how keys are found.
+template <IndexForm kForm, bool kPaired, typename Pages>
 __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, kPaired ? 1 : 2)
     index_scores_tensor_kernel(IndexScoring in, ScoreTask task, ScoreSink sink, Divisor page_size) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -177,12 +175,14 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   const int row = threadIdx.x % kWarpgroup / kWarp * kGroup + lane / 4;
   const int upper = kPaired ? part / 2 : part % 2;  // the key whose score this lane ends up with is row + 8 * upper
-  const KeyReader reader{in, page_size, block.sequence * in.keys.table_stride, task.capacity, row, part};
+  const Pages pages(in, page_size, block.sequence, task.capacity, row, part, upper);
 
   uint8_t* const queries = shared;
   auto* const weights = reinterpret_cast<float*>(queries + all_rows * kHeads * 128 * F::kPanels);
   auto* const seen_by = reinterpret_cast<int*>(weights + all_rows * kHeads);
-  uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows) + warpgroup * kReady * kStageBytes;
+  uint8_t* const stages = reinterpret_cast<uint8_t*>(seen_by + kMostRows);
+  const int first_slot = keep(warpgroup * kReady * kStageBytes + threadIdx.x % kWarpgroup * 16);
+  const int first_scale_slot = keep(first_slot + kWarpgroup * 16 * F::kParts - threadIdx.x % kWarpgroup * 12);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
@@ -190,37 +190,42 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const int32_t* const positions = in.positions + block.sequence * in.positions_stride + block.first_row;
   int seen = 0;  // by any row
 #pragma unroll 4
-  for (int i = 0; i < block.rows; ++i) {
+  for (int i = 0; i < (kPaired ? block.rows : 1); ++i) {
     seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
   }
-  KeyPlaces places[kReady];
+  typename Pages::Places places[kReady];
 #pragma unroll
-  for (int i = 0; i < kReady; ++i) places[i] = reader.find(first_tile + i * stride);
-  const int query_parts = all_rows * kHeads * (F::kQueryBytes / 16);
-  QueryBatch<kForm> batch;
-  batch.load(in, block, threadIdx.x, query_parts);
-  const int end_tile = (seen + kTile - 1) / kTile;
-  if (seen <= task.enough || (sink.scores == nullptr && slice >= end_tile)) return;
+  for (int i = 0; i < kReady; ++i) places[i] = pages.find(first_tile + i * stride);
+  const int halves = all_rows * kHeads * 2;
+  QueryHalf<kForm> query;
+  query.load(in, block.token, block.rows, threadIdx.x);
+  __syncwarp();  // ptxas leaves the loads above it, all under way at once
+  const int all_tiles = (seen + kTile - 1) / kTile;
+  const bool idle = seen <= task.enough || (sink.scores == nullptr && slice >= all_tiles);
+  const int end_tile = idle ? 0 : all_tiles;
 
   // 3. the first keys on their way, queries in place
-  const int tiles = max(end_tile - first_tile + stride - 1, 0) / stride;  // of this warpgroup
 #pragma unroll
   for (int i = 0; i < kReady; ++i) {
     const int tile = first_tile + i * stride;
-    if (i < tiles) copy_keys<kForm>(reader, places[i], tile, seen, upper, stages + i * kStageBytes);
+    uint8_t* const stage = stages + i * kStageBytes;
+    if (tile < end_tile) pages.copy(places[i], tile, seen, stage + first_slot, stage + first_scale_slot);
     ptx::cp_async_commit();
   }
-  const int step = batch.kParts * blockDim.x;
-  for (int first = threadIdx.x; first < query_parts; first += step) {
-    batch.store(queries, all_rows, first, query_parts);
-    batch.load(in, block, first + step, query_parts);
+  if (idle) return;
+  for (int i = threadIdx.x; i < halves; i += static_cast<int>(blockDim.x)) {
+    query.store(queries, all_rows, i);
+    query.load(in, block.token, block.rows, i + static_cast<int>(blockDim.x));
   }
   for (int i = threadIdx.x; i < all_rows * kHeads; i += blockDim.x) {
-    weights[i] = i < block.rows * kHeads ? in.w[(block.token + i / kHeads) * in.w_stride + i % kHeads] : 0.0f;
+    const int token = i / kHeads, head = i % kHeads;
+    const float weight = token < block.rows ? in.w[(block.token + token) * in.w_stride + head] : 0.0f;
+    store_weight<kForm>(weights, token, head, weight);
   }
   if (threadIdx.x < all_rows) {
     const bool exists = threadIdx.x < block.rows;
-    seen_by[threadIdx.x] = exists ? visible_entries(positions[threadIdx.x], in.ratio, task.capacity) : 0;
+    const int own = exists && kPaired ? visible_entries(positions[threadIdx.x], in.ratio, task.capacity) : seen;
+    seen_by[threadIdx.x] = exists ? own : 0;
   }
   ptx::fence_async_proxy();
   __syncthreads();
@@ -229,32 +234,64 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
   const uint64_t first_queries = ptx::wgmma_descriptor(ptx::shared_address(queries), 16, 1024, true);
   const uint32_t panel = all_rows * kHeads * 128;
   const int64_t sink_row = block.token - task.first_token;
-  KeyPlaces next = reader.find(first_tile + kReady * stride);
-  for (int i = 0, tile = first_tile, stage = 0; i < tiles; ++i, tile += stride) {
-    uint8_t* const own_stage = stages + stage * kStageBytes;
+  typename Pages::Places next = pages.find(first_tile + kReady * stride);
+  Weights own_weights;
+  if constexpr (!kPaired) own_weights.load(weights, 0, part);
+  Sums<kPaired> sums{};
+  sums.row = kMostRows;
+  const int own_row = kPaired ? part % 2 : 0;
+  const int64_t row_offset = (sink_row + own_row) * sink.stride;
+  int tile = first_tile;
+  for (int stage = 0; tile < end_tile; tile += stride) {
+    uint8_t* const slot = stages + stage + first_slot;
+    uint8_t* const scale_slot = stages + stage + first_scale_slot;
     KeyOperand<kForm> keys;
     ptx::cp_async_wait<kReady - 1>();
-    keys.load(own_stage, part);
-    if (i + kReady < tiles) {
-      copy_keys<kForm>(reader, next, tile + kReady * stride, seen, upper, own_stage);
-      next = reader.find(tile + (kReady + 1) * stride);
+    keys.load(slot, scale_slot, part);
+    if (tile + kReady * stride < end_tile) {
+      pages.copy(next, tile + kReady * stride, seen, slot, scale_slot);
+      next = pages.find(tile + (kReady + 1) * stride);
     }
     ptx::cp_async_commit();
-    stage = stage + 1 == kReady ? 0 : stage + 1;
-    LaneOutput own{kPaired ? part % 2 : 0, tile * kTile + row + 8 * upper, upper, keys.scale, 0};
-    own.offset = (sink_row + own.row) * sink.stride + own.entry;
-    for (int first = 0; first < all_rows; first += kN / kHeads) {
+    stage = stage == (kReady - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    const auto product = [&](int first) {  // with the queries of rows from `first` on
       float acc[kN / 2];
-      multiply<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
-      put_scores<kPaired>(acc, weights, seen_by, first, block.rows, task.capacity, own, sink);
-      own.row += kN / kHeads;
-      own.offset += kN / kHeads * sink.stride;
+      start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
+      // Of the product before. The condition, which always holds, keeps ptxas from mixing shuffles with the steps of the
+      // product, the last of which would wait for them.
+      if (task.capacity > 0) put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
+      sums.scale = keys.scale;
+      sums.row = first + own_row;
+      if (first == 0) {
+        sums.entry = tile * kTile + row + 8 * upper;
+        sums.offset = row_offset + sums.entry;
+      } else {
+        sums.offset += 2 * sink.stride;
+      }
+      if constexpr (kPaired) own_weights.load(weights, first, part);
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(acc);
+      sums.rows[0] = sum_heads<kForm, 0>(acc, own_weights);
+      if constexpr (kPaired) {
+        own_weights.load(weights, first + 1, part);
+        sums.rows[1] = sum_heads<kForm, kHeads / 2>(acc, own_weights);
+      }
+    };
+    if (!kPaired) {
+      product(0);
+    } else if (all_rows == F::kMostRows) {
+#pragma unroll
+      for (int first = 0; first < F::kMostRows; first += 2) product(first);
+    } else {
+#pragma unroll 1
+      for (int first = 0; first < all_rows; first += 2) product(first);
     }
   }
+  put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
-  for (int tile = first_tile + tiles * stride; tile < task.tiles; tile += stride) {
+  for (; tile < task.tiles; tile += stride) {
     for (int i = threadIdx.x % kWarpgroup; i < block.rows * kTile; i += kWarpgroup) {
       const int entry = tile * kTile + i % kTile;
       if (entry < task.capacity) sink.scores[(sink_row + i / kTile) * sink.stride + entry] = kUnseen;
@@ -309,7 +346,7 @@ Costs costs_of(int rows) {
   return {kMostWarpgroups<kForm, kPaired>, 2, tile, 900.0, 64};
 }
 
-template <IndexForm kForm, bool kPaired>
+template <IndexForm kForm, bool kPaired, typename Pages>
 cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
   const Costs costs = costs_of<kForm, kPaired>(task.rows);
   task.slices = slices_of(task.blocks, task.tiles, costs);
@@ -318,8 +355,18 @@ cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink&
   const auto shared = static_cast<size_t>(SharedMap<kForm>::bytes(all_rows, warpgroups, kStages<kPaired>));
   const Launch at{dim3(static_cast<unsigned>(static_cast<int64_t>(task.blocks) * task.slices)),
                   dim3(warpgroups * kWarpgroup), stream, shared};
-  return launch_kernel(index_scores_tensor_kernel<kForm, kPaired>, at, scoring, task, sink,
+  return launch_kernel(index_scores_tensor_kernel<kForm, kPaired, Pages>, at, scoring, task, sink,
                        Divisor(scoring.keys.page_size));
+}
+
+template <IndexForm kForm>
+cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
+  if (scoring.keys.page_size == kTile && scoring.keys.page_stride <= UINT32_MAX) {
+    return task.rows == 1 ? launch<kForm, false, TilePages<kForm>>(scoring, task, sink, stream)
+                          : launch<kForm, true, TilePages<kForm>>(scoring, task, sink, stream);
+  }
+  return task.rows == 1 ? launch<kForm, false, AnyPages<kForm>>(scoring, task, sink, stream)
+                        : launch<kForm, true, AnyPages<kForm>>(scoring, task, sink, stream);
 }
 
 bool is_multiple(const void* pointer, int64_t stride, int64_t bytes) {
@@ -345,12 +392,8 @@ int rows_of_tensor_block(IndexForm form, int tokens) {
 
 cudaError_t launch_scores_tensor(IndexForm form, const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink,
                                  cudaStream_t stream) {
-  if (form == IndexForm::kFp8) {
-    return task.rows == 1 ? launch<IndexForm::kFp8, false>(scoring, task, sink, stream)
-                          : launch<IndexForm::kFp8, true>(scoring, task, sink, stream);
-  }
-  return task.rows == 1 ? launch<IndexForm::kFp4, false>(scoring, task, sink, stream)
-                        : launch<IndexForm::kFp4, true>(scoring, task, sink, stream);
+  return form == IndexForm::kFp8 ? launch<IndexForm::kFp8>(scoring, task, sink, stream)
+                                 : launch<IndexForm::kFp4>(scoring, task, sink, stream);
 }
 
 }  // namespace dsv4

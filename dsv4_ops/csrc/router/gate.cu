@@ -3,24 +3,22 @@
 // One order of sums for every number of rows (router.h has the rest of it): a slice of d is 512 columns, 8 chunks of
 // 64. A chunk is a chain of 4 m16n8k16 products that starts at zero, weights as the 16-row operand, rows of x as the 8
 // columns; a slice is the sum of its chunks from left to right. Columns of a product do not see each other, so a row
-// of x has the same bits in any place of any tile. Which of a chunk's columns meets which element of the instruction
-// is free as long as both operands agree: a lane takes 8 neighbouring columns (16 bytes) of its row, four for each of
-// two products.
+// of x has the same bits in any place of any tile.
 //
-// gate_product_few (up to 256 rows): a CTA owns 16 experts, one slice and 8, 16 or 32 rows; warp w owns chunk w. It
-//   has its weights, 64 bytes a lane, in registers before it waits for x. The chunks meet in shared memory (5 KB for 8
-//   rows).
+// gate_product_few (up to 64 rows): a CTA owns 16 experts, one slice and 8, 16 or 32 rows; warp w owns chunk w. It
+//   has its weights, 64 bytes a lane, in registers before it waits for x: a lane reads 16 bytes at a time, and four
+//   lanes exchange them for what the product wants of each. The chunks meet in shared memory (5 KB for 8 rows).
 //   Floor: the weights, 2 bytes an element, spread over (E / 16) * (d / 512) CTAs (128 for 256 x 4096), all in flight
 //   at once. With more rows x is read from L2 E / 16 times, and the weights once for every 32 rows.
-// gate_product_many: a CTA owns 128 experts, 128 rows and half of the slices; warp (m, n) of 4 x 2 owns 32 experts and
-//   64 rows. Chunks of both operands, 32 KB, go through a ring of 4 stages (128 KB). In odd rows the 16-byte units lie
-//   at unit ^ 4, so that the 8 lanes of an access, 4 units of 2 rows, touch all banks.
-//   Floor: 2 * rows * E * d flops. Shared memory bounds it before the tensor cores do: an m16n8k16 product, 4096 flops,
-//   takes 192 bytes of operands.
-#include <cuda_pipeline_primitives.h>
-
+// gate_product_tiles (more rows): a CTA owns a tile of experts and rows, and a part of the slices. Up to 256 rows it is
+//   64 x 64 and one slice, 4 warps of 32 x 32; above 128 x 128 and half of the slices, 8 warps of 32 experts x 64 rows.
+//   Chunks of both operands, 128 bytes a row, go through a ring of 4 stages (64 and 128 KB), of which the 16-byte unit
+//   u of row r lies at u ^ (r % 8), so that ldmatrix meets every bank once.
+//   Floor: 2 * rows * E * d flops. Shared memory bounds it about as much as the tensor cores do: with 32 x 64 a warp
+//   a product of 4096 flops takes 192 bytes of operands.
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "common/quad.cuh"
 #include "common/reduce.cuh"
 #include "router/router.h"
 
@@ -45,7 +43,7 @@ struct Operands {
   int experts;
 };
 
-// What a lane holds of a chunk of one row: columns 8 t .. 8 t + 7 of both halves.
+// What a lane holds of a chunk of one row: of each 8 columns 2 t and 2 t + 1, four times 8 columns in each half.
 struct LaneChunk {
   uint4 half[2];
 };
@@ -64,7 +62,8 @@ __device__ __forceinline__ void add_chunk(float (&sums)[4], const LaneChunk& low
   for (int i = 0; i < 4; ++i) sums[i] += chain[i];
 }
 
-// The lane's part of a row's chunk that starts at `column`, zero past the row's end and where there is no such row.
+// The lane's part of a row's chunk that starts at `column`, zero past the row's end and where there is no such row: a
+// load of 8 neighbouring columns, which exchange() then turns into the lane's.
 template <bool kOnce>
 __device__ __forceinline__ LaneChunk load_chunk(const bf16* row, bool exists, int64_t column, int64_t width) {
   LaneChunk chunk;
@@ -76,6 +75,15 @@ __device__ __forceinline__ LaneChunk load_chunk(const bf16* row, bool exists, in
       chunk.half[i] = kOnce ? ptx::load_once(row + at) : *reinterpret_cast<const uint4*>(row + at);
   }
   return chunk;
+}
+
+__device__ __forceinline__ void exchange(LaneChunk& chunk) {
+#pragma unroll
+  for (uint4& half : chunk.half) {
+    uint32_t words[4][1] = {{half.x}, {half.y}, {half.z}, {half.w}};
+    transpose_quad(words);
+    half = make_uint4(words[0][0], words[1][0], words[2][0], words[3][0]);
+  }
 }
 
 template <int kTiles>
@@ -90,6 +98,7 @@ __global__ void __launch_bounds__(kThreads) gate_product_few_kernel(Operands in,
   for (int i = 0; i < 2; ++i) {
     const int expert = first_expert + g + 8 * i;
     weights[i] = load_chunk<true>(in.weight + expert * in.weight_stride, expert < in.experts, column, in.rows.width);
+    exchange(weights[i]);
   }
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -103,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) gate_product_few_kernel(Operands in,
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    exchange(x[i]);
     add_chunk(sums, weights[0], weights[1], x[i]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunks[warp][i * 8 + 2 * t + j % 2][g + 8 * (j / 2)] = sums[j];
@@ -118,78 +128,113 @@ __global__ void __launch_bounds__(kThreads) gate_product_few_kernel(Operands in,
   }
 }
 
-// ---- many rows ----
+// ---- tiles ----
 
-constexpr int kTile = 128;  // experts and rows of a CTA
 constexpr int kStages = 4;
-constexpr int kWarpExperts = 32, kWarpRows = 64;
+constexpr int64_t kFewestTileRows = 64;  // above this many rows
 
-struct Stage {
-  uint4 weight[kTile][kUnits];
-  uint4 x[kTile][kUnits];
+// kWarpsM x kWarpsN warps, each with kM * 16 experts and kN * 8 rows.
+template <int kWarpsM, int kWarpsN, int kM, int kN>
+struct Tile {
+  static constexpr int kThreads = kWarpsM * kWarpsN * kWarp;
+  static constexpr int kExperts = kWarpsM * kM * 16, kRows = kWarpsN * kN * 8;
+  struct Stage {
+    uint4 weight[kExperts][kUnits];
+    uint4 x[kRows][kUnits];
+  };
 };
 
-__device__ __forceinline__ int unit_place(int row, int unit) { return unit ^ (row % 2 * 4); }
+__device__ __forceinline__ int unit_place(int row, int unit) { return unit ^ (row % kUnits); }
 
 // Starts the copy of one operand's chunk; zeros where there is no such row or column.
-__device__ __forceinline__ void copy_chunk(uint4 (&tile)[kTile][kUnits], const bf16* base, int64_t stride,
+template <int kThreads, int kRows>
+__device__ __forceinline__ void copy_chunk(uint4 (&tile)[kRows][kUnits], const bf16* base, int64_t stride,
                                            int64_t first_row, int64_t row_end, int64_t column, int64_t width) {
   const int unit = threadIdx.x % kUnits;
 #pragma unroll
-  for (int i = 0; i < kTile * kUnits / kThreads; ++i) {
+  for (int i = 0; i < kRows * kUnits / kThreads; ++i) {
     const int row = threadIdx.x / kUnits + i * (kThreads / kUnits);
     const int64_t at = column + unit * kUnit;
     const bool exists = first_row + row < row_end && at < width;
     const bf16* const from = exists ? base + (first_row + row) * stride + at : base;
-    __pipeline_memcpy_async(&tile[row][unit_place(row, unit)], from, sizeof(uint4), exists ? 0 : sizeof(uint4));
+    ptx::cp_async_16(&tile[row][unit_place(row, unit)], from, exists ? 16 : 0);
   }
 }
 
-__device__ __forceinline__ LaneChunk lane_chunk(const uint4 (&tile)[kTile][kUnits], int row) {
-  const int t = threadIdx.x % 4;
-  return {{tile[row][unit_place(row, t)], tile[row][unit_place(row, 4 + t)]}};
+// Products of a chunk for 16 experts (16 lanes name them) and step of 16 columns.
+template <int kRows>
+__device__ __forceinline__ void load_weights(uint32_t (&words)[4], const uint4 (&tile)[kRows][kUnits], int expert,
+                                             int step) {
+  const int lane = threadIdx.x % kWarp, row = expert + lane % 16;
+  ptx::ldmatrix_x4(words, &tile[row][unit_place(row, 2 * step + lane / 16)]);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) gate_product_many_kernel(Operands in, int slices, float* parts) {
+// The same for 16 rows of x: words 0 and 1 are the first 8.
+template <int kRows>
+__device__ __forceinline__ void load_rows(uint32_t (&words)[4], const uint4 (&tile)[kRows][kUnits], int first,
+                                          int step) {
+  const int lane = threadIdx.x % kWarp, row = first + lane / 16 * 8 + lane % 8;
+  ptx::ldmatrix_x4(words, &tile[row][unit_place(row, 2 * step + lane / 8 % 2)]);
+}
+
+// Part blockIdx.z has `part_slices` slices, from that many times blockIdx.z on.
+template <int kWarpsM, int kWarpsN, int kM, int kN>
+__global__ void __launch_bounds__(Tile<kWarpsM, kWarpsN, kM, kN>::kThreads)
+    gate_product_tiles_kernel(Operands in, int slices, int part_slices, float* parts) {
+  using Cta = Tile<kWarpsM, kWarpsN, kM, kN>;
+  constexpr int kSteps = kChunk / 16;
   extern __shared__ __align__(128) uint8_t shared[];
-  Stage* const stages = reinterpret_cast<Stage*>(shared);
+  auto* const stages = reinterpret_cast<typename Cta::Stage*>(shared);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int first_expert = blockIdx.y * kTile, half = blockIdx.z;
-  const int middle = (slices + 1) / 2, first_slice = half == 0 ? 0 : middle;
-  const int count = ((half == 0 ? middle : slices) - first_slice) * kChunks;  // chunks of this half
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * Cta::kRows;
+  const int first_expert = blockIdx.y * Cta::kExperts;
+  const int first_slice = blockIdx.z * part_slices;
+  const int count = (min(first_slice + part_slices, slices) - first_slice) * kChunks;  // chunks of this part
   const auto copy = [&](int chunk) {
     if (chunk < count) {
-      Stage& stage = stages[chunk % kStages];
+      auto& stage = stages[chunk % kStages];
       const int64_t column = static_cast<int64_t>(first_slice) * kSliceBf16 + chunk * kChunk;
-      copy_chunk(stage.weight, in.weight, in.weight_stride, first_expert, in.experts, column, in.rows.width);
-      copy_chunk(stage.x, in.x, in.rows.stride, first_row, in.rows.count, column, in.rows.width);
+      copy_chunk<Cta::kThreads>(stage.weight, in.weight, in.weight_stride, first_expert, in.experts, column,
+                                in.rows.width);
+      copy_chunk<Cta::kThreads>(stage.x, in.x, in.rows.stride, first_row, in.rows.count, column, in.rows.width);
     }
-    __pipeline_commit();  // an empty group past the end, so that the wait below always counts the same
+    ptx::cp_async_commit();  // an empty group past the end, so that the wait below always counts the same
   };
 
-  constexpr int kM = kWarpExperts / 16, kN = kWarpRows / 8;
-  const int tile_expert = warp % 4 * kWarpExperts, tile_row = warp / 4 * kWarpRows;
+  const int tile_expert = warp % kWarpsM * kM * 16, tile_row = warp / kWarpsM * kN * 8;
   float total[kM][kN][4] = {}, slice[kM][kN][4] = {};
   for (int chunk = 0; chunk < kStages - 1; ++chunk) copy(chunk);
+#pragma unroll 1
   for (int chunk = 0; chunk < count; ++chunk) {
-    __pipeline_wait_prior(kStages - 2);
+    ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // this chunk is there, and everyone is done with the stage that the next copy overwrites
     copy(chunk + kStages - 1);
-    const Stage& stage = stages[chunk % kStages];
-    LaneChunk weights[kM][2];
+    const auto& stage = stages[chunk % kStages];
+    uint32_t weights[kM][kSteps][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) weights[m][i] = lane_chunk(stage.weight, tile_expert + m * 16 + i * 8 + g);
+      for (int step = 0; step < kSteps; ++step) {
+        load_weights(weights[m][step], stage.weight, tile_expert + m * 16, step);
+      }
     }
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const LaneChunk x = lane_chunk(stage.x, tile_row + n * 8 + g);
+    for (int n = 0; n < kN; n += 2) {
+      float chains[kM][2][4] = {};
 #pragma unroll
-      for (int m = 0; m < kM; ++m) add_chunk(slice[m][n], weights[m][0], weights[m][1], x);
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t x[4];
+        load_rows(x, stage.x, tile_row + n * 8, step);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          ptx::mma_m16n8k16_bf16(chains[m][0], weights[m][step], {x[0], x[1]});
+          ptx::mma_m16n8k16_bf16(chains[m][1], weights[m][step], {x[2], x[3]});
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kM * 8; ++i) slice[i / 8][n + i / 4 % 2][i % 4] += chains[i / 8][i / 4 % 2][i % 4];
     }
     if (chunk % kChunks != kChunks - 1) continue;
 #pragma unroll
@@ -203,8 +248,20 @@ __global__ void __launch_bounds__(kThreads, 1) gate_product_many_kernel(Operands
     const int m = i / (kN * 4), n = i / 4 % kN, j = i % 4;
     const int expert = first_expert + tile_expert + m * 16 + g + 8 * (j / 2);
     const int64_t row = first_row + tile_row + n * 8 + 2 * t + j % 2;
-    if (row < in.rows.count && expert < in.experts) parts[(row * 2 + half) * in.experts + expert] = total[m][n][j];
+    if (row < in.rows.count && expert < in.experts) {
+      parts[(row * gridDim.z + blockIdx.z) * in.experts + expert] = total[m][n][j];
+    }
   }
+}
+
+template <int kWarpsM, int kWarpsN, int kM, int kN>
+cudaError_t launch_tiles(const Operands& in, int slices, int part_count, float* parts, cudaStream_t stream) {
+  using Cta = Tile<kWarpsM, kWarpsN, kM, kN>;
+  const dim3 grid((in.rows.count + Cta::kRows - 1) / Cta::kRows, (in.experts + Cta::kExperts - 1) / Cta::kExperts,
+                  part_count);
+  const Launch at{grid, dim3(Cta::kThreads), stream, kStages * sizeof(typename Cta::Stage)};
+  return launch_kernel(gate_product_tiles_kernel<kWarpsM, kWarpsN, kM, kN>, at, in, slices,
+                       (slices + part_count - 1) / part_count, parts);
 }
 
 template <int kTiles>
@@ -219,10 +276,9 @@ cudaError_t launch_product(const GateProduct& product, float* parts, cudaStream_
   const int slices = slice_count(product);
   if (in.rows.count <= 8) return launch_few<1>(in, slices, parts, stream);
   if (in.rows.count <= 16) return launch_few<2>(in, slices, parts, stream);
-  if (in.rows.count <= kFewRows) return launch_few<4>(in, slices, parts, stream);
-  const dim3 grid((in.rows.count + kTile - 1) / kTile, (in.experts + kTile - 1) / kTile, 2);
-  const Launch at{grid, dim3(kThreads), stream, kStages * sizeof(Stage)};
-  return launch_kernel(gate_product_many_kernel, at, in, slices, parts);
+  if (in.rows.count <= kFewestTileRows) return launch_few<4>(in, slices, parts, stream);
+  return in.rows.count <= kFewRows ? launch_tiles<2, 2, 2, 4>(in, slices, slices, parts, stream)
+                                   : launch_tiles<4, 2, 2, 8>(in, slices, 2, parts, stream);
 }
 
 }  // namespace

@@ -64,4 +64,8 @@ cudaError_t launch_gate_product_fp32(const GateProduct& product, float* parts, c
 cudaError_t launch_gate_topk(const float* logits, int64_t rows, int64_t stride, int parts, int experts,
                              const GateChoice& choice, cudaStream_t stream);
 
+// The same for more than kFewRows rows of one or two parts.
+cudaError_t launch_gate_topk_many(const float* logits, int64_t rows, int64_t stride, int parts, int experts,
+                                  const GateChoice& choice, cudaStream_t stream);
+
 }  // namespace dsv4

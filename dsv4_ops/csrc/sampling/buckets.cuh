@@ -51,10 +51,11 @@ __device__ __forceinline__ uint64_t bucket_mass(int bucket, uint64_t sum) {
 }
 
 // A bucket and what is in front of it.
-struct Bucket {
-  int index;
-  uint32_t count_before, count;
+struct alignas(16) Bucket {
   uint64_t mass_before, mass;
+  uint32_t count_before, count;
+  int index;
+  int unused;  // 0, as in Candidate
 };
 
 __device__ __forceinline__ uint32_t count_through(const Bucket& bucket) { return bucket.count_before + bucket.count; }
@@ -102,7 +103,7 @@ class Histogram {
   // kNoBucket, behind everything, if there is none. `place` 0 .. 2 must differ from that of the call before.
   template <typename Reached>
   __device__ Bucket find(int place, Reached reached) const {
-    if (threadIdx.x == 0) shared_.found[place] = {kNoBucket, total_count_, 0, total_mass_, 0};
+    if (threadIdx.x == 0) shared_.found[place] = {total_mass_, 0, total_count_, 0, kNoBucket, 0};
     __syncthreads();
     if (reached(count_before_ + count_, mass_before_ + mass_) && !reached(count_before_, mass_before_)) {
       Bucket bucket = first();
@@ -148,12 +149,12 @@ class Histogram {
   // This thread's buckets, one after the other.
   __device__ Bucket first() const {
     const int index = threadIdx.x * kPerThread;
-    return {index, count_before_, shared_.counts[0][threadIdx.x], mass_before_, shared_.masses[0][threadIdx.x]};
+    return {mass_before_, shared_.masses[0][threadIdx.x], count_before_, shared_.counts[0][threadIdx.x], index, 0};
   }
   __device__ Bucket next(const Bucket& bucket) const {
     const int index = bucket.index + 1, i = index % kPerThread;
-    return {index, count_through(bucket), shared_.counts[i][threadIdx.x], mass_through(bucket),
-            shared_.masses[i][threadIdx.x]};
+    return {mass_through(bucket), shared_.masses[i][threadIdx.x], count_through(bucket), shared_.counts[i][threadIdx.x],
+            index, 0};
   }
 
   Shared& shared_;

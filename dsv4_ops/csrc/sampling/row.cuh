@@ -21,9 +21,12 @@ __device__ __forceinline__ float scaled_of(uint64_t rank) { return from_ordered(
 
 // A token with its noise. The reference takes the first of the largest noisy values in the order of ranks.
 struct alignas(16) Candidate {
-  uint32_t noisy;  // ordered(scaled logit + noise); 0: no token
   uint64_t rank;
+  uint32_t noisy;   // ordered(scaled logit + noise); 0: no token
+  uint32_t unused;  // 0, so that all 16 bytes of a copy are written
 };
+
+__device__ __forceinline__ Candidate candidate_of(uint64_t rank, float noisy) { return {rank, ordered(noisy), 0}; }
 
 __device__ __forceinline__ bool beats(const Candidate& a, const Candidate& b) {
   return a.noisy > b.noisy || (a.noisy == b.noisy && a.rank > b.rank);
@@ -44,7 +47,7 @@ __device__ __forceinline__ uint64_t sum_lanes64(uint64_t value) {
 }
 
 __device__ __forceinline__ Candidate max_lanes(const Candidate& mine) {
-  Candidate best;
+  Candidate best{};
   best.noisy = max_lanes(mine.noisy);
   best.rank = max_lanes64(mine.noisy == best.noisy ? mine.rank : 0);
   return best;

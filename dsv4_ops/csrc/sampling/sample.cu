@@ -23,6 +23,10 @@
 // the CPU's by the last bits of two logarithms, less than 6e-6, so the token can differ where the two best values come
 // as close as that (less than one draw in 10^5), and where top_p falls on a cumulative probability (buckets.cuh).
 //
+// What is read and written stays inside the buffers whatever they hold. That includes logits and settings that change
+// between two launches: a row that is filtered in one launch and was not in the one before finds a histogram and a
+// list's length that nobody cleared, and gets some token of the vocabulary.
+//
 // Floor: 4 bytes a token, once for greedy rows, twice for rows without filters, three times for filtered ones, the
 // second and third time from L2 as far as the batch fits into it. For one row: the latency of four launches.
 #include "common/launch.cuh"
@@ -126,7 +130,7 @@ class Draw {
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         if (!(wanted >> i & 1) || scaled[i] + gumbel_bound(words[i]) < beaten_) continue;
-        const Candidate candidate{ordered(__fadd_rn(scaled[i], gumbel(words[i]))), rank_key(scaled[i], token + i)};
+        const auto candidate = candidate_of(rank_key(scaled[i], token + i), __fadd_rn(scaled[i], gumbel(words[i])));
         if (maybe >> i & 1) {
           if (beats(candidate, maybe_)) maybe_ = candidate;
         } else if (beats(candidate, sure_)) {
@@ -226,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, 4) sample_draw_kernel(SampleBatch ba
       if (bucket < cut.maybe_end) wanted |= 1u << i;
       if (bucket < cut.maybe_end && bucket >= cut.sure_end) maybe |= 1u << i;
       if (listing && cut.lists(bucket)) {
-        workspace.listed[atomicAdd(workspace.listed_count, 1u)] = rank_key(scaled[i], token + i);
+        const unsigned place = atomicAdd(workspace.listed_count, 1u);
+        if (place < kListed) workspace.listed[place] = rank_key(scaled[i], token + i);
       }
     }
     draw.add(scaled, token, wanted, maybe);

@@ -105,7 +105,7 @@ __device__ Candidate best_before(const Tokens& tokens, uint64_t rank, Shared& sh
     const uint4 block = philox(tokens.row.seed, tokens.row.counter, token / 4);
     const uint32_t word = token % 4 == 0 ? block.x : token % 4 == 1 ? block.y : token % 4 == 2 ? block.z : block.w;
     if (scaled_of(one) + gumbel_bound(word) < from_ordered(best.noisy)) return;
-    const Candidate candidate{ordered(__fadd_rn(scaled_of(one), gumbel(word))), one};
+    const Candidate candidate = candidate_of(one, __fadd_rn(scaled_of(one), gumbel(word)));
     if (beats(candidate, best)) best = candidate;
   });
   __syncthreads();
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1) sample_finish_kernel(Sample
       if (beats(maybe, sure)) result = decide(batch, workspace, row, largest, sure, maybe, shared);
     }
   }
-  if (threadIdx.x == 0) token[place] = result;
+  // Settings that changed between the launches can leave a list or candidates that nobody wrote.
+  if (threadIdx.x == 0) token[place] = min(static_cast<int64_t>(result), batch.rows.width - 1);
 }
 
 }  // namespace

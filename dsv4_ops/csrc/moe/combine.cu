@@ -1,0 +1,78 @@
+// y = the results of a token's pairs added in the order of its slots, in fp32; a slot without an expert adds nothing.
+//
+// One thread adds eight neighbouring columns of a token (one, where d is no multiple of eight). Floor: a launch; the
+// results, 12 d bytes a token with 6 slots, lie in L2.
+#include "common/divisor.cuh"
+#include "common/launch.cuh"
+#include "common/vector.cuh"
+#include "moe/moe.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kSlotsAtOnce = 8;  // whose loads are under way together
+
+struct Combine {
+  const uint8_t* results;
+  const int* ids;
+  int64_t ids_stride;
+  int k, experts;
+  int64_t d, vectors;  // all vectors of y
+  Divisor row_vectors;
+  float* y;
+};
+
+template <typename T, int kCount>
+__global__ void __launch_bounds__(kThreads) moe_combine_kernel(const __grid_constant__ Combine in) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (vector >= in.vectors) return;
+  const auto per_row = static_cast<int64_t>(in.row_vectors.value());
+  const int64_t token = vector < (1ll << 31) ? in.row_vectors.divide(static_cast<int>(vector)) : vector / per_row;
+  const int64_t column = (vector - token * per_row) * kCount;
+  const int* const ids = in.ids + token * in.ids_stride;
+  const T* const results = reinterpret_cast<const T*>(in.results) + token * in.k * in.d + column;
+  float sum[kCount] = {};
+  for (int first = 0; first < in.k; first += kSlotsAtOnce) {
+    float values[kSlotsAtOnce][kCount];
+    bool valid[kSlotsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+      const int slot = min(first + i, in.k - 1), id = ids[slot];
+      valid[i] = first + i < in.k && id >= 0 && id < in.experts;
+      load_floats(results + slot * in.d, values[i]);  // of memory that nobody wrote, if it is not valid
+    }
+#pragma unroll
+    for (int i = 0; i < kSlotsAtOnce; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum[j] += valid[i] ? values[i][j] : 0.0f;
+    }
+  }
+  store_floats(in.y + token * in.d + column, sum);
+}
+
+}  // namespace
+
+cudaError_t launch_moe_combine(const Moe& moe, cudaStream_t stream) {
+  const int count = moe.d % 8 == 0 ? 8 : 1;
+  const int64_t vectors = moe.tokens * moe.d / count;
+  const Combine in{moe.workspace + workspace_of(moe).results,
+                   moe.ids,
+                   moe.ids_stride,
+                   moe.k,
+                   moe.experts,
+                   moe.d,
+                   vectors,
+                   Divisor(static_cast<uint32_t>(moe.d / count)),
+                   moe.y};
+  const Launch at{dim3(static_cast<unsigned>((vectors + kThreads - 1) / kThreads)), dim3(kThreads), stream};
+  return with_dtype(moe.x_dtype, [&](auto element) {
+    using T = decltype(element);
+    return count == 8 ? launch_kernel(moe_combine_kernel<T, 8>, at, in)
+                      : launch_kernel(moe_combine_kernel<T, 1>, at, in);
+  });
+}
+
+}  // namespace dsv4

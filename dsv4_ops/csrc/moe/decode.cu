@@ -1,0 +1,297 @@
+// The routed experts of a decode step, from x to the result of every pair (a slot of a token): two launches, each of
+// which streams the weights of every chosen expert once for all of its pairs.
+//
+//   1. h = swiglu(w1 x, w3 x) * route weight     experts_first_kernel    64 KiB of weights a unit (4096 wide, FP4)
+//   2. results = w2 quantise(h)                  experts_second_kernel
+//
+// One CTA (two teams of 8 warps) stays on each SM and takes its share of all units: a unit is 32 rows of the weights of
+// one group of up to `capacity` pairs of an expert, in one pass for each 16 pairs. Work is thus divided by bytes, to 32
+// rows. Every CTA finds the groups for itself from the ids (pairs.cuh). Teams take units in turn; each warp of a team
+// multiplies a part of k of its own, so that a sum is made of the same terms in the same order whoever else is in the
+// batch; the eight sums of an element meet in shared memory, where two warps in turn add them in the order of the warps
+// and finish 16 rows by 8 pairs each while the others go on.
+//
+//   HBM -> (cp.async, ring of 3 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
+//   x, h -> (8-bit codes, f16 or bf16 in shared memory, once for several groups) -> B operand
+//
+// Shared memory: ring 102 KiB (MXFP4; 108 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB | rows of x | their
+// scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the first kernel, so the
+// second one starts to stream w2 on every SM that the first has left, before it waits.
+//
+// Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
+// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
+// instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
+// cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
+#include <algorithm>
+
+#include "common/launch.cuh"
+#include "common/ptx_sm90.cuh"
+#include "common/swiglu.cuh"
+#include "common/vector.cuh"
+#include "moe/decode_formats.cuh"
+#include "moe/decode_inputs.cuh"
+#include "moe/decode_plan.h"
+#include "moe/decode_stream.cuh"
+#include "moe/moe.h"
+#include "moe/pairs.cuh"
+
+namespace dsv4 {
+namespace moe {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of a team: a unit and 8 pairs
+constexpr int kSharedMost = 227 * 1024;
+constexpr int kRowsInHalves = 12;
+
+// What the CTA knows of where it is.
+struct Cta {
+  const Moe& moe;
+  const DecodePlan& plan;
+  uint8_t* shared;
+  int turn = 0;  // of the warps that finish sums
+
+  // Where the sums of the thread's team meet.
+  __device__ __forceinline__ float4* sums(int buffer) const {
+    const int team = threadIdx.x / kTeamThreads;
+    return reinterpret_cast<float4*>(shared + plan.partials + (team * 2 + buffer) * kSumsBytes);
+  }
+};
+
+// Sums of rows lane / 4 and lane / 4 + 8 of fragment m of a unit -> h of two pairs, or results of two pairs.
+template <typename Format, bool kFirst>
+__device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk, int m, int first_row, int end_row,
+                                       float4 sum) {
+  const int lane = threadIdx.x % kWarp;
+  const RowFacts facts = rows.facts();
+  const float sums[2][2] = {{sum.x, sum.z}, {sum.y, sum.w}};  // of a pair: gate and up, or two rows of w2
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + lane % 4 * 2 + i;
+    if (row >= end_row) continue;
+    float upper = sums[i][0], lower = sums[i][1];
+    if constexpr (Format::kFormat == MoeFormat::kNvfp4) {
+      upper *= facts.gate_factor[row];
+      lower *= kFirst ? facts.up_factor[row] : facts.gate_factor[row];
+    }
+    if constexpr (Format::kFormat == MoeFormat::kMxfp4) {  // a scale that is NaN: see Mxfp4::scale_of
+      upper = __fmaf_rn(upper, 0.0f, upper);
+      lower = __fmaf_rn(lower, 0.0f, lower);
+    }
+    const int64_t pair = facts.pair[row];
+    if constexpr (kFirst) {
+      const SwigluLimit limit(rows.moe.limit);
+      const float gate = limit.gate(round_to<bf16>(upper)), up = limit.up(round_to<bf16>(lower));
+      auto* const h = reinterpret_cast<bf16*>(rows.moe.workspace) + pair * rows.moe.inner;
+      h[walk.tile * 16 + m * 8 + lane / 4] = from_float<bf16>(silu<bf16>(gate) * up * facts.route_weight[row]);
+    } else {
+      auto* const results = reinterpret_cast<bf16*>(rows.moe.workspace + rows.plan.results);
+      bf16* const at = results + pair * rows.moe.d + walk.tile * 32 + m * 16 + lane / 4;
+      at[0] = from_float<bf16>(upper);
+      at[8] = from_float<bf16>(lower);
+    }
+  }
+}
+
+// One pass over a unit: the rows of x from `first_row` to `end_row`, at most 8 * kTiles.
+template <typename Format, bool kFirst, int kTiles>
+__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const StagedRows& rows,
+                                         const Walk& walk, int first_row, int end_row) {
+  const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
+  LaneRows<kTiles> x{};
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    x.rows[tile] = rows.x(min(first_row + 8 * tile + lane / 4, end_row - 1)) + lane % 4 * 16;
+  }
+  x.scales = rows.x_scales() + first_row + lane % 4 * 2;
+  x.scale_stride = cta.plan.scale_slots();
+  if constexpr (Format::kFormat == MoeFormat::kFp8) {
+    const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
+    x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
+    x.lower_scales = x.upper_scales + (kFirst ? cta.plan.row_tiles.value() * unit_rows / kMoeWidth * blocks : 0);
+  }
+  Sums<kTiles> sums = {};
+#pragma unroll 1
+  for (int step = stream.first_step(); step < stream.end_step(); ++step) {
+    Format::step(sums, stream.next(), x, step, lane);
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    float4* const of_warps = cta.sums(cta.turn % 2) + lane;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const float(&sum)[4] = sums[tile][m];
+      of_warps[(warp * 2 + m) * kWarp] = {sum[0], sum[1], sum[2], sum[3]};
+    }
+    // One barrier is enough: who writes to this buffer again has passed the barrier of the other one, and who reads it
+    // now comes to that barrier afterwards.
+    ptx::named_barrier(1 + threadIdx.x / kTeamThreads, kTeamThreads);
+    if (warp / 2 == cta.turn % (kWarps / 2)) {
+      const int m = warp % 2;
+      float4 total = of_warps[m * kWarp];
+#pragma unroll
+      for (int other = 1; other < kWarps; ++other) {
+        const float4 sum = of_warps[(other * 2 + m) * kWarp];
+        total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
+      }
+      finish<Format, kFirst>(rows, walk, m, first_row + 8 * tile, end_row, total);
+    }
+    ++cta.turn;
+  }
+}
+
+// All units of the CTA, for as many groups at a time as their rows fit into shared memory. `rows` has none yet.
+template <typename Format, bool kFirst>
+__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst>& stream, StagedRows& rows,
+                                             const Share& share, Walk walk) {
+  const DecodePlan& plan = cta.plan;
+  const int last_group = plan.row_tiles.divide(max(share.end - 1, 0));
+  for (int first = share.begin; first < share.end;) {
+    __syncthreads();  // nobody reads the rows before any more
+    rows.choose(plan.row_tiles.divide(first), last_group, Format::kFormat == MoeFormat::kFp8);  // block scales of one
+    if constexpr (kFirst) {
+      fill_from_x<Format>(rows);
+    } else {
+      fill_from_h<Format>(rows);
+    }
+    __syncthreads();
+    const int end = min(share.end, rows.end_group * static_cast<int>(plan.row_tiles.value()));
+    while (walk.unit < end) {
+      const int first_row = rows.groups.place_of(walk.group) - rows.place + walk.pass * kPassRows;
+      const int end_row = min(rows.groups.place_of(walk.group + 1) - rows.place, first_row + kPassRows);
+      if (end_row - first_row <= 8) {
+        multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row, end_row);
+      } else {
+        multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row, end_row);
+      }
+      walk.advance(plan, rows.groups);
+    }
+    first = end;
+  }
+}
+
+// The block of tokens of a CTA.
+struct Block {
+  int64_t first_token;
+  int pairs;
+
+  __device__ __forceinline__ Block(const Moe& moe, const DecodePlan& plan)
+      : first_token(static_cast<int64_t>(blockIdx.y) * plan.block_tokens),
+        pairs(static_cast<int>(min(moe.tokens - first_token, static_cast<int64_t>(plan.block_tokens))) * moe.k) {}
+};
+
+template <typename Format>
+__global__ void __launch_bounds__(kThreads, 1)
+    experts_first_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
+                         const __grid_constant__ PairIds ids) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  const Block block(moe, plan);
+  PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
+  groups.find<kThreads>(ids, block.first_token, block.pairs);
+  Cta cta{moe, plan, shared};
+  StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
+  const Share share(plan, groups);
+  const Walk walk(plan, groups, share);
+  WeightStream<Format, true> stream(moe, plan, groups, walk, shared);
+  multiply_all(cta, stream, rows, share, walk);
+}
+
+template <typename Format>
+__global__ void __launch_bounds__(kThreads, 1)
+    experts_second_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
+                          const __grid_constant__ PairIds ids) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  // The ids may be read before the wait. The kernel in front of this one on the stream, experts_first_kernel, lets this
+  // one start only after its own wait, that is when everything before it, the router too, has finished and can be seen.
+  const Block block(moe, plan);
+  PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
+  groups.find<kThreads>(ids, block.first_token, block.pairs);
+  Cta cta{moe, plan, shared};
+  StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
+  const Share share(plan, groups);
+  const Walk walk(plan, groups, share);
+  WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  multiply_all(cta, stream, rows, share, walk);
+}
+
+template <typename Format, bool kFirst>
+DecodePlan plan_of(const Moe& moe) {
+  DecodePlan plan{};
+  plan.width = kFirst ? moe.d : moe.inner;
+  plan.steps = plan.width / Format::kStep;
+  plan.row_bytes = plan.steps * kStageRowBytes;
+  plan.block_tokens = static_cast<int>(std::min<int64_t>(moe.tokens, std::max(1, kBlockPairs / moe.k)));
+  plan.eighths = Divisor(plan.width / 8);
+  plan.results = workspace_of(moe).results;
+  plan.x_stride = plan.width / 8 * Format::kEightBytes + kPartBytes;
+  const int blocks = plan.width / kMoeWidth;
+  const auto lay_out = [&](int capacity) {
+    plan.capacity = capacity;
+    plan.partials = kTeams * kWarps * kStages * kStageBytes<Format>;
+    plan.x = plan.partials + kTeams * 2 * kSumsBytes;
+    plan.x_scales = plan.x + capacity * plan.x_stride;
+    plan.row_facts = plan.x_scales + (Format::kBlockScales ? plan.scale_slots() * blocks * 4 : 0);
+    plan.weight_scales = plan.row_facts + capacity * RowFacts::kBytes;
+    const int expert_blocks = (kFirst ? 2 * moe.inner : moe.d) / kMoeWidth * blocks;
+    plan.groups = (plan.weight_scales + (Format::kFormat == MoeFormat::kFp8 ? expert_blocks * 4 : 0) + 15) / 16 * 16;
+    plan.size = plan.groups + PairGroups::shared_bytes(plan.block_tokens * moe.k);
+  };
+  // As many rows as an expert can have, and two even with one token: a CTA whose share ends in another expert than it
+  // begins has both at once.
+  int capacity = static_cast<int>(std::clamp<int64_t>(moe.tokens, 2, kMostRows));
+  for (lay_out(capacity); capacity > 1 && plan.size > kSharedMost;) lay_out(--capacity);
+  return plan;
+}
+
+template <typename Format, bool kFirst>
+cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  DecodePlan plan = plan_of<Format, kFirst>(moe);
+  const int row_tiles = kFirst ? moe.inner / (kStageRows / 2) : moe.d / kStageRows;
+  const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
+  const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
+  const auto blocks = static_cast<unsigned>((moe.tokens + plan.block_tokens - 1) / plan.block_tokens);
+  plan.row_tiles = Divisor(row_tiles);
+  plan.ctas = Divisor(ctas);
+  const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
+  const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
+  const auto kernel = kFirst ? experts_first_kernel<Format> : experts_second_kernel<Format>;
+  return launch_kernel(kernel, at, moe, plan, ids);
+}
+
+// x as f16 where enough of its rows fit so that hardly an expert has more.
+template <bool kFirst>
+cudaError_t launch_mxfp4(const Moe& moe, cudaStream_t stream) {
+  const int64_t wanted = std::min<int64_t>(moe.tokens, kRowsInHalves);
+  return plan_of<Mxfp4<true>, kFirst>(moe).capacity >= wanted ? launch_product<Mxfp4<true>, kFirst>(moe, stream)
+                                                              : launch_product<Mxfp4<false>, kFirst>(moe, stream);
+}
+
+template <bool kFirst>
+cudaError_t launch(const Moe& moe, cudaStream_t stream) {
+  switch (moe.format) {
+    case MoeFormat::kDense: return launch_product<Dense, kFirst>(moe, stream);
+    case MoeFormat::kFp8: return launch_product<Fp8, kFirst>(moe, stream);
+    case MoeFormat::kMxfp4: return launch_mxfp4<kFirst>(moe, stream);
+    case MoeFormat::kNvfp4: return launch_product<Nvfp4, kFirst>(moe, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace moe
+
+cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream) {
+  const cudaError_t status = moe::launch<true>(moe, stream);
+  return status != cudaSuccess ? status : moe::launch<false>(moe, stream);
+}
+
+}  // namespace dsv4
