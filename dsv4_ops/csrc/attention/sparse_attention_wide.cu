@@ -28,6 +28,11 @@
 //   issue slots        of each SM quarter: unpacking 900, softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
+//
+// What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
+// then the refill of the tile that it handed back last. A refill waits for no load but those of the second block, and
+// no fresh load is under way where a tile is handed over, since fence.proxy.async waits for it. Three tiles would take
+// the refill out of the chain; with 64 KB of queries there is room for two.
 #include <algorithm>
 
 #include "attention/wide_consumer.cuh"
