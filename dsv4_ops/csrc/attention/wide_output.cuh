@@ -66,8 +66,8 @@ struct RunningTotal : Total {
 
 // Divide, turn and store what a consuming warpgroup has of a row.
 __device__ __forceinline__ void store_output(const SparseAttention& attention, const float (&sums)[kHalfSlabs][32],
-                                             const RunningTotal (&totals)[2], uint32_t row, int first_head, int position,
-                                             int half) {
+                                             const RunningTotal (&totals)[2], uint32_t row, int first_head,
+                                             int position, int half) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
