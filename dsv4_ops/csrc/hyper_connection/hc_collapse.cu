@@ -247,7 +247,7 @@ cudaError_t launch_hc_collapse(const Streams& x, const MixWeights& weights, cons
     const int mixing_tokens = x.tokens <= kFewTokens ? 1 : many ? kMaxMixing : std::max(warps / 4, 1);
     const int64_t mixing_ctas = out.comb == nullptr ? 0 : (x.tokens + mixing_tokens - 1) / mixing_tokens;
     const int resident = kSms * (kMaxThreads<T> / threads);  // CTAs
-    const int64_t each = (x.tokens + resident - 1) / resident;
+    const int64_t each = std::max<int64_t>((x.tokens + resident - 1) / resident, 1);  // also of no tokens
     const int row_tokens = static_cast<int>(std::min<int64_t>({warps, kMaxRows, each}));
     const int64_t row_ctas = (x.tokens + row_tokens - 1) / row_tokens;
     const int of_mixing = mixing_ctas == 0 ? 0 : mixing_tokens * (groups * kValues + kMatrix);
