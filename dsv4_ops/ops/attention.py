@@ -24,7 +24,7 @@ from dsv4_ops.registry import Inline, define, describe, expect
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
 UNIT = 64  # keys that csrc/attention adds to a row's result in one step
 # Two kernels share out the units and dimensions of a row for at most so many rows x tiles of 64 heads, so many bytes.
-# H200, 2026-11-25, 128 + 512 keys, 64 heads, us of two kernels and of one: 16 rows 24.1 and 25.6, 32 rows 29.5 and 28.0.
+# H200, 2026-11-25, 640 keys, 64 heads, us of two kernels and of one: 16 rows 24.1 and 25.6, 32 rows 29.5 and 28.0.
 SPLIT_TILES = 16
 SPLIT_BYTES = 2**27
 

@@ -34,6 +34,9 @@
 // gathering warps bound the second kernel, with 60 instructions for 8 keys. With 16 rows of 64 heads and 640 keys the
 // first has 80 CTAs; 104 of the 128 of the second find room on other SMs, the last 24 start when the first ends, their
 // keys still to come.
+//
+// H200, 2026-11-25, us warm, heads x keys, of 1 and 16 rows: 64 x 128 4.8 and 7.4, 64 x 640 8.4 and 22.0, 128 x 1152
+// 15.2 and 39.7: one row of 64 heads takes 0.7 us more for each 100 keys.
 #include <algorithm>
 
 #include "attention/output.cuh"

@@ -10,9 +10,9 @@
 // no influence on the bits.
 //
 // Floor: with bf16 2 + 2 bytes an element and the codes (1 or 1/2 byte) at the speed of a copy. NVFP4, 4096 rows of
-// 7168: floor 31 us, measured 45 (H200, 2026-11-25) with 36 instructions an element, two thirds of them in the E2M1
+// 7168: floor 31 us, measured 44 (H200, 2026-11-25) with 36 instructions an element, two thirds of them in the E2M1
 // codes and exact quotients of quantise.cuh. They bound it: 78% of the issue slots were taken, the rest was lost at the
-// two barriers of a row, which is why as many rows as possible are in flight. One row of 7168: 2.2 us.
+// two barriers of a row, which is why as many rows as possible are in flight. One row of 7168: 2.1 us.
 #include "common/quantised_row.cuh"
 #include "fused_quant/fused_quant.h"
 #include "norm/norm_row.cuh"

@@ -27,6 +27,9 @@
 // warp, of 16 warps on 4 schedulers for 4096 columns, and two barriers. Beside it comb: 2 * iterations - 1 steps of 4
 // multiply-adds and a reciprocal, each of which waits for the last, about 50 cycles; with 20 iterations that is the
 // longest chain and bounds the launch. For many tokens the floor is n * d elements read and the results written.
+//
+// H200, 2026-11-25, us warm of hc_pre_rms_norm_quant_fp8, both launches, 4096 wide: 1 token 4.6, 128 tokens 10.0, 4096
+// tokens 109 (floor 42).
 #include <algorithm>
 
 #include "common/divisor.cuh"

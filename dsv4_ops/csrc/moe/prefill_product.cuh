@@ -20,6 +20,9 @@
 // What bounds it, in cycles of an SM for a step of 16 columns and a block of n rows: tensor cores 2n; L2, 2 KB of
 // weights and 32n bytes of rows. A warp executes about 55 instructions a step, of which decoding FP4 is 34, and a
 // scheduler has two such warps: latency between instructions counts as much as their number.
+//
+// H200, 2026-11-25, the whole of moe_mxfp4 on 32 experts of 4096 x 2048: 1024 tokens 648 us cold (477 TFLOP/s), 4096 tokens
+// 2246 us (551 TFLOP/s).
 #pragma once
 
 #include "common/divisor.cuh"

