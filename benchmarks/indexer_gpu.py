@@ -98,17 +98,18 @@ def measure(case: Case, form: str, timer: Timer) -> dict[str, Any]:
     }
 
 
-def print_rows(rows: Iterable[dict[str, Any]]) -> None:
-    print("| case | form | us warm | us cold | scores alone | peers | target | extra MiB |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    """A table with a line for each row."""
+    lines = ["| case | form | µs, warm | cold | scores alone | peers | target | extra MiB |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
         others = (row["scores_op_us"], case.peers, case.target)
         columns = " | ".join("" if value is None else f"{value:g}" for value in others)
         extra = row["peak_extra_bytes"] / 2**20
-        print(
-            f"| {case.name} | {row['form']} | {row['warm_us']:.1f} | {row['cold_us']:.1f} | {columns} | {extra:.1f} |"
-        )
+        times = f"{row['warm_us']:.1f} | {row['cold_us']:.1f}"
+        lines.append(f"| {case.name} | {row['form']} | {times} | {columns} | {extra:.1f} |")
+    return "\n".join(lines)
 
 
 def bar(us: float, most: float, mark: str) -> str:
@@ -157,7 +158,7 @@ def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
     for form, case in tqdm([(form, case) for form in forms for case in CASES], unit="case", leave=False):
         rows.append(measure(case, form, timer))
         torch.cuda.empty_cache()
-    print_rows(rows)
+    print(markdown(rows))
     print(*chart(rows), sep="\n")
     record = gpu_header() | {"heads": HEADS, "dim": DIM, "page_size": PAGE_SIZE, "rows": rows}
     if output is not None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import peers
+from benchmarks import attention_gpu, indexer_gpu, peers
 from benchmarks.decode_cpu import markdown as decode_table
 from benchmarks.decode_gpu import markdown as decode_gpu_table
 from benchmarks.decode_gpu import whole_markdown
@@ -106,7 +106,7 @@ ratio of the warm ones. All cases that were timed are in
 
 {kernel_table(record)}
 
-{f"{gpu_provenance(record)} {record.get('note', '')}".rstrip()}"""
+{gpu_provenance(record)}"""
 
 
 def products() -> str:
@@ -145,6 +145,28 @@ front of it has ended; one by one, cold, it cannot.
 {gpu_provenance(record)}"""
 
 
+def attention_and_index() -> str:
+    """The section on attention and index picks; nothing before both were measured."""
+    attention, index = measured("attention_h200"), measured("indexer_h200")
+    if attention is None or index is None:
+        return ""
+    return f"""## Attention and index picks on an H200
+
+`H` heads, `B` sequences of `S` query rows, 128 keys of the window and so many compressed entries. The peer is FlashMLA
+without its metadata kernel (mixed form: SGLang), in microseconds of a warm call or, in prefill, TFLOP/s.
+
+{attention_gpu.markdown(attention)}
+
+{gpu_provenance(attention)}
+
+Index picks: scores of all keys and the exact best k of them. The peers' time is that of three kernels: logits,
+metadata and top-k.
+
+{indexer_gpu.markdown(index["rows"])}
+
+{gpu_provenance(index)}"""
+
+
 def whole_model() -> str:
     """The section on a decode step of the whole of V4-Flash; nothing before it was measured."""
     record = measured("decode_flash43_h200")
@@ -181,7 +203,8 @@ def gpu_provenance(record: dict) -> str:
     gpu = record["gpu"]
     state = [f"{label} {gpu[key]}" for key, label in (("driver", "driver"), ("sm_clock", "clock")) if key in gpu]
     facts = [", ".join([gpu["name"], *state]), f"torch {record['torch']}, CUDA {record['cuda']}", record["date"]]
-    return f"{'; '.join(facts)}; csrc sha256 {record['csrc_sha256'][:12]}; `{record['command']}`."
+    source = f"csrc sha256 {record['csrc_sha256'][:12]}; `{record['command']}`."
+    return f"{'; '.join(facts)}; {source} {record.get('note', '')}".rstrip()
 
 
 def state_table() -> str:
@@ -208,6 +231,7 @@ REGIONS = {
     "kernels": kernels,
     "products": products,
     "layer-products": layer_products,
+    "attention": attention_and_index,
     "decode-gpu": decode_gpu,
     "decode-whole": whole_model,
 }
