@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ordered.cuh"
 #include "common/reduce.cuh"
@@ -19,10 +20,10 @@ struct Cut {
 };
 
 struct Exchange {
-  uint32_t histogram[kBins + 1];  // the last one is not looked at
+  alignas(16) uint32_t histogram[kBins + 1];  // the last one is not looked at
   uint32_t few[kFew], places[kFew];
   uint32_t of_warp[2][kWarp];
-  uint32_t few_count, candidates;
+  uint32_t few_count, candidates, found;
   Cut cut;
 };
 
@@ -110,13 +111,20 @@ __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, 
   if (threadIdx.x == 0) exchange.few_count = 0;
   __syncthreads();
 
-  uint32_t own[kOwn], sum = 0;
+  using Vector = std::conditional_t<kOwn == 2, uint2, uint4>;
+  union {
+    Vector vectors[kOwn * 4 / sizeof(Vector)];
+    uint32_t values[kOwn];
+  } own;
+  uint32_t sum = 0;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    own[i] = exchange.histogram[threadIdx.x * kOwn + i];
-    exchange.histogram[threadIdx.x * kOwn + i] = 0;
-    sum += own[i];
+  for (int i = 0; i < static_cast<int>(kOwn * 4 / sizeof(Vector)); ++i) {
+    auto* const vector = reinterpret_cast<Vector*>(exchange.histogram + threadIdx.x * kOwn) + i;
+    own.vectors[i] = *vector;
+    *vector = Vector{};
   }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sum += own.values[i];
   uint32_t from_here = sum;  // bins of this lane and of higher ones
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -129,10 +137,10 @@ __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, 
   if (above < rank && rank <= above + sum) {
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
-      if (above < rank && rank <= above + own[i]) {
-        exchange.cut = {static_cast<uint32_t>(threadIdx.x * kOwn + i), above, own[i]};
+      if (above < rank && rank <= above + own.values[i]) {
+        exchange.cut = {static_cast<uint32_t>(threadIdx.x * kOwn + i), above, own.values[i]};
       }
-      above += own[i];
+      above += own.values[i];
     }
   }
   __syncthreads();
@@ -188,23 +196,27 @@ __device__ __forceinline__ void rank_few(uint32_t wanted, uint32_t* map, Exchang
   __syncthreads();
 }
 
-// The map of those of `count` scores whose bin, less `first`, is not above `most`, and visit(score, i) for those of bin
-// `first` - 1. `count` is a multiple of 16.
+// The map of those of `count` scores, a multiple of 16, whose bin, less `first`, is not above `most`, and visit(score, i)
+// for those of bin `first` - 1. Returns how many bits this thread has set.
 template <int kThreads, typename Visit>
-__device__ __forceinline__ void make_map(const float* scores, int count, const ScoreBins& bins, uint32_t first,
-                                         uint32_t most, uint32_t* map, Visit visit) {
+__device__ __forceinline__ int make_map(const float* scores, int count, const ScoreBins& bins, uint32_t first,
+                                        uint32_t most, uint32_t* map, Visit visit) {
   constexpr uint32_t kBefore = 0xFFFFFFFFu;
   auto* const bytes = reinterpret_cast<uint8_t*>(map);
+  int own = 0;
   for_each_four<kThreads>(scores, count, [&](float4 four, int i) {
     const uint32_t x = bins.from(first, four.x), y = bins.from(first, four.y);
     const uint32_t z = bins.from(first, four.z), w = bins.from(first, four.w);
-    bytes[i / 4] = (x <= most ? 1 : 0) | (y <= most ? 2 : 0) | (z <= most ? 4 : 0) | (w <= most ? 8 : 0);
+    const int bits = (x <= most ? 1 : 0) | (y <= most ? 2 : 0) | (z <= most ? 4 : 0) | (w <= most ? 8 : 0);
+    bytes[i / 4] = bits;
+    own += __popc(bits);
     if (max(max(x, y), max(z, w)) != kBefore) return;
     if (x == kBefore) visit(four.x, i);
     if (y == kBefore) visit(four.y, i + 1);
     if (z == kBefore) visit(four.z, i + 2);
     if (w == kBefore) visit(four.w, i + 3);
   });
+  return own;
 }
 
 // write(place, i) for each bit i of a map of `words` words, in order, with places from 0.
