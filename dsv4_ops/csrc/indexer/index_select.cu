@@ -3,10 +3,14 @@
 //
 // A CTA owns a row. Scores arrive as integers in their order (common/ordered.cuh) and are looked at as numbers:
 //
-//   1. A histogram of 1024 bins of equal width between the smallest and the largest score says in which bin the k-th
-//      largest lies. What lies in higher bins wins; the scores of that bin, usually a handful, are ranked against each
-//      other, equal ones by entry. A winner is a bit in a map of the row, so threads may find winners in any order.
+//   1. A histogram of 1024 bins of equal width, up to the largest score from one that k scores reach, says in which bin
+//      the k-th largest lies. What lies in higher bins wins; the scores of that bin, usually a handful, are ranked
+//      against each other, equal ones by entry. A winner is a bit in a map of the row, so threads may find winners in
+//      any order.
 //   2. The map is written out as entries.
+//
+// Of more than 8192 keys threads first take maxima of 16 in their registers. The histogram of these gives a bin that k
+// keys reach; what reaches it, hardly more than k, is collected and goes through 1 and 2. That spares most atomics.
 //
 // A row that does not fit in shared memory takes three steps. Of every group of 16 entries the scoring kernel has left
 // the largest key. The histogram of these gives the bin of the k-th largest of them: k entries lie in this bin or
@@ -20,15 +24,18 @@
 // All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, set bits and hand out
 // places in lists whose order does not matter: in which order they happen does not show.
 //
-// Shared memory, bytes: 4 a key that fits and a quarter for its bit, in longer rows another quarter for the list of
-// groups; 6432 histogram and exchange. Room for 32 * k keys, at least 16384: twice what k groups hold.
+// Shared memory, bytes: 4 a key that fits, 1 for maxima and then places of candidates, a quarter for its bit, in longer
+// rows another quarter for the list of groups; 6432 histogram and exchange. Room for 32 * k keys, at least 16384: twice
+// what k groups hold.
 //
 // Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). A row
-// has one CTA, so in decode it is the instructions of one multiprocessor that count: about 20 a key (4 to fetch it and
-// find the range, 5 for the histogram, 9 for the map) and 250 a thread for the scans, and six barriers; in a longer row
-// the same for the maxima, 12 for each key of a group that is looked at, and twelve barriers. 512 threads: half as many
-// hide latency worse, twice as many pay the 250 twice. In prefill multiprocessors have many rows, latency is hidden,
-// and 128 or 256 threads save most of the 250.
+// has one CTA, so in decode it is one multiprocessor that counts: about 20 instructions a key (4 to fetch it and find
+// the range, 5 for the histogram, 9 for the map), 250 a thread for the scans, and the latency of six barriers and of
+// atomics in shared memory; in a longer row the same for the maxima, 12 for each key of a group that is looked at, and
+// twelve barriers. In a profile of 16 rows of 8192 keys no phase stood out: fetching, histogram, map and writing out
+// took a sixth to a quarter each, most of it waiting for shared memory. 512 threads: half as many hide latency worse,
+// twice as many pay the 250 twice. In prefill multiprocessors have many rows, and 128 or 256 threads save most of the
+// 250.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -112,13 +119,16 @@ __device__ __forceinline__ bool in_groups(int entries, int k) {
   return entries > kGroupedEntries && entries / (4 * kFours) >= 2 * k;
 }
 
-// Brings `end` keys, of which the first `seen` are entries, to shared memory as scores, NaN behind them up to `count`, a
-// multiple of 16, and finds the bin of the k-th largest, or, in_groups(seen, k), of the k-th largest maximum of groups.
-// `keys` has the first ones.
+// Brings `end` keys, of which the first `seen` are entries, to shared memory as scores, NaN behind them up to `count`,
+// a multiple of 16, and finds the bin of the k-th largest, or, in_groups(seen, k), of the k-th largest maximum of
+// groups. `keys` has the first ones. Bins start at a score that k others reach: the smallest of k maxima or more, those
+// of all threads if they are as many, else those of fours.
 template <int kThreads, typename Load>
 __device__ __forceinline__ Bound find_bound(Keys<kThreads> keys, const Load& load, int end, int count, int seen, int k,
                                             const Shared& shared, Exchange& exchange) {
   const bool grouped = in_groups(seen, k);
+  const bool of_threads = k <= kThreads && k <= seen / 4, of_fours = k <= seen / 4;
+  uint32_t of_thread = 0;
   Range range;
   int written = 0;
   for (int begin = 0; begin < count; begin += 4 * kFours * kThreads) {
@@ -131,8 +141,10 @@ __device__ __forceinline__ Bound find_bound(Keys<kThreads> keys, const Load& loa
       const uint4 four = place < end ? keys.fours[i] : uint4{};
       *reinterpret_cast<float4*>(shared.scores + place) = {from_ordered(four.x), from_ordered(four.y),
                                                            from_ordered(four.z), from_ordered(four.w)};
-      if (grouped) {
-        largest = max(largest, max(max(four.x, four.y), max(four.z, four.w)));
+      const uint32_t of_four = max(max(four.x, four.y), max(four.z, four.w));
+      largest = max(largest, of_four);
+      if (of_fours) {
+        if (!grouped && !of_threads) range.add(of_four);
       } else {
         range.add(four.x);
         range.add(four.y);
@@ -145,7 +157,9 @@ __device__ __forceinline__ Bound find_bound(Keys<kThreads> keys, const Load& loa
       shared.maxima[written + threadIdx.x] = from_ordered(largest);
       written += kThreads;
     }
+    of_thread = max(of_thread, largest);
   }
+  if (of_threads && !grouped) range.add(of_thread);
   const ScoreBins bins(merge<kThreads>(range, exchange));
   if (!bins.usable()) return {bins, {}, false};
   const Cut cut =
@@ -205,7 +219,7 @@ __device__ __forceinline__ bool mark_best(const Candidates& candidates, const Sc
   const int count = exchange.candidates;
   if (count > candidates.room || !bins.usable()) return false;
   const auto count_bins = [&](uint32_t* histogram) {
-    for (int i = threadIdx.x; i < count; i += kThreads) atomicAdd(histogram + min(bins.from(0, score(i)), kBins), 1u);
+    for (int i = threadIdx.x; i < count; i += kThreads) bins.count(score(i), histogram);
   };
   const Cut cut = find_cut<kThreads>(count_bins, k, exchange);
   if (cut.inside > kFew) return false;
@@ -372,9 +386,10 @@ __device__ __forceinline__ void select_from_memory(const uint32_t* keys, int see
     });
   }
   uint32_t greater_before = sum_of_lower_lanes(greater), equal_before = sum_of_lower_lanes(equal);
-  if (lane == kWarp - 1) {
-    exchange.of_warp[0][warp] = greater_before + greater;
-    exchange.of_warp[1][warp] = equal_before + equal;
+  const uint32_t all_greater = __reduce_add_sync(kAllLanes, greater), all_equal = __reduce_add_sync(kAllLanes, equal);
+  if (lane == 0) {
+    exchange.of_warp[0][warp] = all_greater;
+    exchange.of_warp[1][warp] = all_equal;
   }
   __syncthreads();
   greater_before += sum_if(exchange.of_warp[0], lane < warp);
@@ -396,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   __shared__ Exchange exchange;
   extern __shared__ __align__(16) float select_shared[];
   const Shared shared(select_shared, in.room);
-  for (int i = threadIdx.x; i <= kBins; i += kThreads) exchange.histogram[i] = 0;
+  for (int i = threadIdx.x; i < kBins; i += kThreads) exchange.histogram[i] = 0;
   if (threadIdx.x == 0) exchange.candidates = exchange.found = 0;
   const int64_t row = blockIdx.x, token = in.first_token + row;
   const int32_t* const position = in.positions + token / in.tokens * in.positions_stride + token % in.tokens;
