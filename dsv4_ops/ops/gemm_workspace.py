@@ -12,7 +12,7 @@ FP8_BLOCK = 128
 
 
 def room_for_sums(x: Tensor, weight: Tensor, inner: int, large: int = 0) -> Tensor:
-    """The sums of ranges of K that a second launch adds (csrc/gemm/plan.h): of more than 16 rows of x, 64 at a time,
+    """The sums of ranges of K that a second launch adds (csrc/gemm/plan.h): of more than 8 rows of x, 64 at a time,
     where the weight is too narrow to occupy a GPU by its rows alone. Or `large` numbers, if those are more.
 
     x [T, K] (inner 1) or [T, G, K] (inner 2).

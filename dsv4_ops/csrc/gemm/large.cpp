@@ -13,7 +13,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int64_t kBlock = 128;            // of FP8 scales
-constexpr int64_t kLibraryGrain = 16;      // tokens: cuBLASLt wants their scales at 16-byte distances, and more for speed
+constexpr int64_t kLibraryGrain = 16;      // tokens: cuBLASLt wants scales at 16-byte distances, and more for speed
 constexpr int64_t kLeastGroupedFp8 = 512;  // tokens from which a launch for each group pays
 constexpr int64_t kMostBlockColumns = 1 << 17;
 constexpr int kBlockScaling = 12090;  // the CUDA runtime whose cuBLASLt has scales of blocks

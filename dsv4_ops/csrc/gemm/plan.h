@@ -56,7 +56,8 @@ inline bool can_stream(Format format, const Product& p) {
   };
   if (p.k == 0 || p.k % shape_of(format).weight_align != 0) return false;
   // Rows, and the distances between them, are 32-bit numbers.
-  const int64_t longest = std::max({p.weight_stride * bytes, p.x_stride * p.groups * bytes, p.x_scale_stride * p.groups});
+  const int64_t longest =
+      std::max({p.weight_stride * bytes, p.x_stride * p.groups * bytes, p.x_scale_stride * p.groups});
   if (longest > INT32_MAX || p.groups * p.rows > INT32_MAX) return false;
   if (!aligned(p.x, p.x_stride * bytes, 16) || !aligned(p.weight, p.weight_stride * bytes, 16)) return false;
   if (format == Format::kDense) return p.x_dtype == Dtype::kBf16 && p.weight_dtype == Dtype::kBf16;

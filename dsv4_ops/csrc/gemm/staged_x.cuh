@@ -124,7 +124,8 @@ class StagedX {
   }
 
   // Scale i is that of token i % scale_tokens in group i / scale_tokens; what is not there has 0.
-  __device__ __forceinline__ void load_scales(uint32_t (&codes)[kBatch], int first, int k, const uint8_t* source) const {
+  __device__ __forceinline__ void load_scales(uint32_t (&codes)[kBatch], int first, int k,
+                                              const uint8_t* source) const {
     const int group0 = k >> s.x_group_shift;
     const int groups = min(s.x_groups, (static_cast<int>(p.k) >> s.x_group_shift) - group0);
 #pragma unroll

@@ -20,8 +20,8 @@
 // Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights takes about as long as reading them.
 //
 // H200, 2026-11-25, us of FP8 weights cold (floor): one token 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
-// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0); 64 tokens of the second and third 25.8 (8.2) and 27.9 (7.4). One behind the
-// other, so that the next one's ring fills meanwhile, the first three take 4.5, 7.7 and 7.9 warm.
+// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0); 64 tokens of the second and third 25.8 (8.2) and 27.9 (7.4). One behind
+// the other, so that the next one's ring fills meanwhile, the first three take 4.5, 7.7 and 7.9 warm.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -139,8 +139,8 @@ class StreamingProduct {
     ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
   }
 
-  // Where the lane's rows of x begin, of one or two tiles of tokens at a time. Tokens that are not there repeat the last
-  // one; nobody stores their sums.
+  // Where the lane's rows of x begin, of one or two tiles of tokens at a time. Tokens that are not there repeat the
+  // last one; nobody stores their sums.
   __device__ __forceinline__ void find_tokens() {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {

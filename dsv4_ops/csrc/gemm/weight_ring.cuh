@@ -78,8 +78,9 @@ class WeightRing {
     const int row = row_of(tile);
     next_rows = min(kRows, static_cast<int>(p.rows) - row);
     const int first = group_row + (next_rows > 0 ? row : 0);
-    next_source = static_cast<const uint8_t*>(p.weight) + static_cast<int64_t>(first + lane / kTileChunks) * s.row_pitch +
-                  begin * kTileRowBytes + lane % kTileChunks * 16;
+    next_source = static_cast<const uint8_t*>(p.weight) +
+                  static_cast<int64_t>(first + lane / kTileChunks) * s.row_pitch + begin * kTileRowBytes +
+                  lane % kTileChunks * 16;
     if constexpr (kShape.scale_bytes > 0) {
       next_scales = static_cast<const uint8_t*>(p.weight_scale) + first * p.weight_scale_stride +
                     begin * kShape.scale_bytes;
