@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/ordered.cuh"
 #include "common/reduce.cuh"
@@ -20,10 +19,10 @@ struct Cut {
 };
 
 struct Exchange {
-  alignas(16) uint32_t histogram[kBins];
+  uint32_t histogram[kBins + 1];  // the last one is not looked at
   uint32_t few[kFew], places[kFew];
   uint32_t of_warp[2][kWarp];
-  uint32_t few_count, candidates, found;
+  uint32_t few_count, candidates;
   Cut cut;
 };
 
@@ -73,7 +72,7 @@ __device__ __forceinline__ Range merge(Range own, Exchange& exchange) {
   return range;
 }
 
-// Bins of equal width between the ends of a range.
+// Bins of equal width between the smallest and the largest score.
 struct ScoreBins {
   float bottom, bins_per_unit;
 
@@ -93,12 +92,6 @@ struct ScoreBins {
     const float shifted = __fmaf_rn(__fsub_rn(score, bottom), bins_per_unit, 0x1p23f);
     return __float_as_uint(shifted) - (0x4B000000u + first);
   }
-
-  // What is not in a bin is not counted: fewer lanes, fewer conflicts.
-  __device__ __forceinline__ void count(float score, uint32_t* histogram) const {
-    const uint32_t bin = from(0, score);
-    if (bin < kBins) atomicAdd(histogram + bin, 1u);
-  }
 };
 
 // visit(score, i) for each of `count` scores in shared memory, a multiple of 4.
@@ -117,20 +110,13 @@ __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, 
   if (threadIdx.x == 0) exchange.few_count = 0;
   __syncthreads();
 
-  using Vector = std::conditional_t<kOwn == 2, uint2, uint4>;
-  union {
-    Vector vectors[kOwn * 4 / sizeof(Vector)];
-    uint32_t values[kOwn];
-  } own;
-  uint32_t sum = 0;
+  uint32_t own[kOwn], sum = 0;
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(kOwn * 4 / sizeof(Vector)); ++i) {
-    auto* const vector = reinterpret_cast<Vector*>(exchange.histogram + threadIdx.x * kOwn) + i;
-    own.vectors[i] = *vector;
-    *vector = Vector{};
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = exchange.histogram[threadIdx.x * kOwn + i];
+    exchange.histogram[threadIdx.x * kOwn + i] = 0;
+    sum += own[i];
   }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) sum += own.values[i];
   uint32_t from_here = sum;  // bins of this lane and of higher ones
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -143,10 +129,10 @@ __device__ __forceinline__ Cut find_cut(const Count& count_bins, uint32_t rank, 
   if (above < rank && rank <= above + sum) {
 #pragma unroll
     for (int i = kOwn - 1; i >= 0; --i) {
-      if (above < rank && rank <= above + own.values[i]) {
-        exchange.cut = {static_cast<uint32_t>(threadIdx.x * kOwn + i), above, own.values[i]};
+      if (above < rank && rank <= above + own[i]) {
+        exchange.cut = {static_cast<uint32_t>(threadIdx.x * kOwn + i), above, own[i]};
       }
-      above += own.values[i];
+      above += own[i];
     }
   }
   __syncthreads();
@@ -159,10 +145,10 @@ __device__ __forceinline__ Cut find_cut(const float* scores, int count, const Sc
                                         Exchange& exchange) {
   const auto count_bins = [&](uint32_t* histogram) {
     for_each_four<kThreads>(scores, count, [&](float4 four, int) {
-      bins.count(four.x, histogram);
-      bins.count(four.y, histogram);
-      bins.count(four.z, histogram);
-      bins.count(four.w, histogram);
+      atomicAdd(histogram + min(bins.from(0, four.x), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.y), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.z), kBins), 1u);
+      atomicAdd(histogram + min(bins.from(0, four.w), kBins), 1u);
     });
   };
   return find_cut<kThreads>(count_bins, rank, exchange);
@@ -184,67 +170,52 @@ __device__ __forceinline__ void put_few(Exchange& exchange, float score, uint32_
   exchange.places[i] = place;
 }
 
-// The bits of the `wanted` best on the list, then a barrier. Eight lanes compare a score with the others.
+// The bits of the `wanted` best on the list, then a barrier.
 template <int kThreads>
 __device__ __forceinline__ void rank_few(uint32_t wanted, uint32_t* map, Exchange& exchange) {
-  constexpr uint32_t kLanes = 8, kOfWarp = kWarp / kLanes;
   __syncthreads();
-  const uint32_t count = exchange.few_count, lane = threadIdx.x % kLanes;
-  for (uint32_t first = threadIdx.x / kWarp * kOfWarp; first < count; first += kThreads / kLanes) {
-    const uint32_t i = min(first + threadIdx.x % kWarp / kLanes, count - 1);
+  const uint32_t count = exchange.few_count;
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
     const float own = __uint_as_float(exchange.few[i]);
     const uint32_t place = exchange.places[i];
     uint32_t better = 0;
-    for (uint32_t j = lane; j < count; j += kLanes) {
+    for (uint32_t j = 0; j < count; ++j) {
       const float other = __uint_as_float(exchange.few[j]);
       better += other > own || (other == own && exchange.places[j] < place);
     }
-#pragma unroll
-    for (uint32_t distance = 1; distance < kLanes; distance *= 2) {
-      better += __shfl_xor_sync(kAllLanes, better, distance);
-    }
-    if (lane == 0 && better < wanted) set_bit(map, place);
+    if (better < wanted) set_bit(map, place);
   }
   __syncthreads();
 }
 
-// The map of those of `count` scores, a multiple of 16, whose bin, less `first`, is not above `most`, and
-// visit(score, i) for those of bin `first` - 1. Returns how many bits this thread has set.
+// The map of those of `count` scores whose bin, less `first`, is not above `most`, and visit(score, i) for those of bin
+// `first` - 1. `count` is a multiple of 16.
 template <int kThreads, typename Visit>
-__device__ __forceinline__ int make_map(const float* scores, int count, const ScoreBins& bins, uint32_t first,
-                                        uint32_t most, uint32_t* map, Visit visit) {
+__device__ __forceinline__ void make_map(const float* scores, int count, const ScoreBins& bins, uint32_t first,
+                                         uint32_t most, uint32_t* map, Visit visit) {
   constexpr uint32_t kBefore = 0xFFFFFFFFu;
   auto* const bytes = reinterpret_cast<uint8_t*>(map);
-  int own = 0;
   for_each_four<kThreads>(scores, count, [&](float4 four, int i) {
     const uint32_t x = bins.from(first, four.x), y = bins.from(first, four.y);
     const uint32_t z = bins.from(first, four.z), w = bins.from(first, four.w);
-    const int bits = (x <= most ? 1 : 0) | (y <= most ? 2 : 0) | (z <= most ? 4 : 0) | (w <= most ? 8 : 0);
-    bytes[i / 4] = bits;
-    own += __popc(bits);
+    bytes[i / 4] = (x <= most ? 1 : 0) | (y <= most ? 2 : 0) | (z <= most ? 4 : 0) | (w <= most ? 8 : 0);
     if (max(max(x, y), max(z, w)) != kBefore) return;
     if (x == kBefore) visit(four.x, i);
     if (y == kBefore) visit(four.y, i + 1);
     if (z == kBefore) visit(four.z, i + 2);
     if (w == kBefore) visit(four.w, i + 3);
   });
-  return own;
 }
 
-// write(place, i) for each bit i of a map of `words` words, a multiple of 4, in order, with places from 0.
+// write(place, i) for each bit i of a map of `words` words, in order, with places from 0.
 template <int kThreads, typename Write>
 __device__ __forceinline__ void for_each_bit(const uint32_t* map, int words, Write write) {
   const int lane = threadIdx.x % kWarp;
-  uint32_t before = 0;  // bits that this lane has counted before `first`
-  int counted = 0;
+  uint32_t before = 0;  // bits of this lane's words before `first`
+  int next = lane;
   for (int first = threadIdx.x - lane; first < words; first += kThreads) {
 #pragma unroll 4
-    for (; counted < first; counted += 4 * kWarp) {
-      if (counted + 4 * lane >= first) continue;
-      const uint4 four = *reinterpret_cast<const uint4*>(map + counted + 4 * lane);
-      before += __popc(four.x) + __popc(four.y) + __popc(four.z) + __popc(four.w);
-    }
-    counted = first;
+    for (; next < first; next += kWarp) before += __popc(map[next]);
     uint32_t word = first + lane < words ? map[first + lane] : 0;
     uint32_t place = __reduce_add_sync(kAllLanes, before) + sum_of_lower_lanes(__popc(word));
     for (; word != 0; word &= word - 1) {

@@ -48,8 +48,12 @@ struct Format<IndexForm::kFp4> {
 };
 
 // Tiles of a warpgroup that are in place or on their way.
+template <bool kPaired>
+constexpr int kStages = kPaired ? 3 : 4;
+
+// Of a CTA: as many as their registers allow. With one token a product, two CTAs share a multiprocessor.
 template <IndexForm kForm, bool kPaired>
-constexpr int kStages = kPaired || kForm == IndexForm::kFp8 ? 3 : 4;
+constexpr int kMostWarpgroups = !kPaired ? 2 : kForm == IndexForm::kFp8 ? 4 : 3;
 
 template <IndexForm kForm>
 struct SharedMap {
@@ -177,11 +181,10 @@ template <IndexForm kForm>
 struct TilePages {
   using F = Format<kForm>;
   using Places = uint32_t;  // the page
-  static constexpr int kWarpgroups = kForm == IndexForm::kFp8 ? 3 : 2;  // of a CTA with one token, see kMostWarpgroups
 
   const int32_t* table;  // of the sequence
   const uint8_t* keys;   // the thread's parts in page 0
-  int scales;            // bytes from there to their scale
+  const uint8_t* scales;
   uint32_t page_stride;
   int tiles;  // of the capacity
 
@@ -189,7 +192,7 @@ struct TilePages {
                                        int part, int scale_row)
       : table(in.keys.table + sequence * in.keys.table_stride),
         keys(keep(in.keys.data + row * F::kKeyBytes + 16 * part)),
-        scales(keep(kTile * F::kKeyBytes - row * F::kKeyBytes - 16 * part +
+        scales(keep(in.keys.data + kTile * F::kKeyBytes +
                     (kForm == IndexForm::kFp8 ? row + 8 * scale_row : row) * F::kScaleBytes)),
         page_stride(static_cast<uint32_t>(in.keys.page_stride)),
         tiles(capacity / kTile) {}
@@ -200,15 +203,15 @@ struct TilePages {
   }
 
   __device__ __forceinline__ void copy(Places page, int, int, uint8_t* slot, uint8_t* scale_slot) const {
-    const uint8_t* const own = keys + static_cast<uint64_t>(page) * page_stride;
+    const uint64_t offset = static_cast<uint64_t>(page) * page_stride;
 #pragma unroll
     for (int i = 0; i < F::kParts; ++i) {
       const int half = i / (F::kParts / 2), part = i % (F::kParts / 2) * 4;
-      ptx::cp_async_16(slot + i * kWarpgroup * 16, own + (half * 8 * F::kKeyBytes + 16 * part), 16);
+      ptx::cp_async_16(slot + i * kWarpgroup * 16, keys + offset + (half * 8 * F::kKeyBytes + 16 * part), 16);
     }
 #pragma unroll
     for (int i = 0; i < F::kScales; ++i) {
-      ptx::cp_async_4(scale_slot + i * kWarpgroup * 4, own + scales + i * 8 * F::kScaleBytes, 4);
+      ptx::cp_async_4(scale_slot + i * kWarpgroup * 4, scales + offset + i * 8 * F::kScaleBytes, 4);
     }
   }
 };
@@ -217,7 +220,6 @@ struct TilePages {
 template <IndexForm kForm>
 struct AnyPages {
   using F = Format<kForm>;
-  static constexpr int kWarpgroups = 2;
   struct Places {  // of the two keys
     int32_t page[2];
     int slot[2];
@@ -276,11 +278,6 @@ struct AnyPages {
     }
   }
 };
-
-// Of a CTA: as many as their registers allow. With one token a product, two CTAs share a multiprocessor: six warpgroups
-// of 80 registers where these suffice.
-template <IndexForm kForm, bool kPaired, typename Pages>
-constexpr int kMostWarpgroups = !kPaired ? Pages::kWarpgroups : kForm == IndexForm::kFp8 ? 4 : 3;
 
 // A thread's share of a tile as the first operand of all k steps, and the factor of its sums over heads.
 template <IndexForm kForm>

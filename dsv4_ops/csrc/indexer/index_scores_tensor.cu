@@ -11,8 +11,8 @@
 //   fp4   E2M1 times its UE8M0 scale is exact in bf16; wgmma bf16, 8 steps of 16
 //
 // After the product a thread has 16 heads of two keys for each token. It adds w * relu in a fixed order, four
-// neighbouring lanes add up, so a score depends on nothing but its query and its key. Of two tokens the lanes meet, and
-// the scores are written, while the next product runs.
+// neighbouring lanes add up, so a score depends on nothing but its query and its key. The lanes meet, and the scores
+// are written, while the next product runs.
 //
 // Shared memory, bytes:  rows * 64 * (128 fp8, 256 bf16)   queries, rows of 128 bytes in the 128-byte swizzle
 //                        rows * 256 + 32                   weights; how many entries each row sees
@@ -20,13 +20,11 @@
 // Floor: decode, the keys once: 132 (fp8) or 68 (fp4) bytes each from memory, 420 (220) cycles a tile and
 // multiprocessor. Prefill, 16384 flops a score on the tensor cores, in FP8 256 cycles for a tile and two tokens; the
 // two instructions a head and score of the sum are 128 cycles of each scheduler in that time.
-// What bounds it is latency. In a profile of 1024 rows of 4096 keys schedulers issued in 45 % of the cycles, no warp
-// waited for its product, and 37 % of the stalls were shuffles and loads from shared memory, which take more than 100
-// cycles each beside the operands of wgmma. Fewer instructions (relu on two pipes, addresses that stay in registers,
-// pages of one tile found without a division) therefore gained little; what counts is how many such waits follow one
-// another: weights are loaded when a product starts, lanes meet during the next one, and how far a row sees is looked
-// up only in the last tiles. The accumulators leave room for four warpgroups in prefill. In decode (64 rows of 65536
-// keys: 65 % of the memory's bandwidth with four warps a scheduler, and the same waits) there are six, of 80 registers.
+// What bounds it is the instructions of the sum: in a profile of 1024 rows of 4096 keys tensor cores were busy half of
+// the time and a quarter of the wait was for the pipe of comparisons, weights and lanes. Hence relu on two pipes,
+// weights in registers (decode) or four vectors (prefill), lanes that meet during the next product, addresses that stay
+// in registers, and pages of one tile found without a division. Four warpgroups are what the accumulators leave room
+// for in prefill; in decode two CTAs of two hide the latency of one another.
 #include <algorithm>
 #include <cmath>
 
@@ -120,22 +118,13 @@ struct Sums {
   float2 rows[kPaired ? 2 : 1];
   float scale;     // of the key
   int row;         // of the block; from `rows` of the block on: none
-  int entry;       // of the sequence
+  int entry;
   int64_t offset;  // in the sink
-};
-
-// Entries that the rows of a block see: every row as many as `all`, row i `of_row[i]`. Nearly all tiles end before
-// `all`, and shared memory is not asked.
-struct Seen {
-  int all;
-  const int* of_row;
-
-  __device__ __forceinline__ bool holds(int entry, int row) const { return entry < all || entry < of_row[row]; }
 };
 
 // From sums to scores, keys and maxima. Lanes exchange sums until each has one score.
 template <bool kPaired>
-__device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper, const Seen& seen_by, int rows,
+__device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper, const int* seen_by, int rows,
                                            int capacity, const ScoreSink& sink) {
   const int lane = threadIdx.x % kWarp, part = lane % 4;
   float2 both = sums.rows[0];
@@ -151,7 +140,7 @@ __device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper
   const bool exists = sums.row < rows && (kPaired || part < 2);
   uint32_t key = 0;
   if (exists) {
-    const bool seen = kPaired ? seen_by.holds(sums.entry, sums.row) : sums.entry < seen_by.all;
+    const bool seen = sums.entry < (kPaired ? seen_by[sums.row] : *seen_by);
     key = put_score(sink, sums.offset, sums.entry, capacity, score * sums.scale, seen);
   }
   if (sink.maxima == nullptr) return;
@@ -169,11 +158,11 @@ __device__ __forceinline__ void put_scores(const Sums<kPaired>& sums, bool upper
 
 // kPaired: two tokens a product, else a block has one token. Pages: how keys are found.
 template <IndexForm kForm, bool kPaired, typename Pages>
-__global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpgroup, kPaired ? 1 : 2)
+__global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, kPaired ? 1 : 2)
     index_scores_tensor_kernel(IndexScoring in, ScoreTask task, ScoreSink sink, Divisor page_size) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using F = Format<kForm>;
-  constexpr int kN = kPaired ? 2 * kHeads : kHeads, kReady = kStages<kForm, kPaired>;
+  constexpr int kN = kPaired ? 2 * kHeads : kHeads, kReady = kStages<kPaired>;
   constexpr int kStageBytes = SharedMap<kForm>::kStageBytes;
   extern __shared__ __align__(1024) uint8_t shared[];
 
@@ -199,12 +188,10 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpg
 
   // 2. everything that is waited for together: positions, the first pages, the first queries
   const int32_t* const positions = in.positions + block.sequence * in.positions_stride + block.first_row;
-  int seen = 0, seen_by_all = task.capacity;  // seen: by any row
+  int seen = 0;  // by any row
 #pragma unroll 4
   for (int i = 0; i < (kPaired ? block.rows : 1); ++i) {
-    const int own = visible_entries(positions[i], in.ratio, task.capacity);
-    seen = max(seen, own);
-    seen_by_all = min(seen_by_all, own);
+    seen = max(seen, visible_entries(positions[i], in.ratio, task.capacity));
   }
   typename Pages::Places places[kReady];
 #pragma unroll
@@ -248,9 +235,8 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpg
   const uint32_t panel = all_rows * kHeads * 128;
   const int64_t sink_row = block.token - task.first_token;
   typename Pages::Places next = pages.find(first_tile + kReady * stride);
-  const auto put = [&](const Sums<kPaired>& sums) {
-    put_scores<kPaired>(sums, upper, {seen_by_all, seen_by}, block.rows, task.capacity, sink);
-  };
+  Weights own_weights;
+  if constexpr (!kPaired) own_weights.load(weights, 0, part);
   Sums<kPaired> sums{};
   sums.row = kMostRows;
   const int own_row = kPaired ? part % 2 : 0;
@@ -271,11 +257,9 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpg
     const auto product = [&](int first) {  // with the queries of rows from `first` on
       float acc[kN / 2];
       start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
-      Weights own_weights;
-      own_weights.load(weights, first, part);
-      // The condition, which always holds, keeps ptxas from mixing shuffles with the steps of the product, the last of
-      // which would wait for them.
-      if (kPaired && task.capacity > 0) put(sums);  // of the product before
+      // Of the product before. The condition, which always holds, keeps ptxas from mixing shuffles with the steps of the
+      // product, the last of which would wait for them.
+      if (task.capacity > 0) put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
       sums.scale = keys.scale;
       sums.row = first + own_row;
       if (first == 0) {
@@ -284,14 +268,13 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpg
       } else {
         sums.offset += 2 * sink.stride;
       }
+      if constexpr (kPaired) own_weights.load(weights, first, part);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(acc);
       sums.rows[0] = sum_heads<kForm, 0>(acc, own_weights);
       if constexpr (kPaired) {
         own_weights.load(weights, first + 1, part);
         sums.rows[1] = sum_heads<kForm, kHeads / 2>(acc, own_weights);
-      } else {
-        put(sums);
       }
     };
     if (!kPaired) {
@@ -304,7 +287,7 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired, Pages>* kWarpg
       for (int first = 0; first < all_rows; first += 2) product(first);
     }
   }
-  if (kPaired) put(sums);
+  put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
 
   // 5. entries that no row sees
   if (sink.scores == nullptr) return;
@@ -352,24 +335,24 @@ int slices_of(int blocks, int tiles, const Costs& costs) {
   return slices;
 }
 
-template <IndexForm kForm, bool kPaired, typename Pages>
+template <IndexForm kForm, bool kPaired>
 Costs costs_of(int rows) {
   constexpr bool kFp4 = kForm == IndexForm::kFp4;
   if (kPaired) {
     const double products = (rows + 1) / 2 * (kFp4 ? 600.0 : 320.0);  // 64 keys x 128 columns each
-    return {kMostWarpgroups<kForm, kPaired, Pages>, 1, products, products, INT32_MAX};
+    return {kMostWarpgroups<kForm, kPaired>, 1, products, products, INT32_MAX};
   }
   const double tile = kFp4 ? 450.0 : 420.0;  // instructions; bytes at the memory's speed
-  return {kMostWarpgroups<kForm, kPaired, Pages>, 2, tile, 900.0, 64};
+  return {kMostWarpgroups<kForm, kPaired>, 2, tile, 900.0, 64};
 }
 
 template <IndexForm kForm, bool kPaired, typename Pages>
 cudaError_t launch(const IndexScoring& scoring, ScoreTask task, const ScoreSink& sink, cudaStream_t stream) {
-  const Costs costs = costs_of<kForm, kPaired, Pages>(task.rows);
+  const Costs costs = costs_of<kForm, kPaired>(task.rows);
   task.slices = slices_of(task.blocks, task.tiles, costs);
   const int warpgroups = std::min(costs.warpgroups, (task.tiles + task.slices - 1) / task.slices);
   const int all_rows = kPaired ? (task.rows + 1) / 2 * 2 : 1;
-  const auto shared = static_cast<size_t>(SharedMap<kForm>::bytes(all_rows, warpgroups, kStages<kForm, kPaired>));
+  const auto shared = static_cast<size_t>(SharedMap<kForm>::bytes(all_rows, warpgroups, kStages<kPaired>));
   const Launch at{dim3(static_cast<unsigned>(static_cast<int64_t>(task.blocks) * task.slices)),
                   dim3(warpgroups * kWarpgroup), stream, shared};
   return launch_kernel(index_scores_tensor_kernel<kForm, kPaired, Pages>, at, scoring, task, sink,

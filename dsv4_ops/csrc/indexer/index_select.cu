@@ -3,14 +3,10 @@
 //
 // A CTA owns a row. Scores arrive as integers in their order (common/ordered.cuh) and are looked at as numbers:
 //
-//   1. A histogram of 1024 bins of equal width, up to the largest score from one that k scores reach, says in which bin
-//      the k-th largest lies. What lies in higher bins wins; the scores of that bin, usually a handful, are ranked
-//      against each other, equal ones by entry. A winner is a bit in a map of the row, so threads may find winners in
-//      any order.
+//   1. A histogram of 1024 bins of equal width between the smallest and the largest score says in which bin the k-th
+//      largest lies. What lies in higher bins wins; the scores of that bin, usually a handful, are ranked against each
+//      other, equal ones by entry. A winner is a bit in a map of the row, so threads may find winners in any order.
 //   2. The map is written out as entries.
-//
-// Of more than 8192 keys threads first take maxima of 16 in their registers. The histogram of these gives a bin that k
-// keys reach; what reaches it, hardly more than k, is collected and goes through 1 and 2. That spares most atomics.
 //
 // A row that does not fit in shared memory takes three steps. Of every group of 16 entries the scoring kernel has left
 // the largest key. The histogram of these gives the bin of the k-th largest of them: k entries lie in this bin or
@@ -24,18 +20,15 @@
 // All loops around a barrier have bounds that are the same for the whole CTA. The atomics count, set bits and hand out
 // places in lists whose order does not matter: in which order they happen does not show.
 //
-// Shared memory, bytes: 4 a key that fits, 1 for maxima and then places of candidates, a quarter for its bit, in longer
-// rows another quarter for the list of groups; 6432 histogram and exchange. Room for 32 * k keys, at least 16384: twice
-// what k groups hold.
+// Shared memory, bytes: 4 a key that fits and a quarter for its bit, in longer rows another quarter for the list of
+// groups; 6432 histogram and exchange. Room for 32 * k keys, at least 16384: twice what k groups hold.
 //
 // Floor: 4 bytes a score, read once (long rows: 4 bytes for each 16, and 64 for each group that is looked at). A row
-// has one CTA, so in decode it is one multiprocessor that counts: about 20 instructions a key (4 to fetch it and find
-// the range, 5 for the histogram, 9 for the map), 250 a thread for the scans, and the latency of six barriers and of
-// atomics in shared memory; in a longer row the same for the maxima, 12 for each key of a group that is looked at, and
-// twelve barriers. In a profile of 16 rows of 8192 keys no phase stood out: fetching, histogram, map and writing out
-// took a sixth to a quarter each, most of it waiting for shared memory. 512 threads: half as many hide latency worse,
-// twice as many pay the 250 twice. In prefill multiprocessors have many rows, and 128 or 256 threads save most of the
-// 250.
+// has one CTA, so in decode it is the instructions of one multiprocessor that count: about 20 a key (4 to fetch it and
+// find the range, 5 for the histogram, 9 for the map) and 250 a thread for the scans, and six barriers; in a longer row
+// the same for the maxima, 12 for each key of a group that is looked at, and twelve barriers. 512 threads: half as many
+// hide latency worse, twice as many pay the 250 twice. In prefill multiprocessors have many rows, latency is hidden,
+// and 128 or 256 threads save most of the 250.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -48,9 +41,76 @@ namespace dsv4 {
 namespace {
 
 constexpr int kLeastRoom = 16384;  // keys in shared memory
-constexpr int kMostRoom = 36864;
-constexpr int kFours = 4;  // vectors of four keys that a thread handles together
-constexpr int kGroupedEntries = 8192;
+constexpr int kMostRoom = 49152;
+constexpr int kAhead = 4;
+
+// ---- a row ----
+
+// The first 4 * kAhead keys of each thread's part of a row, requested before it is known how many there are.
+template <int kThreads>
+struct Ahead {
+  uint4 keys[kAhead];
+
+  __device__ __forceinline__ void load(const uint32_t* from, int room) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int first = 4 * (threadIdx.x + i * kThreads);
+      if (first < room) keys[i] = *reinterpret_cast<const uint4*>(from + first);
+    }
+  }
+};
+
+// Four keys to shared memory as scores; no entry becomes NaN.
+__device__ __forceinline__ void put_four(uint4 four, float* to, Range& range) {
+  range.add(four.x);
+  range.add(four.y);
+  range.add(four.z);
+  range.add(four.w);
+  *reinterpret_cast<float4*>(to) = {from_ordered(four.x), from_ordered(four.y), from_ordered(four.z),
+                                    from_ordered(four.w)};
+}
+
+// `count` keys, a multiple of 4, to shared memory; load(i) are four of them.
+template <int kThreads, typename Load>
+__device__ __forceinline__ void fetch(const Load& load, int begin, int count, float* to, Range& range) {
+#pragma unroll 4
+  for (int i = begin + 4 * threadIdx.x; i < count; i += 4 * kThreads) put_four(load(i), to + i, range);
+}
+
+// The keys of a row. Whole tiles of them exist, zeros where there is no entry.
+template <int kThreads>
+__device__ __forceinline__ Range fetch_row(const Ahead<kThreads>& ahead, const uint32_t* from, int count, float* to) {
+  Range range;
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int first = 4 * (threadIdx.x + i * kThreads);
+    if (first < count) put_four(ahead.keys[i], to + first, range);
+  }
+  const auto load = [=](int i) { return *reinterpret_cast<const uint4*>(from + i); };
+  fetch<kThreads>(load, 4 * kAhead * kThreads, count, to, range);
+  return range;
+}
+
+// The largest keys of every 2^merged neighbouring groups, and zeros up to `count`.
+template <int kThreads>
+__device__ __forceinline__ Range fetch_maxima(const uint32_t* maxima, int groups, int merged, int count, float* to) {
+  const auto largest = [=](int i) {
+    uint32_t key = 0;
+    for (int j = i << merged; j < min((i + 1) << merged, groups); ++j) key = max(key, maxima[j]);
+    return key;
+  };
+  const auto load = [=](int i) {  // groups of whole tiles: a multiple of 4
+    return i < groups ? *reinterpret_cast<const uint4*>(maxima + i) : uint4{};
+  };
+  const auto load_merged = [=](int i) { return uint4{largest(i), largest(i + 1), largest(i + 2), largest(i + 3)}; };
+  Range range;
+  if (merged == 0) {
+    fetch<kThreads>(load, 0, count, to, range);
+  } else {
+    fetch<kThreads>(load_merged, 0, count, to, range);
+  }
+  return range;
+}
 
 struct Selection {
   const int32_t* positions;
@@ -65,265 +125,97 @@ struct Selection {
 
 // Dynamic shared memory.
 struct Shared {
-  float* scores;    // [room]
-  float* maxima;    // [room / 4] of groups of a thread; when these are done with, places of candidates
-  uint32_t* map;    // [room / 16]
-  int32_t* list;    // [room / 16] of groups; only where a row does not fit
-
-  static size_t bytes(int room, bool long_rows) {
-    return sizeof(float) * (room + room / 4 + room / kMapWord + (long_rows ? room / kGroup : 0));
-  }
-  __device__ __forceinline__ Shared(float* memory, int room)
-      : scores(memory),
-        maxima(memory + room),
-        map(reinterpret_cast<uint32_t*>(maxima + room / 4)),
-        list(reinterpret_cast<int32_t*>(map + room / kMapWord)) {}
+  float* scores;   // [room]
+  uint32_t* map;   // [room / 16]
+  int32_t* list;   // [room / 16] of groups; only where a row does not fit
 };
 
-// Where a thread's vector number i of those from `begin` on lies.
+// A row of seen <= room entries; false if it takes select_from_memory.
 template <int kThreads>
-__device__ __forceinline__ int place_of(int begin, int i) {
-  return begin + 4 * (threadIdx.x + i * kThreads);
-}
-
-// Keys of a thread.
-template <int kThreads>
-struct Keys {
-  uint4 fours[kFours];
-
-  // load(i) are the four keys from i on; zeros from `end` on.
-  template <typename Load>
-  __device__ __forceinline__ void load(const Load& load, int begin, int end) {
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      const int place = place_of<kThreads>(begin, i);
-      fours[i] = place < end ? load(place) : uint4{};
-    }
-  }
-};
-
-__device__ __forceinline__ uint4 load_four(const uint32_t* keys) { return *reinterpret_cast<const uint4*>(keys); }
-
-// At least k keys lie in bins from `cut.bin` on.
-struct Bound {
-  ScoreBins bins;
-  Cut cut;
-  bool usable;
-
-  __device__ __forceinline__ uint32_t most() const { return kBins - 1 - cut.bin; }
-  __device__ __forceinline__ bool holds(float score) const { return bins.from(cut.bin, score) <= most(); }
-};
-
-// Groups of a thread's 16 keys are worth it where they leave few keys to a second histogram and spare many atomics.
-__device__ __forceinline__ bool in_groups(int entries, int k) {
-  return entries > kGroupedEntries && entries / (4 * kFours) >= 2 * k;
-}
-
-// Brings `end` keys, of which the first `seen` are entries, to shared memory as scores, NaN behind them up to `count`,
-// a multiple of 16, and finds the bin of the k-th largest, or, in_groups(seen, k), of the k-th largest maximum of
-// groups. `keys` has the first ones. Bins start at a score that k others reach: the smallest of k maxima or more, those
-// of all threads if they are as many, else those of fours.
-template <int kThreads, typename Load>
-__device__ __forceinline__ Bound find_bound(Keys<kThreads> keys, const Load& load, int end, int count, int seen, int k,
-                                            const Shared& shared, Exchange& exchange) {
-  const bool grouped = in_groups(seen, k);
-  const bool of_threads = k <= kThreads && k <= seen / 4, of_fours = k <= seen / 4;
-  uint32_t of_thread = 0;
-  Range range;
-  int written = 0;
-  for (int begin = 0; begin < count; begin += 4 * kFours * kThreads) {
-    if (begin > 0) keys.load(load, begin, end);
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      const int place = place_of<kThreads>(begin, i);
-      if (place >= count) break;
-      const uint4 four = place < end ? keys.fours[i] : uint4{};
-      *reinterpret_cast<float4*>(shared.scores + place) = {from_ordered(four.x), from_ordered(four.y),
-                                                           from_ordered(four.z), from_ordered(four.w)};
-      const uint32_t of_four = max(max(four.x, four.y), max(four.z, four.w));
-      largest = max(largest, of_four);
-      if (of_fours) {
-        if (!grouped && !of_threads) range.add(of_four);
-      } else {
-        range.add(four.x);
-        range.add(four.y);
-        range.add(four.z);
-        range.add(four.w);
-      }
-    }
-    if (grouped) {
-      range.add(largest);
-      shared.maxima[written + threadIdx.x] = from_ordered(largest);
-      written += kThreads;
-    }
-    of_thread = max(of_thread, largest);
-  }
-  if (of_threads && !grouped) range.add(of_thread);
-  const ScoreBins bins(merge<kThreads>(range, exchange));
-  if (!bins.usable()) return {bins, {}, false};
-  const Cut cut =
-      find_cut<kThreads>(grouped ? shared.maxima : shared.scores, grouped ? written : count, bins, k, exchange);
-  return {bins, cut, true};
-}
-
-// Scores that may be among the k best, in any order.
-struct Candidates {
-  uint16_t* places;
-  int room;
-};
-
-// The places of those of `count` scores, a multiple of 4, that the bound holds for. fours(i) are four scores from place
-// i on, NaN where there is no entry; score(i) is one. put(to, score) sees each that is put on the list.
-template <int kThreads, typename Fours, typename Score, typename Put>
-__device__ __forceinline__ Range collect(const Fours& fours, const Score& score, int count, const Bound& bound,
-                                         const Candidates& candidates, Exchange& exchange, Put put) {
-  const int lane = threadIdx.x % kWarp;
-  Range range;
-  for (int begin = 0; begin < count; begin += 4 * kFours * kThreads) {
-    float4 all[kFours];
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      const int place = place_of<kThreads>(begin, i);
-      const float none = __uint_as_float(0xFFFFFFFFu);
-      all[i] = place < count ? fours(place) : float4{none, none, none, none};
-    }
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      bits |= bound.holds(all[i].x) ? 1u << 4 * i : 0;
-      bits |= bound.holds(all[i].y) ? 2u << 4 * i : 0;
-      bits |= bound.holds(all[i].z) ? 4u << 4 * i : 0;
-      bits |= bound.holds(all[i].w) ? 8u << 4 * i : 0;
-    }
-    const uint32_t own = __popc(bits), before = sum_of_lower_lanes(own);
-    uint32_t to = lane == kWarp - 1 ? atomicAdd(&exchange.candidates, before + own) : 0;
-    to = __shfl_sync(kAllLanes, to, kWarp - 1) + before;
-    for (; bits != 0; bits &= bits - 1, ++to) {
-      const int bit = __ffs(bits) - 1, place = place_of<kThreads>(begin, bit / 4) + bit % 4;
-      const float value = score(place);
-      range.add(ordered(value));
-      if (to >= candidates.room) continue;
-      candidates.places[to] = place;
-      put(to, value);
-    }
-  }
-  return range;
-}
-
-// Bits in the map, which is zero, for the k best candidates; score(i) is that of candidate i. False if it cannot tell.
-template <int kThreads, typename Score>
-__device__ __forceinline__ bool mark_best(const Candidates& candidates, const Score& score, Range own, int k,
-                                          uint32_t* map, Exchange& exchange) {
-  const ScoreBins bins(merge<kThreads>(own, exchange));
-  const int count = exchange.candidates;
-  if (count > candidates.room || !bins.usable()) return false;
-  const auto count_bins = [&](uint32_t* histogram) {
-    for (int i = threadIdx.x; i < count; i += kThreads) bins.count(score(i), histogram);
-  };
-  const Cut cut = find_cut<kThreads>(count_bins, k, exchange);
+__device__ __forceinline__ bool select_short(const Ahead<kThreads>& ahead, const uint32_t* row_keys, int seen, int k,
+                                             const Shared& shared, int32_t* picks, Exchange& exchange) {
+  const int count = (seen + kTile - 1) / kTile * kTile;
+  const ScoreBins bins(merge<kThreads>(fetch_row(ahead, row_keys, count, shared.scores), exchange));
+  if (!bins.usable()) return false;
+  const Cut cut = find_cut<kThreads>(shared.scores, count, bins, k, exchange);
   if (cut.inside > kFew) return false;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const uint32_t from = bins.from(cut.bin, score(i));
-    if (from == 0) {
-      put_few(exchange, score(i), candidates.places[i]);
-    } else if (from < kBins) {
-      set_bit(map, candidates.places[i]);
-    }
-  }
-  rank_few<kThreads>(k - cut.above, map, exchange);
+  make_map<kThreads>(shared.scores, count, bins, cut.bin + 1, kBins - 1 - cut.bin, shared.map,
+                     [&](float score, int i) { put_few(exchange, score, i); });
+  rank_few<kThreads>(k - cut.above, shared.map, exchange);
+  for_each_bit<kThreads>(shared.map, count / kMapWord, [=](uint32_t place, int i) { picks[place] = i; });
   return true;
 }
 
-// Sum over the CTA; a barrier.
-__device__ __forceinline__ int sum_threads(int own, Exchange& exchange) {
-  own = __reduce_add_sync(kAllLanes, own);
-  if (threadIdx.x % kWarp == 0) atomicAdd(&exchange.found, own);
-  __syncthreads();
-  return exchange.found;
-}
-
+// A longer row; false if it takes select_from_memory.
 template <int kThreads>
-__device__ __forceinline__ void clear(uint32_t* map, int words) {
-  for (int i = threadIdx.x; i < words; i += kThreads) map[i] = 0;
-}
-
-// ---- a row ----
-
-// A row of seen <= room entries, the first keys of which are `ahead`; false if it takes select_from_memory.
-template <int kThreads>
-__device__ __forceinline__ bool select_short(const Selection& in, const Keys<kThreads>& ahead, const uint32_t* row_keys,
-                                             int seen, const Shared& shared, int32_t* picks, Exchange& exchange) {
-  const int count = (seen + kTile - 1) / kTile * kTile, words = count / kMapWord;
-  const auto load = [=](int i) { return load_four(row_keys + i); };
-  const Bound bound = find_bound(ahead, load, count, count, seen, in.k, shared, exchange);
-  if (!bound.usable) return false;
-  if (!in_groups(seen, in.k)) {
-    if (bound.cut.inside > kFew) return false;
-    make_map<kThreads>(shared.scores, count, bound.bins, bound.cut.bin + 1, bound.most(), shared.map,
-                       [&](float score, int i) { put_few(exchange, score, i); });
-    rank_few<kThreads>(in.k - bound.cut.above, shared.map, exchange);
-    for_each_bit<kThreads>(shared.map, words, [=](uint32_t place, int i) { picks[place] = i; });
-    return true;
-  }
-  clear<kThreads>(shared.map, words);
-  const Candidates candidates{reinterpret_cast<uint16_t*>(shared.maxima), in.room / 2};
-  const auto fours = [&](int i) { return *reinterpret_cast<const float4*>(shared.scores + i); };
-  const auto score = [&](int i) { return shared.scores[i]; };
-  const Range range = collect<kThreads>(fours, score, count, bound, candidates, exchange, [](uint32_t, float) {});
-  const auto score_of = [&](int i) { return shared.scores[candidates.places[i]]; };
-  if (!mark_best<kThreads>(candidates, score_of, range, in.k, shared.map, exchange)) return false;
-  for_each_bit<kThreads>(shared.map, words, [=](uint32_t place, int i) { picks[place] = i; });
-  return true;
-}
-
-// A longer row; `ahead` has maxima of its first groups. False if it takes select_from_memory.
-template <int kThreads>
-__device__ __forceinline__ bool select_long(const Selection& in, Keys<kThreads> ahead, const uint32_t* row_keys,
-                                            const uint32_t* maxima, int seen, const Shared& shared, int32_t* picks,
+__device__ __forceinline__ bool select_long(const Selection& in, const uint32_t* row_keys, const uint32_t* maxima,
+                                            int seen, int k, const Shared& shared, int32_t* picks,
                                             Exchange& exchange) {
-  // 1. the groups of 16 entries in question, in order; neighbours merged where they are more than fit
-  const int tiles_end = (seen + kTile - 1) / kTile * kTile, groups = tiles_end / kGroup;  // a multiple of 4
+  // 1. the list of groups
+  const int tiles_end = (seen + kTile - 1) / kTile * kTile, groups = tiles_end / kGroup;
   int merged = 0;
   while ((groups - 1) >> merged >= in.room) ++merged;
-  const int some = ((seen - 1) / kGroup >> merged) + 1, count = (((groups - 1) >> merged) / kMapWord + 1) * kMapWord;
-  if (some <= in.k) return false;
-  const auto largest = [=](int i) {
-    uint32_t key = 0;
-    for (int j = i << merged; j < min((i + 1) << merged, groups); ++j) key = max(key, maxima[j]);
-    return key;
-  };
-  const auto load = [=](int i) {
-    if (merged > 0) return uint4{largest(i), largest(i + 1), largest(i + 2), largest(i + 3)};
-    return load_four(maxima + i);
-  };
-  if (merged > 0) ahead.load(load, 0, count);
-  const Bound bound = find_bound(ahead, load, merged > 0 ? count : groups, count, some, in.k, shared, exchange);
-  if (!bound.usable) return false;
-  const int own = make_map<kThreads>(shared.scores, count, bound.bins, bound.cut.bin, bound.most(), shared.map,
-                                     [](float, int) {});
-  const int found = sum_threads(own, exchange);
+  if ((seen - 1) / kGroup >> merged < k) return false;  // not more than k groups have entries
+  const int padded = (((groups - 1) >> merged) / kMapWord + 1) * kMapWord;
+  const ScoreBins bins(
+      merge<kThreads>(fetch_maxima<kThreads>(maxima, groups, merged, padded, shared.scores), exchange));
+  if (!bins.usable()) return false;
+  const Cut cut = find_cut<kThreads>(shared.scores, padded, bins, k, exchange);
+  const int found = cut.above + cut.inside;
   if (found > in.room / kGroup >> merged) return false;
-  for_each_bit<kThreads>(shared.map, count / kMapWord,
+  const uint32_t most = kBins - 1 - cut.bin;
+  make_map<kThreads>(shared.scores, padded, bins, cut.bin, most, shared.map, [](float, int) {});
+  __syncthreads();
+  for_each_bit<kThreads>(shared.map, padded / kMapWord,
                          [&](uint32_t place, int group) { shared.list[place] = group; });
   __syncthreads();
 
-  // 2. their entries that the bound holds for; an entry's place is that in the groups of the list
-  const int bits = 4 + merged, words = (found << bits) / kMapWord;
+  // 2. their entries in the bin of the k-th or above; an entry's place is that in the groups of the list
+  const int bits = 4 + merged, room = in.room / 2;
   const auto entry_of = [&](int place) { return shared.list[place >> bits] << bits | (place & ((1 << bits) - 1)); };
-  clear<kThreads>(shared.map, words);
-  float* const values = shared.scores;
-  const Candidates candidates{reinterpret_cast<uint16_t*>(shared.maxima), in.room / 2};
-  const auto fours = [&](int place) {
+  float* const candidates = shared.scores;
+  auto* const places = reinterpret_cast<int32_t*>(shared.scores + room);
+  Range range;
+#pragma unroll 4
+  for (int place = 4 * threadIdx.x; place < found << bits; place += 4 * kThreads) {
     const int entry = entry_of(place);
-    const uint4 four = entry < tiles_end ? load_four(row_keys + entry) : uint4{};
-    return float4{from_ordered(four.x), from_ordered(four.y), from_ordered(four.z), from_ordered(four.w)};
+    if (entry >= tiles_end) continue;
+    const uint4 four = *reinterpret_cast<const uint4*>(row_keys + entry);
+    const uint32_t keys[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float score = from_ordered(keys[i]);
+      if (bins.from(cut.bin, score) > most) continue;
+      range.add(keys[i]);
+      const int to = atomicAdd(&exchange.candidates, 1u);
+      if (to >= room) continue;
+      candidates[to] = score;
+      places[to] = place + i;
+    }
+  }
+  const int words = (found << bits) / kMapWord;
+  for (int i = threadIdx.x; i < words; i += kThreads) shared.map[i] = 0;
+
+  // 3. the best of these
+  const ScoreBins fine(merge<kThreads>(range, exchange));
+  const int some = exchange.candidates;
+  if (some > room || !fine.usable()) return false;
+  const auto count_bins = [&](uint32_t* histogram) {
+    for (int i = threadIdx.x; i < some; i += kThreads) {
+      atomicAdd(histogram + min(fine.from(0, candidates[i]), kBins), 1u);
+    }
   };
-  const auto score = [&](int place) { return from_ordered(row_keys[entry_of(place)]); };
-  const auto put = [&](uint32_t to, float value) { values[to] = value; };
-  const Range range = collect<kThreads>(fours, score, found << bits, bound, candidates, exchange, put);
-  const auto score_of = [&](int i) { return values[i]; };
-  if (!mark_best<kThreads>(candidates, score_of, range, in.k, shared.map, exchange)) return false;
+  const Cut last = find_cut<kThreads>(count_bins, k, exchange);
+  if (last.inside > kFew) return false;
+  for (int i = threadIdx.x; i < some; i += kThreads) {
+    const uint32_t from = fine.from(last.bin, candidates[i]);
+    if (from == 0) {
+      put_few(exchange, candidates[i], places[i]);
+    } else if (from < kBins) {
+      set_bit(shared.map, places[i]);
+    }
+  }
+  rank_few<kThreads>(k - last.above, shared.map, exchange);
   for_each_bit<kThreads>(shared.map, words, [&](uint32_t place, int i) { picks[place] = entry_of(i); });
   return true;
 }
@@ -386,10 +278,9 @@ __device__ __forceinline__ void select_from_memory(const uint32_t* keys, int see
     });
   }
   uint32_t greater_before = sum_of_lower_lanes(greater), equal_before = sum_of_lower_lanes(equal);
-  const uint32_t all_greater = __reduce_add_sync(kAllLanes, greater), all_equal = __reduce_add_sync(kAllLanes, equal);
-  if (lane == 0) {
-    exchange.of_warp[0][warp] = all_greater;
-    exchange.of_warp[1][warp] = all_equal;
+  if (lane == kWarp - 1) {
+    exchange.of_warp[0][warp] = greater_before + greater;
+    exchange.of_warp[1][warp] = equal_before + equal;
   }
   __syncthreads();
   greater_before += sum_if(exchange.of_warp[0], lane < warp);
@@ -410,39 +301,28 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     index_select_kernel(Selection in, ScoreSink sink, int32_t* indices) {
   __shared__ Exchange exchange;
   extern __shared__ __align__(16) float select_shared[];
-  const Shared shared(select_shared, in.room);
-  for (int i = threadIdx.x; i < kBins; i += kThreads) exchange.histogram[i] = 0;
-  if (threadIdx.x == 0) exchange.candidates = exchange.found = 0;
+  auto* const map = reinterpret_cast<uint32_t*>(select_shared + in.room);
+  const Shared shared{select_shared, map, reinterpret_cast<int32_t*>(map + in.room / kMapWord)};
+  for (int i = threadIdx.x; i <= kBins; i += kThreads) exchange.histogram[i] = 0;
+  if (threadIdx.x == 0) exchange.candidates = 0;
   const int64_t row = blockIdx.x, token = in.first_token + row;
   const int32_t* const position = in.positions + token / in.tokens * in.positions_stride + token % in.tokens;
   const uint32_t* const row_keys = sink.keys + row * sink.stride;
   int32_t* const picks = indices + token * in.k;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
-  // The first keys, or maxima where rows may be long, are requested before it is known how many there are.
-  const bool long_rows = in.capacity > in.room;
-  const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
-  const auto load = [=](int i) { return load_four(row_keys + i); };
-  const auto load_maxima = [=](int i) { return load_four(maxima + i); };
-  Keys<kThreads> ahead;
-  if (long_rows) {
-    ahead.load(load_maxima, 0, static_cast<int>(sink.stride / kGroup));
-  } else {
-    ahead.load(load, 0, in.room);
-  }
+  Ahead<kThreads> ahead;
+  ahead.load(row_keys, in.room);
   const int seen = visible_entries(*position, in.ratio, in.capacity), k = in.k;
 
   if (seen <= k) {
     for (int i = threadIdx.x; i < k; i += kThreads) picks[i] = i < seen ? i : -1;
     return;
   }
-  bool done;
-  if (seen > in.room) {
-    done = select_long<kThreads>(in, ahead, row_keys, maxima, seen, shared, picks, exchange);
-  } else {
-    if (long_rows) ahead.load(load, 0, in.room);
-    done = select_short<kThreads>(in, ahead, row_keys, seen, shared, picks, exchange);
-  }
+  const uint32_t* const maxima = sink.maxima + row * (sink.stride / kGroup);
+  const bool done = seen <= in.room
+                        ? select_short<kThreads>(ahead, row_keys, seen, k, shared, picks, exchange)
+                        : select_long<kThreads>(in, row_keys, maxima, seen, k, shared, picks, exchange);
   if (!done) select_from_memory<kThreads>(row_keys, seen, k, picks, exchange);
 }
 
@@ -462,7 +342,7 @@ cudaError_t launch_select(const IndexScoring& scoring, const ScoreSink& sink, in
   const int room = keys_in_shared_memory(capacity, k);
   const Selection selection{scoring.positions, scoring.positions_stride, scoring.tokens, scoring.ratio, capacity,
                             first_token,       k,                        room};
-  const size_t shared = Shared::bytes(room, wants_maxima(capacity, k));
+  const size_t shared = sizeof(uint32_t) * (room + room / kMapWord + (wants_maxima(capacity, k) ? room / kGroup : 0));
   const auto launch = [&](auto kernel, int threads) {
     return launch_kernel(kernel, {dim3(static_cast<unsigned>(rows)), dim3(threads), stream, shared}, selection, sink,
                          indices);
