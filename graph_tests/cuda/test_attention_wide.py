@@ -41,6 +41,7 @@ def test_page_sizes(kind, page_size):
     check_kernel(f"sparse_attention_{kind}", full(kind, many(70), heads=64, pages=(page_size, page_size)), TENSOR)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunk(kind):
     """A prefill from position 0 on, at the boundary of every block of the compressor."""

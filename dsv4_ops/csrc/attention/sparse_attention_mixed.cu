@@ -68,7 +68,8 @@ struct Queries {
   __device__ __forceinline__ void store(MixedMemory& memory) { rope.store(memory.query_rope); }
 
   // scores [64 heads, 64 keys] = queries . keys of the tile of a stage
-  __device__ __forceinline__ void multiply(const MixedMemory& memory, int stage, float (&scores)[32]) const {
+  __device__ __forceinline__ void multiply(const MixedMemory& memory, int stage, uint32_t parity,
+                                           float (&scores)[32]) const {
     const uint64_t a = ptx::wgmma_descriptor_64(ptx::shared_address(memory.query_codes));
     const uint64_t b = ptx::wgmma_descriptor_64(ptx::shared_address(memory.codes[stage]));
     const float* const key_scales = memory.scales[stage][0] + threadIdx.x % 4 * 2;
@@ -96,11 +97,11 @@ struct Queries {
     // Keys 0 .. 31: a group is multiplied while the one before is added. For the others there are no registers left for
     // that.
     float parts[2][16];
-    ptx::named_barrier(full_barrier(stage, 0), kHandOverThreads);
+    ptx::mbarrier_wait(memory.hand_overs.full(stage, 0), parity);
     start(0, 0, parts[0]);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      if (group + 1 == kHalfSlabs) ptx::named_barrier(full_barrier(stage, 1), kHandOverThreads);
+      if (group + 1 == kHalfSlabs) ptx::mbarrier_wait(memory.hand_overs.full(stage, 1), parity);
       if (group + 1 < kGroups) {
         start(0, group + 1, parts[(group + 1) % 2]);
         ptx::wgmma_wait<1>();
@@ -143,6 +144,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<MixedMemory*>(memory_start);
+  if (threadIdx.x == 0) memory.hand_overs.init();
+  __syncthreads();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.

@@ -89,15 +89,19 @@ struct Queries {
   __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
 
   // scores [64 heads, 64 keys] = queries . keys of the tile of a stage, the left half of the dimensions first
-  __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, float (&scores)[32]) const {
+  __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
+                                           float (&scores)[32]) const {
     const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
     const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
     ptx::pin_registers(scores);
-    ptx::named_barrier(full_barrier(stage, 0), kHandOverThreads);
+    ptx::mbarrier_wait(memory.hand_overs.full(stage, 0), parity);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
-      if (step == kDim / 32) ptx::named_barrier(full_barrier(stage, 1), kHandOverThreads);
+      if (step == kDim / 32) {
+        ptx::mbarrier_wait(memory.hand_overs.full(stage, 1), parity);
+        ptx::wgmma_fence();
+      }
       const int bytes = step / 4 * kSlabBytes + step % 4 * 32;
       ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
                                       step > 0);
@@ -116,6 +120,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
+  if (threadIdx.x == 0) memory.hand_overs.init();
+  __syncthreads();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.

@@ -114,12 +114,18 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
 // far have raised, its output added by the tensor cores.
 enum class Fold { kApart, kRunning };
 
+// How far a warpgroup is: the tiles of its own stage, and the weights of the other one's.
+struct Phases {
+  Phase full, weighed;
+};
+
 // Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
 template <Fold kFold, typename Queries, typename Memory>
 __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own,
-                                           const RunningTotal (&totals)[2]) {
+                                           const RunningTotal (&totals)[2], Phases& phases) {
   float scores[32];
-  queries.multiply(memory, own, scores);
+  queries.multiply(memory, own, phases.full.parity, scores);
+  phases.full.parity ^= 1;
   OfHeads reference, sum;
   const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
   if constexpr (kFold == Fold::kApart) {
@@ -127,7 +133,7 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
   } else {
     float before[2] = {totals[0].reference, totals[1].reference};
     if (own == 1) {
-      ptx::named_barrier(weighed_barrier(0), kConsumers);
+      phases.weighed.wait(memory.hand_overs.weighed(0));
       const float4 first = memory.weighed(0, 1).totals[threadIdx.x % kWarpgroup];
       before[0] = first.x;
       before[1] = first.y;
@@ -152,7 +158,7 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
     }
     weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
   }
-  ptx::named_barrier_arrive(weighed_barrier(own), kConsumers);
+  ptx::mbarrier_arrive(memory.hand_overs.weighed(own));
 }
 
 // Half of the output of 64 heads, not yet divided.
@@ -197,7 +203,7 @@ struct Output {
                             accumulate || step > 0);
       }
     };
-    const int handed_back = empty_barrier(stage, half);
+    const uint32_t handed_back = memory.hand_overs.empty(stage, half);
     if constexpr (kFold == Fold::kRunning) {
       rescale(totals[0].move_reference(unit.x, unit.z), totals[1].move_reference(unit.y, unit.w));
 #pragma unroll
@@ -209,7 +215,7 @@ struct Output {
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
-      ptx::named_barrier_arrive(handed_back, kHandOverThreads);
+      ptx::mbarrier_arrive(handed_back);
     } else {
       const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
       rescale(steps[0].before, steps[1].before);
@@ -222,7 +228,7 @@ struct Output {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(part);
-        if (slab == kHalfSlabs - 1) ptx::named_barrier_arrive(handed_back, kHandOverThreads);
+        if (slab == kHalfSlabs - 1) ptx::mbarrier_arrive(handed_back);
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
@@ -244,6 +250,7 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     ptx::cp_async_commit();
   };
   Queries queries;
+  Phases phases;
   const auto load = [&](uint32_t tile) { queries.load(operands, tile / head_tiles, tile % head_tiles * kHeads); };
   copy(blockIdx.x);
   load(blockIdx.x);
@@ -262,11 +269,11 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     for (int first = 0; first < units; first += kStages) {
       const int last = min(first + kStages, units) - 1;
       const bool weighs = first + own <= last;
-      if (weighs) weigh_unit<kFold>(queries, memory, own, output.totals);
-      const bool has_met = kFold == Fold::kRunning && own == 1 && weighs;  // at the other warpgroup's barrier
+      if (weighs) weigh_unit<kFold>(queries, memory, own, output.totals, phases);
+      const bool has_met = kFold == Fold::kRunning && own == 1 && weighs;  // has the other's weights
       for (int unit = first; unit <= last; ++unit) {
         const int stage = unit - first;
-        if (stage != own && !has_met) ptx::named_barrier(weighed_barrier(stage), kConsumers);
+        if (stage != own && !has_met) phases.weighed.wait(memory.hand_overs.weighed(stage));
         if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
           copy(next);

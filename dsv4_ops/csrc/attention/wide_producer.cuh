@@ -132,17 +132,25 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
   }
 }
 
-// Take back half kHalf of a stage where it was handed over: bit `stage` of `handed_over`.
-template <int kHalf>
-__device__ __forceinline__ void take_back(int stage, uint32_t& handed_over) {
-  if (handed_over >> stage & 1) ptx::named_barrier(empty_barrier(stage, kHalf), kHandOverThreads);
-  handed_over &= ~(1u << stage);
-}
+// Which stages the consumers have been given, and how often.
+struct Given {
+  uint32_t stages = 0, parities = 0;  // a bit of each stage
+
+  // Half kHalf of a stage is the producers' again, if it was not.
+  template <int kHalf>
+  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage) {
+    if (stages >> stage & 1) {
+      ptx::mbarrier_wait(hand_overs.empty(stage, kHalf), parities >> stage & 1);
+      parities ^= 1u << stage;
+    }
+    stages &= ~(1u << stage);
+  }
+};
 
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
 template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
-                                        uint32_t& handed_over) {
+                                        Given& given) {
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
@@ -187,7 +195,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   start_tile(0);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    take_back<kHalf>(stage, handed_over);
+    given.take_back<kHalf>(memory.hand_overs, stage);
     if (kHalf == 0 && lane == 0) {
       ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
@@ -218,8 +226,8 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       if (large) multiply_again<kHalf>(scales[block], address);
     }
     ptx::fence_async_proxy();
-    ptx::named_barrier_arrive(full_barrier(stage, kHalf), kHandOverThreads);
-    handed_over |= 1u << stage;
+    ptx::mbarrier_arrive(memory.hand_overs.full(stage, kHalf));
+    given.stages |= 1u << stage;
     if (unit + 1 == units) break;
     if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
     start_tile(unit + 1);
@@ -231,7 +239,7 @@ template <int kHalf, typename Memory>
 __device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  uint32_t handed_over = 0;
+  Given given;
   const auto position = [&](uint32_t tile) {
     return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
   };
@@ -239,10 +247,10 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, c
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
     next = position(tile + gridDim.x);
-    produce<kHalf>(attention.keys, keys, memory, pair, handed_over);
+    produce<kHalf>(attention.keys, keys, memory, pair, given);
   }
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) take_back<kHalf>(stage, handed_over);
+  for (int stage = 0; stage < kStages; ++stage) given.take_back<kHalf>(memory.hand_overs, stage);
 }
 
 // Producing warp number `warp` of the CTA.

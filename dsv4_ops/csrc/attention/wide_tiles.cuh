@@ -3,8 +3,7 @@
 // Unit number u of a row lies in stage u % 2. Consuming warpgroup w computes the scores of the units of stage w, and of
 // every unit the output of dimensions 256 * w .. 256 * w + 255, its half. Half of the producing warps write each half.
 //
-// All hand-overs are named barriers at which one side arrives and the other one waits, so every thread that has touched
-// the memory takes part:
+// All hand-overs are mbarriers at which every thread that has touched the memory arrives:
 //
 //   full[stage][half]   producers of the half -> the warpgroup of the stage
 //   empty[stage][half]  the warpgroup of the half -> its producers
@@ -35,12 +34,41 @@ constexpr int kHalfProducers = kProducerWarps / 2 * kWarp;
 constexpr int kThreads = kConsumers + kProducerWarps * kWarp;
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kHandOverThreads = kWarpgroup + kHalfProducers;  // at full and empty
-__device__ __forceinline__ constexpr int full_barrier(int stage, int half) { return 1 + 2 * stage + half; }
-__device__ __forceinline__ constexpr int empty_barrier(int stage, int half) { return 5 + 2 * stage + half; }
-__device__ __forceinline__ constexpr int weighed_barrier(int stage) { return 9 + stage; }
-constexpr int kConsumersBarrier = 11;
-__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 12 + own; }
+constexpr int kConsumersBarrier = 1;
+__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 2 + own; }
+
+// The mbarriers of all hand-overs. Racecheck does not follow named barriers at which one side only arrives.
+struct HandOvers {
+  uint64_t full_barriers[kStages][2], empty_barriers[kStages][2], weighed_barriers[kStages];
+
+  // By one thread, before all others use them.
+  __device__ __forceinline__ void init() {
+    for (int stage = 0; stage < kStages; ++stage) {
+      for (int half = 0; half < 2; ++half) {
+        ptx::mbarrier_init(full(stage, half), kHalfProducers);
+        ptx::mbarrier_init(empty(stage, half), kWarpgroup);
+      }
+      ptx::mbarrier_init(weighed(stage), kWarpgroup);
+    }
+  }
+  __device__ __forceinline__ uint32_t full(int stage, int half) const {
+    return ptx::shared_address(&full_barriers[stage][half]);
+  }
+  __device__ __forceinline__ uint32_t empty(int stage, int half) const {
+    return ptx::shared_address(&empty_barriers[stage][half]);
+  }
+  __device__ __forceinline__ uint32_t weighed(int stage) const { return ptx::shared_address(&weighed_barriers[stage]); }
+};
+
+// A barrier that one side waits at again and again, phase by phase.
+struct Phase {
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void wait(uint32_t barrier) {
+    ptx::mbarrier_wait(barrier, parity);
+    parity ^= 1;
+  }
+};
 
 // A unit as its warpgroup hands it to both: each thread's part of the weights, and of its two heads the largest score
 // and the sum of the weights.
@@ -56,6 +84,7 @@ struct SharedMemory {
   alignas(1024) uint8_t query[kTileBytes];
   Weighed weighed_units[kStages];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
+  HandOvers hand_overs;
 
   // Where the unit of a stage is handed over: both warpgroups read the same.
   static constexpr int kCopies = 1;
@@ -78,6 +107,7 @@ struct MixedMemory {
   alignas(1024) uint8_t query_rope[kSlabBytes];
   float scales[kStages][kGroups][kUnit];
   alignas(8) uint8_t valid[kStages][8];
+  HandOvers hand_overs;
 
   static constexpr int kCopies = 2;
   __device__ __forceinline__ Weighed& weighed(int stage, int half) {
