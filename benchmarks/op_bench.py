@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parent
 REPLAYS, QUICK_REPLAYS = 31, 7
 DESCRIPTION = """\
 Time operators on a GPU at the shapes of V4-Flash and V4-Pro, by replaying CUDA graphs: warm (the same inputs again and
-again) and cold (L2 flushed before each call). Beside them stand the floor (what the operator must move or compute, over
-what the GPU can), the share of it that was reached, and what the peers' kernels take for the same work on an H200.
+again) and cold (L2 flushed before each call), products of decode also streamed (calls one behind the other, each with
+weights of its own). Beside them stand the floor (what the operator must move or compute, over what the GPU can), the
+share of it that was reached, and what the peers' kernels take for the same work on an H200.
 Without --filter every operator that has a CUDA kernel is timed; --filter also finds those that run their reference.
 `dsv4 bench indexer` draws time and memory of index selections against the length of context instead."""
 
@@ -193,13 +194,13 @@ def rows_of(cases: "list[Case]", timer, ceilings, measured, rows: list[dict]) ->
     """Append the row of each case to `rows`, and yield it."""
     import torch
 
-    from benchmarks.call import prepare
+    from benchmarks.call import timed
     from benchmarks.result import failure, result
 
     for case in cases:
         try:
             torch.cuda.empty_cache()
-            rows.append(result(case, timer.times(prepare(case, "cuda")), ceilings, measured))
+            rows.append(result(case, timed(case, timer), ceilings, measured))
         except (RuntimeError, ValueError) as error:  # the others may still be timed
             rows.append(failure(case, error))
         yield rows[-1]

@@ -117,7 +117,11 @@ def products() -> str:
     return f"""## Matrix products and experts on an H200
 
 Microseconds of one call whose weights are not in L2, which is what a decode step finds: a layer's weights are read once
-a step. T is the number of tokens. Rates are of the cold time, peers' where they were measured cold.
+a step. T is the number of tokens. Streamed (up to 64 tokens): calls one behind the other in a CUDA graph, each with
+weights of its own, in all several times what L2 holds; a decode step calls them like this. Cold: L2 flushed before each
+call, which is how the peers' kernels were timed. A cold call of few tokens takes longer than a streamed one, because
+the flush leaves L2 full of lines that are written back while the call reads, and because the call cannot load weights
+before the flush has ended. Rate and share of the floor are of the time to the left of them.
 
 {product_markdown(record)}
 
