@@ -1,22 +1,35 @@
 """From a case to something that can be timed: its inputs, checked once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import Case
 from benchmarks.inputs import Inputs
+from benchmarks.streams import is_streamed, stream
+from benchmarks.timing import Timer, Times
 from dsv4_ops.registry import Op
 
 POISON = 0xFF  # as bf16, fp32 and E4M3 a NaN
 
 
-def prepare(case: Case, device: str | torch.device) -> Callable[[], object]:
-    """A call of the case's operator on inputs of its own. RuntimeError if an output is not finite or not written."""
+def prepare(case: Case, device: str | torch.device) -> list[Callable[[], object]]:
+    """Calls of the case's operator on inputs of their own: a stream of them if it is timed so, else one.
+
+    RuntimeError if an output of the first is not finite or not written.
+    """
     arguments = case.make(Inputs(device))
     check_finite(case.op, arguments)
-    return lambda: case.op.overload(*arguments)
+    return stream(case, arguments) if is_streamed(case) else [lambda: case.op.overload(*arguments)]
+
+
+def timed(case: Case, timer: Timer) -> Times:
+    """What a call takes on the current GPU. What was allocated for it is free when this returns."""
+    calls = prepare(case, "cuda")
+    times = timer.times(calls[0])
+    return replace(times, streamed=timer.streamed(calls)) if is_streamed(case) else times
 
 
 def check_finite(op: Op, arguments: tuple) -> None:

@@ -150,7 +150,7 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
+def run(replays: int, output: Path | None, forms: Iterable[str] = FORMS) -> None:
     """Time all cases, print table and chart, write the result file if there is a place for it."""
     require_kernels()
     timer = Timer(replays)
@@ -168,7 +168,7 @@ def run(forms: Iterable[str], replays: int, output: Path | None) -> None:
 def main() -> None:
     arguments = parse()
     gpu = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[0]
-    run(arguments.form, arguments.replays, arguments.out or RESULTS / f"indexer_{gpu}.json")
+    run(arguments.replays, arguments.out or RESULTS / f"indexer_{gpu}.json", arguments.form)
 
 
 if __name__ == "__main__":

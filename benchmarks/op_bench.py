@@ -4,6 +4,7 @@ Nothing heavy is imported until a command runs.
 """
 
 import argparse
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 REPLAYS, QUICK_REPLAYS = 31, 7
+VIEWS = ("indexer", "attention")  # benchmarks/VIEW_gpu.py
 DESCRIPTION = """\
 Time operators on a GPU at the shapes of V4-Flash and V4-Pro, by replaying CUDA graphs: warm (the same inputs again and
-again) and cold (L2 flushed before each call). Beside them stand the floor (what the operator must move or compute, over
-what the GPU can), the share of it that was reached, and what the peers' kernels take for the same work on an H200.
+again) and cold (L2 flushed before each call), products of decode also streamed (calls one behind the other, each with
+weights of its own). Beside them stand the floor (what the operator must move or compute, over what the GPU can), the
+share of it that was reached, and what the peers' kernels take for the same work on an H200.
 Without --filter every operator that has a CUDA kernel is timed; --filter also finds those that run their reference.
-`dsv4 bench indexer` draws time and memory of index selections against the length of context instead."""
+`dsv4 bench indexer` draws time and memory of index selections against the length of context instead, `dsv4 bench
+attention` times sparse attention: the cases of the README's table, and decode after 1K to 1M tokens for its chart."""
 
 
 def add_bench(commands) -> None:
@@ -32,7 +36,7 @@ def add_bench(commands) -> None:
     )
     parser.set_defaults(run=run_bench)
     parser.add_argument(
-        "view", nargs="?", choices=("indexer",), help="index selections against context; takes --quick and --output"
+        "view", nargs="?", choices=VIEWS, help="what to time against context; takes --quick and --output alone"
     )
     parser.add_argument("--filter", metavar="REGEX", help="only cases whose `operator case` matches, see --list")
     parser.add_argument("--model", choices=("flash", "pro", "both"), default="both", help="widths (default both)")
@@ -43,13 +47,15 @@ def add_bench(commands) -> None:
     parser.add_argument("--list", action="store_true", help="print the operators and cases, time nothing")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json",
-        help="write the results (default: benchmarks/results/ops_<gpu>.json of a checkout, if all cases were timed)",
+        help="write the results (default of a checkout, if all cases were timed and without --quick: ops_<gpu>.json, "
+        "indexer_<gpu>.json or attention_<gpu>.json in benchmarks/results; attention_h200.json is also drawn, as "
+        "docs/attention.svg)",
     )  # fmt: skip
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    if arguments.view == "indexer":
-        return run_indexer(arguments)
+    if arguments.view is not None:
+        return run_view(arguments)
     cases = select(arguments)
     if arguments.list:
         for case in cases:
@@ -72,21 +78,20 @@ def run_bench(arguments: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} of {len(cases)} cases failed: {', '.join(failed)}")
 
 
-def run_indexer(arguments: argparse.Namespace) -> None:
+def run_view(arguments: argparse.Namespace) -> None:
     from model.errors import UserError
 
     if arguments.filter or arguments.tokens or arguments.list or arguments.model != "both":
-        raise UserError("dsv4 bench indexer takes --quick and --output alone")
+        raise UserError(f"dsv4 bench {arguments.view} takes --quick and --output alone")
     check_output(arguments.output)
     check_gpu([])
     import torch
 
-    from benchmarks import indexer_gpu
-
     output = arguments.output
     if output is None and not arguments.quick:
-        output = default_output(torch.cuda.get_device_name(), "indexer")
-    indexer_gpu.run(indexer_gpu.FORMS, QUICK_REPLAYS if arguments.quick else REPLAYS, output)
+        output = default_output(torch.cuda.get_device_name(), arguments.view)
+    view = importlib.import_module(f"benchmarks.{arguments.view}_gpu")
+    view.run(QUICK_REPLAYS if arguments.quick else REPLAYS, output)
 
 
 def select(arguments: argparse.Namespace) -> "list[Case]":
@@ -193,13 +198,13 @@ def rows_of(cases: "list[Case]", timer, ceilings, measured, rows: list[dict]) ->
     """Append the row of each case to `rows`, and yield it."""
     import torch
 
-    from benchmarks.call import prepare
+    from benchmarks.call import timed
     from benchmarks.result import failure, result
 
     for case in cases:
         try:
             torch.cuda.empty_cache()
-            rows.append(result(case, timer.times(prepare(case, "cuda")), ceilings, measured))
+            rows.append(result(case, timed(case, timer), ceilings, measured))
         except (RuntimeError, ValueError) as error:  # the others may still be timed
             rows.append(failure(case, error))
         yield rows[-1]

@@ -55,7 +55,7 @@ def gpu_header() -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
     }
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": today(),
         "gpu": gpu | gpu_state(str(properties.uuid).removeprefix("GPU-")),
         "python": platform.python_version(),
@@ -63,6 +63,14 @@ def gpu_header() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "csrc_sha256": source_hash(),
     }
+
+
+def command() -> str:
+    """What was typed: a program, or `python -m` and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = None if spec is None else spec.name.removesuffix(".__main__")
+    program = [Path(sys.argv[0]).name] if module is None else ["python", "-m", module]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def gpu_state(uuid: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from benchmarks.targets import COLD_TARGETS, TARGETS
 from benchmarks.timing import Times
 
 Row = Mapping[str, Any]
-COLUMNS = ("warm", "cold", "floor", "share", "peer", "ratio", "target")
+COLUMNS = ("warm", "cold", "streamed", "floor", "share", "peer", "ratio", "target")
+KERNEL_COLUMNS = ("warm", "cold", "floor", "share", "peer", "ratio")  # of the README's table
 
 
 def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def result(case: Case, times: Times, ceilings: Ceilings, measured: Ceilings) -> 
         "runs": "reference" if case.is_reference else "kernel",
         "warm": round(times.warm, 3),
         "cold": round(times.cold, 3),
+        "streamed_us": None if times.streamed is None else round(times.streamed, 3),
         "calls_a_graph": times.calls,
         "floor": round(least.us, 3),
         "floor_by_measured_ceilings": round(floor(traffic, measured).us, 3),
@@ -47,13 +49,15 @@ def failure(case: Case, error: Exception) -> dict[str, Any]:
     return {"op": case.op_name, "case": case.label, "error": text}
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The numbers of a row in the order of COLUMNS."""
-    share = "latency" if row["share"] is None else f"{row['share']:.0%}"
+def cells(row: Row) -> dict[str, str]:
+    """The numbers of a row by column, in the order of COLUMNS."""
+    streamed = row.get("streamed_us")  # None or not there: not timed
     peer = ("", "") if row["peer"] is None else (f"{row['peer']['warm']:.2f}", f"{row['ratio']:.2f}")
     goals = ((row["target"], ""), (row.get("cold_target"), " cold"))
     target = "".join(f"{us:g}{temperature}" for us, temperature in goals if us is not None)
-    return (f"{row['warm']:.2f}", f"{row['cold']:.2f}", f"{row['floor']:.2f}", share, *peer, target)
+    times = (f"{row['warm']:.2f}", f"{row['cold']:.2f}", "" if streamed is None else f"{streamed:.2f}")
+    numbers = (*times, f"{row['floor']:.2f}", share(row, row["cold"]), *peer, target)
+    return dict(zip(COLUMNS, numbers, strict=True))
 
 
 def peer_names(row: Row) -> str:
@@ -74,7 +78,7 @@ def text_lines(rows: Iterable[Row], width: int) -> Iterator[str]:
         if "error" in row:
             yield f"{name:<{width}}  {row['error']}"
             continue
-        yield f"{name:<{width}}" + "".join(f" {cell:>8}" for cell in cells(row)) + f"  {peer_names(row)}"
+        yield f"{name:<{width}}" + "".join(f" {cell:>8}" for cell in cells(row).values()) + f"  {peer_names(row)}"
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -85,7 +89,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     for row in headlines(record):
         peers = ", ".join(f"`{name}`" for name in peer_names(row).split(" + ") if name)
-        lines.append(f"| `{row['op']}` | {row['case']} | {' | '.join(cells(row)[:-1])} | {peers} |")
+        numbers = " | ".join(cells(row)[column] for column in KERNEL_COLUMNS)
+        lines.append(f"| `{row['op']}` | {row['case']} | {numbers} | {peers} |")
     return "\n".join(lines)
 
 
@@ -100,25 +105,34 @@ def named(record: Mapping[str, Any], names: Iterable[str]) -> list[Row]:
 
 
 def product_markdown(record: Mapping[str, Any]) -> str:
-    """The README's table of products with cold weights: what COLD_TARGETS names, in its order."""
+    """The README's table of products whose weights are in memory: what COLD_TARGETS names, in its order."""
     lines = [
-        "| product | case | µs, cold | rate | share of floor | target | peers' best, cold | the peer's kernels |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+        "| product | case | µs, streamed | rate | share of floor | µs, cold | rate | share of floor | target "
+        "| peers' best, cold | the peer's kernels |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in named(record, COLD_TARGETS):
         target = COLD_TARGETS[f"{row['op']} {row['case']}"]
-        share = "latency" if row["share"] is None else f"{row['share']:.0%}"
         peer, names = "", ", ".join(f"`{name}`" for name in peer_names(row).split(" + ") if name)
         if row["peer"] is not None:
             cold = row["peer"]["cold"]
             peer = f"{row['peer']['warm']:.1f} (warm)" if cold is None else f"{cold:.1f}"
-        numbers = f"{row['cold']:.1f} | {rate(row)} | {share} | {target:g} | {peer} | {names}"
-        lines.append(f"| `{row['op']}` | {row['case']} | {numbers} |")
+        numbers = f"{time_columns(row, row.get('streamed_us'))} | {time_columns(row, row['cold'])} | {target:g}"
+        lines.append(f"| `{row['op']}` | {row['case']} | {numbers} | {peer} | {names} |")
     return "\n".join(lines)
 
 
-def rate(row: Row) -> str:
-    """What a cold call moves or computes a second, whichever bounds it."""
+def time_columns(row: Row, us: float | None) -> str:
+    """Time, rate and share of the floor of a call that took `us`; empty where it was not timed."""
+    return " |  | " if us is None else f"{us:.1f} | {rate(row, us)} | {share(row, us)}"
+
+
+def share(row: Row, us: float) -> str:
+    return "latency" if row["share"] is None else f"{row['floor'] / us:.0%}"
+
+
+def rate(row: Row, us: float) -> str:
+    """What a call of `us` moves or computes a second, whichever bounds it."""
     if row["bound"] in ("memory", "latency"):
-        return f"{(row['bytes_read'] + row['bytes_written']) / row['cold'] / 1e3:.0f} GB/s"
-    return f"{row['flops'] / row['cold'] / 1e6:.0f} TFLOP/s"
+        return f"{(row['bytes_read'] + row['bytes_written']) / us / 1e3:.0f} GB/s"
+    return f"{row['flops'] / us / 1e6:.0f} TFLOP/s"

@@ -1,7 +1,8 @@
 """Times to reach on an H200, in us, by the name of the case.
 
 TARGETS are of warm inputs; the README's chart shows these cases. COLD_TARGETS are of products whose weights are not in
-L2, which is what a decode step finds; the README's table of products shows those.
+L2, which is what a decode step finds, cold or streamed (benchmarks/timing.py); the README's table of products shows
+those.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,17 @@
 """Times of a call inside CUDA graphs: what it costs on the GPU when the host is out of the way.
 
-warm   a graph of many calls with the same inputs; small inputs are in L2
-cold   a graph of pairs, first a kernel that writes more than L2 holds, then the call; the time of the same graph
-       without the calls is subtracted. The two graphs take turns, so that both see the same clocks.
+warm      a graph of many calls with the same inputs; small inputs are in L2
+cold      a graph of pairs, first a kernel that writes more than L2 holds, then the call; the time of the same graph
+          without the calls is subtracted. The two graphs take turns, so that both see the same clocks.
+streamed  a graph of calls one behind the other, each with arguments of its own, which together are several times what
+          L2 holds: what a call costs in a decode step
 
-Both are medians over replays, timed by events on the stream: fewer of graphs that take long.
+All are medians over replays, timed by events on the stream: fewer of graphs that take long.
+
+A cold call of a product of few tokens takes longer than a streamed one, though both read all of their weights from
+memory. The flush leaves L2 full of lines that have to be written back while the call reads, and the call cannot load
+weights before the flush has ended, as it does behind another product by programmatic dependent launch. Cold is kept
+because the peers' kernels were timed with L2 flushed before each call and the flush's own time subtracted.
 """
 
 import statistics
@@ -31,6 +38,7 @@ class Times:
     warm: float
     cold: float
     calls: int  # of a warm replay
+    streamed: float | None = None  # None: not timed
 
 
 class Timer:
@@ -54,6 +62,15 @@ class Timer:
     def cold(self, call: Call) -> float:
         pairs = captured([self._flush, call] * PAIRS)
         return paired_us(pairs, self._flushes, self.affordable(replay_us(pairs, 1))) / PAIRS
+
+    def streamed(self, calls: list[Call]) -> float:
+        """us of one of the calls, each of which reads data of its own, when they follow each other again and again."""
+        graph = captured(calls)
+        rounds = max(1, round(REPLAY_US / replay_us(graph, 3)))
+        if rounds > 1:
+            graph = captured(calls * rounds)
+        each = rounds * len(calls)
+        return replay_us(graph, self.affordable(replay_us(graph, 1))) / each
 
     def affordable(self, us: float) -> int:
         """How many replays of `us` each."""

@@ -23,7 +23,7 @@ from benchmarks.record import RESULTS
 from benchmarks.result import markdown as kernel_table
 from benchmarks.result import named, product_markdown
 from benchmarks.targets import COLD_TARGETS
-from docs import op_chart
+from docs import attention_chart, op_chart
 from docs.block_picture import CSA_RATIO, ENTRY_BYTES, HCA_RATIO, HEAD_DIM, INDEX_DIM, KEY_BYTES, state_bytes
 from dsv4_ops import ops
 from dsv4_ops.registry import TABLE, Inline, Op
@@ -117,7 +117,11 @@ def products() -> str:
     return f"""## Matrix products and experts on an H200
 
 Microseconds of one call whose weights are not in L2, which is what a decode step finds: a layer's weights are read once
-a step. T is the number of tokens. Rates are of the cold time, peers' where they were measured cold.
+a step. T is the number of tokens. Streamed (up to 64 tokens): calls one behind the other in a CUDA graph, each with
+weights of its own, in all several times what L2 holds; a decode step calls them like this. Cold: L2 flushed before each
+call, which is how the peers' kernels were timed. A cold call of few tokens takes longer than a streamed one, because
+the flush leaves L2 full of lines that are written back while the call reads, and because the call cannot load weights
+before the flush has ended. Rate and share of the floor are of the time to the left of them.
 
 {product_markdown(record)}
 
@@ -153,10 +157,11 @@ def attention_and_index() -> str:
     return f"""## Attention and index picks on an H200
 
 `H` heads, `B` sequences of `S` query rows, 128 keys of the window and so many compressed entries. The peer is FlashMLA
-without its metadata kernel (mixed form: SGLang), in microseconds of a warm call or, in prefill, TFLOP/s.
+without its metadata kernel (mixed form: SGLang), in microseconds of a warm call or, in prefill, TFLOP/s; it pads fewer
+than 64 heads to 64.
 
 {attention_gpu.markdown(attention)}
-
+{attention_picture(attention)}
 {gpu_provenance(attention)}
 
 Index picks: scores of all keys and the exact best k of them. The peers' time is that of three kernels: logits,
@@ -165,6 +170,18 @@ metadata and top-k.
 {indexer_gpu.markdown(index["rows"])}
 
 {gpu_provenance(index)}"""
+
+
+def attention_picture(record: dict) -> str:
+    """The chart and what it shows; nothing for a record without times at several contexts."""
+    if not attention_gpu.curves(record["rows"]):
+        return ""
+    return f"""
+A decode step against the length of context: a CSA layer attends to the best 512 of the entries of 4 tokens each, an HCA
+layer to all entries of 128 tokens each. FlashMLA was measured at 32K.
+
+![Time of attention from 1K to 1M tokens for window, CSA and HCA layers](docs/{attention_chart.TARGET.name})
+"""
 
 
 def whole_model() -> str:

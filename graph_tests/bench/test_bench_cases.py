@@ -125,7 +125,7 @@ def test_same_seed_gives_the_same_inputs():
 
 
 def test_prepared_call_runs_the_operator():
-    call = prepare(CASES[0], "cpu")
+    (call,) = prepare(CASES[0], "cpu")
     assert all(tensor.numel() for tensor in call())
 
 

@@ -1,6 +1,7 @@
 """The README's sections on a GPU, and the picture of operators, from records that are made up."""
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.result import result
 from benchmarks.shapes import FLASH, PRO
 from benchmarks.targets import TARGETS
 from benchmarks.timing import Times
-from docs import op_chart, readme_tables
+from docs import attention_chart, block_picture, op_chart, readme_tables
 
 GPU = {"name": "NVIDIA H200", "driver": "580.1", "sm_clock": "1980 MHz"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -72,6 +73,12 @@ def test_decode_table_names_what_takes_the_most():
     run = {"batch": 16, "step_us": 812.4, "kernels_a_step": 240, "kernels_a_layer": 55.5, "operators": operators}
     line = markdown({"runs": [run]}).splitlines()[-1]
     assert line == "| 16 | 812 | 240 | 55.5 | op0 10%, op1 10%, op2 10%, op3 10%, op4 10% |"
+
+
+@pytest.mark.parametrize("script", [block_picture, op_chart, attention_chart, readme_tables], ids=lambda s: s.__name__)
+def test_this_checkout_has_what_the_scripts_generate(monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", ["script", "--check"])
+    assert script.main() == 0, f"run python -m {script.__name__}"
 
 
 @pytest.mark.parametrize("name", ["decode_cpu", "evaluation_loss"])
