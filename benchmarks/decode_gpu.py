@@ -112,33 +112,39 @@ def table(shares: dict) -> dict[str, dict]:
 
 
 def print_run(run: dict[str, Any], layers: int) -> None:
-    print(f"batch {run['batch']}: {run['step_us']:.1f} us a step of {layers} layers, {run['kernels_a_step']} kernels, ")
+    step = f"{run['step_us']:.1f} us a step of {layers} layers, blocks {blocks(run)}, {run['kernels_a_step']} kernels, "
+    print(f"batch {run['batch']}: {step}")
     print(f"  {run['kernels_a_layer']:g} a layer; {run['tokens_a_second']:g} tokens/s, {run['gb_a_second']:.0f} GB/s, ")
     print(f"  the floor is {run['floor_us']:.1f} us: {run['floor_us'] / run['step_us']:.1%}")
     for name, share in run["operators"].items():
         print(f"  {share['share']:6.1%} {share['us']:10.1f} us {share['kernels']:5} kernels  {name}")
 
 
+def blocks(run: dict[str, Any]) -> str:
+    """How the blocks of the graph run: operators one by one, or compiled, with what lies between operators fused."""
+    return "compiled" if run.get("compiled") else "as written"
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The README's table: a line for each batch, with the operators that take the most."""
     lines = [
-        "| batch | µs a step | kernels a step | kernels a layer | operators that take the most |",
-        "|--:|--:|--:|--:|---|",
+        "| batch | blocks | µs a step | kernels a step | kernels a layer | operators that take the most |",
+        "|--:|---|--:|--:|--:|---|",
     ]
     for run in record["runs"]:
         most = list(run["operators"].items())[:LARGEST]
         names = ", ".join(f"{name} {share['share']:.0%}" for name, share in most)
         counts = f"{run['kernels_a_step']} | {run['kernels_a_layer']:g}"
-        lines.append(f"| {run['batch']} | {run['step_us']:.0f} | {counts} | {names} |")
+        lines.append(f"| {run['batch']} | {blocks(run)} | {run['step_us']:.0f} | {counts} | {names} |")
     return "\n".join(lines)
 
 
 def whole_markdown(record: dict[str, Any]) -> str:
     """The README's table of a whole model: a line for each batch, with transformers' time for the same layers."""
     lines = [
-        "| batch | µs a step | tokens/s | GB/s | share of the floor | kernels a layer | transformers, µs a step "
-        "| operators that take the most |",
-        "|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| batch | blocks | µs a step | tokens/s | GB/s | share of the floor | kernels a layer "
+        "| transformers, µs a step | operators that take the most |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for run in record["runs"]:
         most = list(run["operators"].items())[:LARGEST]
@@ -147,7 +153,8 @@ def whole_markdown(record: dict[str, Any]) -> str:
         theirs = "" if None in layers else f"{sum(layers):.0f}"
         share = f"{run['floor_us'] / run['step_us']:.0%}"
         numbers = f"{run['step_us']:.0f} | {run['tokens_a_second']:.0f} | {run['gb_a_second']:.0f} | {share}"
-        lines.append(f"| {run['batch']} | {numbers} | {run['kernels_a_layer']:g} | {theirs} | {names} |")
+        first = f"| {run['batch']} | {blocks(run)} | {numbers}"
+        lines.append(f"{first} | {run['kernels_a_layer']:g} | {theirs} | {names} |")
     return "\n".join(lines)
 
 
@@ -167,7 +174,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=256, metavar="E", help="routed experts a layer (default 256)")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="tokens read before (default 8192)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="timed steps (default 50)")
-    parser.add_argument("--compile", action="store_true", help="compile each kind of block first (backend dsv4)")
+    parser.add_argument(
+        "--compile", action="store_true", help="then once more with each kind of block compiled (backend dsv4)"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="default benchmarks/results/decode_flashN_GPU.json"
     )
@@ -191,8 +200,6 @@ def main() -> None:
     for _ in range(WARM_UP_STEPS):
         model.decode_step()
     outside = kernels_outside_blocks(model, model.decode_step)
-    if arguments.compile:
-        model.compile()
     record = gpu_header() | {
         "layers": [kind for kind, _ in layers],
         "experts": arguments.experts,
@@ -200,14 +207,17 @@ def main() -> None:
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "context": arguments.context,
         "steps": arguments.steps,
-        "compiled": arguments.compile,
         "kernels_outside_blocks": outside,
         "runs": [],
     }
-    for batch in tqdm(arguments.batch, unit="batch", leave=False):
-        record["runs"].append(measure(model, batch, arguments.context, arguments.steps, outside))
-        print_run(record["runs"][-1], len(layers))
-        torch.cuda.empty_cache()
+    for compiled in (False, True) if arguments.compile else (False,):
+        if compiled:
+            model.compile()
+        for batch in tqdm(arguments.batch, unit="batch", leave=False):
+            run = measure(model, batch, arguments.context, arguments.steps, outside)
+            record["runs"].append(run | {"compiled": compiled})
+            print_run(record["runs"][-1], len(layers))
+            torch.cuda.empty_cache()
     gpu = record["gpu"]["name"].lower().removeprefix("nvidia ").split()[0]
     write(arguments.out or RESULTS / f"decode_flash{len(layers)}_{gpu}.json", record)
 

@@ -209,7 +209,8 @@ def decode_gpu() -> str:
     return f"""## A decode step on an H200
 
 Four layers of V4-Flash ({", ".join(record["layers"])}) with random weights in the official format, embedding, head and
-sampling, after {record["context"]} tokens, as one CUDA graph. Shares are of the GPU time of a step called directly.
+sampling, after {record["context"]} tokens, as one CUDA graph; its blocks as they are written, or each kind compiled
+with the backend `dsv4` first. Shares are of the GPU time of a step called directly.
 
 {decode_gpu_table(record)}
 
