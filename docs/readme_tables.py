@@ -121,7 +121,8 @@ a step. T is the number of tokens. Streamed (up to 64 tokens): calls one behind 
 weights of its own, in all several times what L2 holds; a decode step calls them like this. Cold: L2 flushed before each
 call, which is how the peers' kernels were timed. A cold call of few tokens takes longer than a streamed one, because
 the flush leaves L2 full of lines that are written back while the call reads, and because the call cannot load weights
-before the flush has ended. Rate and share of the floor are of the time to the left of them.
+before the flush has ended. Rate and share of the floor are of the time to the left of them. Peers that were timed warm
+alone compare with the warm column.
 
 {product_markdown(record)}
 

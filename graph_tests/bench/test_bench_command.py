@@ -191,14 +191,14 @@ def test_products_are_set_against_peers_with_cold_weights():
     """Memory-bound ones by what they move, the others by what they compute; a peer may not have been measured cold."""
     rows = [
         row("linear_fp8 T=1 wo_b 4096 x 8192", warm=7.0, cold=8.925),
-        row("linear_fp8 T=4096 wo_b 4096 x 8192", cold=220.0),
+        row("linear_fp8 T=4096 wo_b 4096 x 8192", warm=215.0, cold=220.0),
         row("moe_nvfp4 T=1 Flash E 256, 6 read", cold=26.0),
     ]
     assert cells(rows[0])["target"] == "9 cold"
     decode, experts, prefill = product_markdown({"rows": rows}).splitlines()[2:]
-    numbers = "|  |  |  | 8.9 | 3762 GB/s | 80% | 9 | 20.5 | `dg_fp8_gemm_nt` |"
+    numbers = "|  |  |  | 8.9 | 3762 GB/s | 80% | 7.0 | 9 | 20.5 | `dg_fp8_gemm_nt` |"
     assert decode == f"| `linear_fp8` | T=1 wo_b 4096 x 8192 {numbers}"
-    assert "|  |  |  | 220.0 | 1249 TFLOP/s | 96% | 236.2 | 212.6 (warm) |" in prefill
+    assert "|  |  |  | 220.0 | 1249 TFLOP/s | 96% | 215.0 | 236.2 | 212.6 (warm) |" in prefill
     assert experts.endswith("| 27 |  |  |")
 
 
@@ -210,7 +210,7 @@ def test_products_show_rate_and_share_of_streamed_calls_too(missing):
         del found["streamed_us"]
     line = product_markdown({"rows": [found]}).splitlines()[2]
     streamed = "|  |  |  |" if missing else "| 8.9 | 3762 GB/s | 80% |"
-    assert f"8192 {streamed} 15.5 | 2166 GB/s | 46% | 9 |" in line
+    assert f"8192 {streamed} 15.5 | 2166 GB/s | 46% | 7.0 | 9 |" in line
     assert cells(found)["streamed"] == ("" if missing else "8.93")
 
 
