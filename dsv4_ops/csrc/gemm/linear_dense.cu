@@ -1,6 +1,6 @@
 // bf16 weights and activations.
 // See stream.cuh for what a CTA owns and what bounds it.
-#include "gemm/stream.cuh"
+#include "gemm/launch_stream.cuh"
 
 namespace dsv4 {
 namespace {

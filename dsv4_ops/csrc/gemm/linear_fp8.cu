@@ -1,7 +1,7 @@
 // E4M3 weights with a scale (UE8M0 or fp32) for each 128 x 128 block, E4M3 activations with a UE8M0 scale for each
 // group of 32, 64 or 128: the sum of a group is scaled and added in fp32.
 // See stream.cuh for what a CTA owns and what bounds it.
-#include "gemm/stream.cuh"
+#include "gemm/launch_stream.cuh"
 
 namespace dsv4 {
 namespace {
@@ -9,7 +9,7 @@ namespace {
 template <int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, (StreamingProduct<Format::kFp8, kTokenTiles>::kCtasOfAnSm))
     stream_fp8_kernel(const __grid_constant__ Stream plan) {
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   StreamingProduct<Format::kFp8, kTokenTiles> product(plan, shared);
   product.prefetch();
   ptx::wait_for_predecessors();

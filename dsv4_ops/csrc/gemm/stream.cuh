@@ -1,4 +1,5 @@
-// Products of up to 64 tokens: weights stream through shared memory into mma.sync.
+// Products of up to 64 tokens: weights stream through shared memory into the tensor cores: mma.sync, and wgmma for E4M3
+// weights and more than 16 tokens, which gives the same bits (ptx_sm90_gemm.cuh).
 //
 // A CTA has 8 warps. A warp takes tiles of 16 (of more than 8 tokens: 32) rows of the weight and one of up to 8 ranges
 // of k, and goes through it in pieces of 16 x 128 bytes, which it copies (cp.async) into a ring of its own, several
@@ -17,7 +18,9 @@
 // scales of x in fp32 [range][group of k][token]. Few tokens leave room for two CTAs an SM: of this kernel, or of this
 // one and the next of the stream, which fills its ring as soon as a CTA of this one has ended.
 //
-// Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights takes about as long as reading them.
+// Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights would take about as long as reading them,
+// and its warps would convert x to f16 sixteen times for each eight times that they convert weights; wgmma takes half
+// of that time and reads x, converted once a CTA, from shared memory.
 //
 // H200, 2026-11-25, us of FP8 weights cold (floor): one token 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
 // 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0); 64 tokens of the second and third 25.8 (8.2) and 27.9 (7.4). One behind
@@ -28,6 +31,7 @@
 
 #include "common/launch.cuh"
 #include "gemm/epilogue.cuh"
+#include "gemm/half_products.cuh"
 #include "gemm/staged_x.cuh"
 #include "gemm/weight_ring.cuh"
 
@@ -45,6 +49,10 @@ class StreamingProduct {
   static constexpr int kTiles = kSplit ? 2 : 1;    // of 16 rows, a warp
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kLoads = (kTokenTiles + 1) / 2;  // of a chunk pair of x
+  // Many tokens of E4M3: x lies in shared memory as f16, so that it is converted once a CTA and not once a warp, and
+  // four warps multiply 64 rows by wgmma, where there is that.
+  static constexpr bool kHalves = kFormat == Format::kFp8 && kTokenTiles >= 4;
+  using Staged = StagedX<kFormat, kHalves ? kTokens : 0>;
   static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
   using Ring = WeightRing<kFormat, kTiles, kStages>;
   static constexpr int kRingBytes = kWarps * Ring::kBytes;
@@ -57,10 +65,10 @@ class StreamingProduct {
   // Bytes of shared memory behind the fixed ones, and the geometry of x that needs them.
   static int64_t plan_x(Stream& stream, int ranges_of_cta, int window) {
     stream.window = window;
-    stream.units = Divisor(window * StagedX<kFormat>::kUnits);
+    stream.units = Divisor(window * Staged::kUnits);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
     stream.x_groups = stream.x_group_shift > 0 ? window * kShape.piece_values >> stream.x_group_shift : 0;
-    return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * stream.scale_tokens * stream.x_groups);
+    return int64_t{ranges_of_cta} * (values_bytes(stream) + 4 * stream.scale_tokens * stream.x_groups);
   }
 
   __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared_memory)
@@ -78,7 +86,7 @@ class StreamingProduct {
         first_tile(blockIdx.x * s.tiles_of_cta),
         tile_end(min(s.tiles, first_tile + s.tiles_of_cta)),
         x_values(kFixedBytes + range_here * s.tokens * s.x_pitch),
-        x_scales(kFixedBytes + ranges_here * s.tokens * s.x_pitch + range_here * s.x_groups * s.scale_tokens * 4),
+        x_scales(kFixedBytes + ranges_here * values_bytes(s) + range_here * s.x_groups * s.scale_tokens * 4),
         load_lane(tile_offset(lane % kTileRows, lane / kTileRows)),
         ring(s, shared, threadIdx.x / 32 * Ring::kBytes, lane, first_tile, tile_end, subtiles * Ring::kRows,
              subtile * Ring::kRows, begin, end) {}
@@ -95,9 +103,9 @@ class StreamingProduct {
       for (int window = 0; window < windows; ++window) {
         if (windows > 1 || tile == first_tile) {
           if (windows > 1) __syncthreads();  // everyone is done with the window before
-          StagedX<kFormat>(s, shared + x_values, reinterpret_cast<float*>(shared + x_scales), subtile * 32 + lane,
-                           subtiles * 32)
+          Staged(s, shared + x_values, reinterpret_cast<float*>(shared + x_scales), subtile * 32 + lane, subtiles * 32)
               .load(begin + window * s.window, end);
+          if constexpr (kHalves) ptx::fence_async_proxy();
           __syncthreads();
         }
         const int last = min(end, begin + (window + 1) * s.window);
@@ -116,6 +124,12 @@ class StreamingProduct {
 
  private:
   using Sums = float[kTiles][kTokenTiles][4];
+
+  // Of a window of x of one range, in shared memory.
+  __host__ __device__ __forceinline__ static int values_bytes(const Stream& stream) {
+    if constexpr (kHalves) return stream.window * (kShape.piece_values / Staged::kHalfSlab) * Staged::kHalfSlabBytes;
+    return stream.tokens * stream.x_pitch;
+  }
 
   __device__ __forceinline__ int row_of(int tile) const {  // in the group; of the warp's first row
     return (tile * subtiles + subtile) * Ring::kRows;
@@ -172,21 +186,28 @@ class StreamingProduct {
     words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
   }
 
-  // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
-  __device__ __forceinline__ void promote(const Sums& part, const float (&weight_scales)[kTiles][2], int group) {
+  // The scales of the lane's two tokens of tile n, in group `group` of x.
+  __device__ __forceinline__ float2 scales_of_x(int n, int group) const {
     const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + group * s.scale_tokens;
+    return *reinterpret_cast<const float2*>(scales + min(n * 8 + lane % 4 * 2, s.scale_tokens - 2));
+  }
+
+  // total += part * (weight scale * x scale) of one tile, with the weight scales of the lane's rows.
+  __device__ __forceinline__ static void promote_tile(float (&total)[4], const float (&part)[4],
+                                                      const float (&weight_scales)[2], float2 of_x) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = __fmul_rn(weight_scales[i / 2], i % 2 ? of_x.y : of_x.x);
+      total[i] = __fmaf_rn(part[i], scale, total[i]);
+    }
+  }
+
+  __device__ __forceinline__ void promote(const Sums& part, const float (&weight_scales)[kTiles][2], int group) {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
-      const int token = min(n * 8 + lane % 4 * 2, s.scale_tokens - 2);
-      const float2 of_x = *reinterpret_cast<const float2*>(scales + token);
+      const float2 of_x = scales_of_x(n, group);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scale = __fmul_rn(weight_scales[m][i / 2], i % 2 ? of_x.y : of_x.x);
-          total[m][n][i] = __fmaf_rn(part[m][n][i], scale, total[m][n][i]);
-        }
-      }
+      for (int m = 0; m < kTiles; ++m) promote_tile(total[m][n], part[m][n], weight_scales[m], of_x);
     }
   }
 
@@ -239,6 +260,55 @@ class StreamingProduct {
   // kSteps pairs of chunks are a scale group of x.
   template <int kSteps>
   __device__ __forceinline__ void multiply_fp8(int stage, float scale, int offset) {
+    if constexpr (kHalves) {
+      multiply_halves<2 * kSteps>(stage, scale, offset);
+    } else {
+      multiply_fp8_codes<kSteps>(stage, scale, offset);
+    }
+  }
+
+  // The same with x in f16: kSteps steps of 16 values are a scale group. The products of a tile are under way while the
+  // next one is converted, or while the sums of the one before are scaled.
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_halves(int stage, float scale, int offset) {
+    constexpr int kGroups = kTileChunks / kSteps;
+    using Products = HalfProducts<kTokenTiles>;
+    const Products products{shared + x_values, lane};
+    const float scales[2] = {scale, scale};
+#pragma unroll 1
+    for (int group = 0; group < kGroups; ++group) {
+      float part[kTiles][4 * kTokenTiles];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        uint32_t a[kSteps][4];
+#pragma unroll
+        for (int step = 0; step < kSteps; step += 2) {
+          uint32_t words[4];
+          load_weights(words, stage, m, group * kSteps + step);
+          e4m3_fragment(a[step], words[0], words[1]);
+          e4m3_fragment(a[step + 1], words[2], words[3]);
+        }
+        if (m == kTiles - 1 && group == kGroups - 1) ring.advance();
+        products.start(part[m], a, offset * kTileChunks + group * kSteps);
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        if (m == 0) {
+          Products::template wait<kTiles - 1>(part[m]);
+        } else {
+          Products::template wait<0>(part[m]);
+        }
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          const float of_tile[4] = {part[m][4 * n], part[m][4 * n + 1], part[m][4 * n + 2], part[m][4 * n + 3]};
+          promote_tile(total[m][n], of_tile, scales, scales_of_x(n, offset * kGroups + group));
+        }
+      }
+    }
+  }
+
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_fp8_codes(int stage, float scale, int offset) {
     constexpr int kGroups = kTileChunks / 2 / kSteps;
     Words all;
     load_all(all, stage);
@@ -456,48 +526,5 @@ class StreamingProduct {
   Ring ring;
   Sums total;
 };
-
-// Launch `kernel` for up to 64 tokens.
-template <Format kFormat, int kTokenTiles>
-cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
-                          cudaStream_t stream) {
-  using Kernel = StreamingProduct<kFormat, kTokenTiles>;
-  constexpr int kMostShared = 227 * 1024, kMostOfTwo = 113 * 1024;  // of a CTA, and of each of two on an SM
-  Stream plan{};
-  plan.product = product;
-  plan.tokens = tokens;
-  plan.x_group_shift = product.x_group > 0 ? 5 + product.x_group / 64 : 0;
-  plan.first_token = first_token;
-  const int ranges = ranges_of(kFormat, product);
-  while (1 << plan.range_shift < ranges) ++plan.range_shift;
-  plan.pieces = pieces_of(kFormat, product);
-  constexpr bool kSplit = Kernel::kSplit;
-  const int ranges_here = kSplit ? 1 : ranges;
-  const int64_t rows = kSplit ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
-  plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
-  const int64_t columns = kSplit ? ranges : 1;
-  const int64_t bytes = kFormat == Format::kDense ? 2 : 1;
-  plan.row_bytes = static_cast<int>(kFormat == Format::kMxfp4 || kFormat == Format::kNvfp4 ? product.k / 2
-                                                                                         : product.k * bytes);
-  plan.row_pitch = static_cast<int>(product.weight_stride * bytes);
-  plan.x_step = static_cast<int>(product.groups * product.x_stride * bytes);
-  plan.x_scale_step = static_cast<int>(product.groups * product.x_scale_stride);
-  plan.scale_tokens = (tokens + 1) / 2 * 2;
-  plan.scale_tokens_divisor = Divisor(plan.scale_tokens);
-  plan.whole_pieces = plan.row_bytes / kTileRowBytes;
-  int window = static_cast<int>(ceil_divide(plan.pieces, ranges));
-  while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
-    window = (window + 1) / 2;
-  }
-  const int64_t shared = Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window);
-  // Two CTAs an SM where they fit: eight warps alone leave more than half of the issue slots empty.
-  const int64_t ctas = shared <= kMostOfTwo ? Kernel::kCtasOfAnSm * kSms : kSms;
-  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, ctas));
-  const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
-                  static_cast<unsigned>(product.groups));
-  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
-  if (status != cudaSuccess) return status;
-  return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(shared)}, plan);
-}
 
 }  // namespace dsv4
