@@ -48,7 +48,7 @@ class StagedX {
   static constexpr bool kHasScales = kFormat == Format::kFp8 || kFormat == Format::kMxfp4;
   static constexpr bool kPacked = kFormat == Format::kNvfp4;
   static constexpr int kUnitValues = kPacked ? 32 : kFormat == Format::kDense ? 8 : 16;
-  static constexpr int kBatch = 4;  // loads of a thread that are under way together
+  static constexpr int kBatch = kHalfTokens > 0 ? 16 : 4;  // loads of a thread that are under way together
 
  public:
   static constexpr int kUnits = kShape.piece_values / kUnitValues;  // of a piece

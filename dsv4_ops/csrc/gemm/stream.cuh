@@ -53,6 +53,7 @@ class StreamingProduct {
   // four warps multiply 64 rows by wgmma, where there is that.
   static constexpr bool kHalves = kFormat == Format::kFp8 && kTokenTiles >= 4;
   using Staged = StagedX<kFormat, kHalves ? kTokens : 0>;
+  using Products = HalfProducts<kHalves ? kTokenTiles : 4>;
   static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
   using Ring = WeightRing<kFormat, kTiles, kStages>;
   static constexpr int kRingBytes = kWarps * Ring::kBytes;
@@ -109,9 +110,7 @@ class StreamingProduct {
           __syncthreads();
         }
         const int last = min(end, begin + (window + 1) * s.window);
-        for (int piece = begin + window * s.window; piece < last; ++piece) {
-          multiply(ring.wait(), piece - begin - window * s.window);
-        }
+        multiply_window(last - begin - window * s.window);
       }
       if (ranges_here > 1) {
         add_and_store(tile, (tile - first_tile) & 1);
@@ -211,7 +210,22 @@ class StreamingProduct {
     }
   }
 
-  // A piece of the warp's rows, the `offset`th in the window of x.
+  // The next `pieces` pieces of the warp's rows with the window of x.
+  __device__ __forceinline__ void multiply_window(int pieces) {
+    if constexpr (kHalves) {
+      if (p.x_group == 128) {
+        multiply_halves<8>(pieces);
+      } else if (p.x_group == 64) {
+        multiply_halves<4>(pieces);
+      } else {
+        multiply_halves<2>(pieces);
+      }
+    } else {
+      for (int offset = 0; offset < pieces; ++offset) multiply(ring.wait(), offset);
+    }
+  }
+
+  // A piece, the `offset`th in the window of x.
   __device__ __forceinline__ void multiply(int stage, int offset) {
     if constexpr (kFormat == Format::kFp8) {
       const float scale = ring.take_block_scale();
@@ -257,58 +271,57 @@ class StreamingProduct {
     }
   }
 
+  // A window of E4M3 weights with x in f16: kSteps steps of 16 values are a scale group. While the products of one tile
+  // are under way, the sums of the other one are scaled and the next fragments converted.
+  template <int kSteps>
+  __device__ __forceinline__ void multiply_halves(int pieces) {
+    constexpr int kGroups = kTileChunks / kSteps;  // of a piece
+    const Products products{shared + x_values, lane};
+    const auto convert = [&](uint32_t(&a)[kSteps][4], int stage, int m, int first_chunk) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step += 2) {
+        uint32_t words[4];
+        load_weights(words, stage, m, first_chunk + step);
+        e4m3_fragment(a[step], words[0], words[1]);
+        e4m3_fragment(a[step + 1], words[2], words[3]);
+      }
+    };
+    const auto add = [&](Sums& sums, int m, const float(&part)[4 * kTokenTiles], float scale, int group) {
+      const float scales[2] = {scale, scale};
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        const float tile[4] = {part[4 * n], part[4 * n + 1], part[4 * n + 2], part[4 * n + 3]};
+        promote_tile(sums[m][n], tile, scales, scales_of_x(n, group));
+      }
+    };
+    const int groups = pieces * kGroups;
+    uint32_t a[kTiles][kSteps][4];
+    int stage = ring.wait();
+    float scale = ring.take_block_scale();
+    convert(a[0], stage, 0, 0);
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      float part[kTiles][4 * kTokenTiles];
+      const bool ends_piece = group % kGroups == kGroups - 1, more = group + 1 < groups;
+      products.start(part[0], a[0], group * kSteps);
+      convert(a[1], stage, 1, group % kGroups * kSteps);
+      if (ends_piece) ring.advance();
+      products.start(part[1], a[1], group * kSteps);
+      Products::template wait<1>(part[0]);
+      add(total, 0, part[0], scale, group);
+      if (more) {
+        if (ends_piece) stage = ring.wait();
+        convert(a[0], stage, 0, (group + 1) % kGroups * kSteps);
+      }
+      Products::template wait<0>(part[1]);
+      add(total, 1, part[1], scale, group);
+      if (ends_piece && more) scale = ring.take_block_scale();
+    }
+  }
+
   // kSteps pairs of chunks are a scale group of x.
   template <int kSteps>
   __device__ __forceinline__ void multiply_fp8(int stage, float scale, int offset) {
-    if constexpr (kHalves) {
-      multiply_halves<2 * kSteps>(stage, scale, offset);
-    } else {
-      multiply_fp8_codes<kSteps>(stage, scale, offset);
-    }
-  }
-
-  // The same with x in f16: kSteps steps of 16 values are a scale group. The products of a tile are under way while the
-  // next one is converted, or while the sums of the one before are scaled.
-  template <int kSteps>
-  __device__ __forceinline__ void multiply_halves(int stage, float scale, int offset) {
-    constexpr int kGroups = kTileChunks / kSteps;
-    using Products = HalfProducts<kTokenTiles>;
-    const Products products{shared + x_values, lane};
-    const float scales[2] = {scale, scale};
-#pragma unroll 1
-    for (int group = 0; group < kGroups; ++group) {
-      float part[kTiles][4 * kTokenTiles];
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        uint32_t a[kSteps][4];
-#pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-          uint32_t words[4];
-          load_weights(words, stage, m, group * kSteps + step);
-          e4m3_fragment(a[step], words[0], words[1]);
-          e4m3_fragment(a[step + 1], words[2], words[3]);
-        }
-        if (m == kTiles - 1 && group == kGroups - 1) ring.advance();
-        products.start(part[m], a, offset * kTileChunks + group * kSteps);
-      }
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        if (m == 0) {
-          Products::template wait<kTiles - 1>(part[m]);
-        } else {
-          Products::template wait<0>(part[m]);
-        }
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-          const float of_tile[4] = {part[m][4 * n], part[m][4 * n + 1], part[m][4 * n + 2], part[m][4 * n + 3]};
-          promote_tile(total[m][n], of_tile, scales, scales_of_x(n, offset * kGroups + group));
-        }
-      }
-    }
-  }
-
-  template <int kSteps>
-  __device__ __forceinline__ void multiply_fp8_codes(int stage, float scale, int offset) {
     constexpr int kGroups = kTileChunks / 2 / kSteps;
     Words all;
     load_all(all, stage);
