@@ -11,7 +11,8 @@ from dsv4_ops.registry import TABLE, Cuda
 CSRC = Path(dsv4_ops.__file__).parent / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 DEVICE_CODE = [path for path in SOURCES if path.suffix in (".cu", ".cuh")]
-PTX_FILES = ("ptx.cuh", "ptx_sm90.cuh", "ptx_sm90_attention.cuh", "ptx_sm90_index.cuh", "ptx_sm90_moe.cuh")
+SM90_FILES = (f"ptx_sm90{family}.cuh" for family in ("", "_attention", "_gemm", "_index", "_moe"))
+PTX_FILES = ("ptx.cuh", *SM90_FILES)
 PTX = [CSRC / "common" / name for name in PTX_FILES]
 NO_TORCH = [path for path in SOURCES if path.suffix != ".cpp" and path.name != "bind.h"]
 KERNEL = re.compile(r"__global__\s+void\b[^;{]*?(\w+_kernel)\s*\(", re.DOTALL)

@@ -35,6 +35,37 @@ namespace dsv4 {
 
 constexpr int kSumPitch = kTileRows + 4;  // fp32 numbers: a fragment's rows and tokens lie in different banks
 
+// Store a warp's sums of rows `first_row` .. of a group: y, or, `partial`, the sums of range blockIdx.y.
+template <Format kFormat, int kTiles, int kTokenTiles>
+__device__ __forceinline__ void store_sums(const Stream& s, const float (&total)[kTiles][kTokenTiles][4],
+                                           int64_t first_row, bool partial) {
+  const Product& p = s.product;
+  const int lane = threadIdx.x % 32;
+  const auto for_all = [&](auto store_sum) {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int token = n * 8 + lane % 4 * 2 + odd;
+        if (token >= s.tokens) continue;
+#pragma unroll
+        for (int i = 0; i < 2 * kTiles; ++i) {
+          const int64_t row = first_row + lane / 4 + i * 8;
+          if (row < p.rows) store_sum(token, row, total[i / 2][n][i % 2 * 2 + odd]);
+        }
+      }
+    }
+  };
+  if (partial) {
+    float* const sums = p.partials + (static_cast<int64_t>(blockIdx.y) * s.tokens * p.groups + blockIdx.z) * p.rows;
+    for_all([&](int token, int64_t row, float sum) { sums[token * p.groups * p.rows + row] = sum; });
+  } else {
+    for_all([&](int token, int64_t row, float sum) {
+      store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row, sum);
+    });
+  }
+}
+
 template <Format kFormat, int kTokenTiles>
 class StreamingProduct {
  public:
@@ -108,7 +139,7 @@ class StreamingProduct {
       if (ranges_here > 1) {
         add_and_store(tile, (tile - first_tile) & 1);
       } else {
-        store(tile);
+        store_sums<kFormat>(s, total, row_of(tile), kSplit && s.range_shift > 0);
       }
     }
     ptx::cp_async_wait<0>();
@@ -416,34 +447,6 @@ class StreamingProduct {
     }
   }
 
-  // Store the warp's own sums: of all k, or of a range.
-  __device__ __forceinline__ void store(int tile) const {
-    const int64_t first_row = row_of(tile) + lane / 4;
-    const auto for_all = [&](auto store_sum) {
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int token = n * 8 + lane % 4 * 2 + odd;
-          if (token >= s.tokens) continue;
-#pragma unroll
-          for (int i = 0; i < 2 * kTiles; ++i) {
-            const int64_t row = first_row + i * 8;
-            if (row < p.rows) store_sum(token, row, total[i / 2][n][i % 2 * 2 + odd]);
-          }
-        }
-      }
-    };
-    if (kSplit && s.range_shift > 0) {
-      float* const sums = p.partials + (static_cast<int64_t>(range) * s.tokens * p.groups + blockIdx.z) * p.rows;
-      for_all([&](int token, int64_t row, float sum) { sums[token * p.groups * p.rows + row] = sum; });
-    } else {
-      for_all([&](int token, int64_t row, float sum) {
-        store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row, sum);
-      });
-    }
-  }
-
   const Stream& s;
   const Product& p;
   uint8_t* shared;
@@ -457,27 +460,20 @@ class StreamingProduct {
   Sums total;
 };
 
-// Launch `kernel` for up to 64 tokens.
-template <Format kFormat, int kTokenTiles>
-cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
-                          cudaStream_t stream) {
-  using Kernel = StreamingProduct<kFormat, kTokenTiles>;
-  constexpr int kMostShared = 227 * 1024, kMostOfTwo = 113 * 1024;  // of a CTA, and of each of two on an SM
+constexpr int kMostShared = 227 * 1024, kMostOfTwo = 113 * 1024;  // of a CTA, and of each of two on an SM
+
+// What all launches decide alike; tiles, windows and the rest of x are the kernel's own.
+inline Stream plan_stream(Format format, const Product& product, int64_t first_token, int tokens) {
   Stream plan{};
   plan.product = product;
   plan.tokens = tokens;
   plan.x_group_shift = product.x_group > 0 ? 5 + product.x_group / 64 : 0;
   plan.first_token = first_token;
-  const int ranges = ranges_of(kFormat, product);
+  const int ranges = ranges_of(format, product);
   while (1 << plan.range_shift < ranges) ++plan.range_shift;
-  plan.pieces = pieces_of(kFormat, product);
-  constexpr bool kSplit = Kernel::kSplit;
-  const int ranges_here = kSplit ? 1 : ranges;
-  const int64_t rows = kSplit ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
-  plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
-  const int64_t columns = kSplit ? ranges : 1;
-  const int64_t bytes = kFormat == Format::kDense ? 2 : 1;
-  plan.row_bytes = static_cast<int>(kFormat == Format::kMxfp4 || kFormat == Format::kNvfp4 ? product.k / 2
+  plan.pieces = pieces_of(format, product);
+  const int64_t bytes = format == Format::kDense ? 2 : 1;
+  plan.row_bytes = static_cast<int>(format == Format::kMxfp4 || format == Format::kNvfp4 ? product.k / 2
                                                                                          : product.k * bytes);
   plan.row_pitch = static_cast<int>(product.weight_stride * bytes);
   plan.x_step = static_cast<int>(product.groups * product.x_stride * bytes);
@@ -485,19 +481,38 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   plan.scale_tokens = (tokens + 1) / 2 * 2;
   plan.scale_tokens_divisor = Divisor(plan.scale_tokens);
   plan.whole_pieces = plan.row_bytes / kTileRowBytes;
+  return plan;
+}
+
+// Launch `kernel` for all tiles of `plan`. Two CTAs an SM where they fit: eight warps alone leave more than half of the
+// issue slots empty.
+inline cudaError_t launch_tiles(void (*kernel)(Stream), Stream plan, int64_t columns, int64_t shared, int ctas_of_sm,
+                                cudaStream_t stream) {
+  const int64_t ctas = shared <= kMostOfTwo ? ctas_of_sm * kSms : kSms, groups = plan.product.groups;
+  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * groups, ctas));
+  const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
+                  static_cast<unsigned>(groups));
+  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) return status;
+  return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(shared)}, plan);
+}
+
+// Launch `kernel` for up to 64 tokens.
+template <Format kFormat, int kTokenTiles>
+cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
+                          cudaStream_t stream) {
+  using Kernel = StreamingProduct<kFormat, kTokenTiles>;
+  Stream plan = plan_stream(kFormat, product, first_token, tokens);
+  constexpr bool kSplit = Kernel::kSplit;
+  const int ranges = 1 << plan.range_shift, ranges_here = kSplit ? 1 : ranges;
+  const int64_t rows = kSplit ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
+  plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
   int window = static_cast<int>(ceil_divide(plan.pieces, ranges));
   while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
     window = (window + 1) / 2;
   }
   const int64_t shared = Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window);
-  // Two CTAs an SM where they fit: eight warps alone leave more than half of the issue slots empty.
-  const int64_t ctas = shared <= kMostOfTwo ? Kernel::kCtasOfAnSm * kSms : kSms;
-  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * product.groups, ctas));
-  const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
-                  static_cast<unsigned>(product.groups));
-  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
-  if (status != cudaSuccess) return status;
-  return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(shared)}, plan);
+  return launch_tiles(kernel, plan, kSplit ? ranges : 1, shared, Kernel::kCtasOfAnSm, stream);
 }
 
 }  // namespace dsv4
