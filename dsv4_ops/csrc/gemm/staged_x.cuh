@@ -1,40 +1,12 @@
-// x of a streaming product in shared memory: what a launch decides about it, and how it gets there.
+// x of a streaming product in shared memory, and how it gets there.
 #pragma once
 
-#include "common/divisor.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/weight_fragments.cuh"
-#include "gemm/plan.h"
+#include "gemm/stream_plan.cuh"
 
 namespace dsv4 {
-
-constexpr int kThreads = 32 * kWarps;
-
-// What a launch of a streaming product decides; the same for all CTAs. Distances in bytes.
-struct Stream {
-  Product product;
-  int64_t first_token;
-  int tokens;          // of this launch
-  int range_shift;     // log2 of the ranges of k
-  int pieces;          // of a weight row
-  int whole_pieces;
-  int row_bytes;       // of the weight
-  int row_pitch;       // from one row to the next
-  int tiles;           // of a CTA's rows, in a group
-  int tiles_of_cta;
-  int window;          // pieces of a range whose x is in shared memory
-  int x_pitch;         // of a token in a window
-  int x_step;          // from a token to the next in memory, and its scales
-  int x_scale_step;
-  int x_groups;        // scale groups of x in a window
-  int x_group_shift;   // log2 of their size; 0 without such groups
-  int scale_tokens;    // tokens with a place for scales: even
-  Divisor units = Divisor(1);  // 16 bytes of x, in a window of a token
-  Divisor scale_tokens_divisor = Divisor(1);
-
-  __device__ __forceinline__ int first_piece(int range) const { return (range * pieces) >> range_shift; }
-};
 
 // Windows of x of a range of k: for each token a row of codes (E4M3) or values (f16, bf16) in the order of the weights'
 // fragments, and for each scale group of E4M3 codes the scales of all tokens in fp32. `count` threads fill it together.

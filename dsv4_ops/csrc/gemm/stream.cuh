@@ -26,8 +26,6 @@
 
 #include <cuda_bf16.h>
 
-#include "common/launch.cuh"
-#include "gemm/epilogue.cuh"
 #include "gemm/staged_x.cuh"
 #include "gemm/weight_ring.cuh"
 
@@ -35,53 +33,19 @@ namespace dsv4 {
 
 constexpr int kSumPitch = kTileRows + 4;  // fp32 numbers: a fragment's rows and tokens lie in different banks
 
-// Store a warp's sums of rows `first_row` .. of a group: y, or, `partial`, the sums of range blockIdx.y.
-template <Format kFormat, int kTiles, int kTokenTiles>
-__device__ __forceinline__ void store_sums(const Stream& s, const float (&total)[kTiles][kTokenTiles][4],
-                                           int64_t first_row, bool partial) {
-  const Product& p = s.product;
-  const int lane = threadIdx.x % 32;
-  const auto for_all = [&](auto store_sum) {
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int token = n * 8 + lane % 4 * 2 + odd;
-        if (token >= s.tokens) continue;
-#pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) {
-          const int64_t row = first_row + lane / 4 + i * 8;
-          if (row < p.rows) store_sum(token, row, total[i / 2][n][i % 2 * 2 + odd]);
-        }
-      }
-    }
-  };
-  if (partial) {
-    float* const sums = p.partials + (static_cast<int64_t>(blockIdx.y) * s.tokens * p.groups + blockIdx.z) * p.rows;
-    for_all([&](int token, int64_t row, float sum) { sums[token * p.groups * p.rows + row] = sum; });
-  } else {
-    for_all([&](int token, int64_t row, float sum) {
-      store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row, sum);
-    });
-  }
-}
-
 template <Format kFormat, int kTokenTiles>
 class StreamingProduct {
- public:
-  static constexpr bool kSplit = kTokenTiles > 1;  // one range a CTA
-
- private:
   static constexpr FormatShape kShape = shape_of(kFormat);
-  static constexpr int kTiles = kSplit ? 2 : 1;    // of 16 rows, a warp
+  static constexpr int kTiles = kTokenTiles > 1 ? 2 : 1;  // of 16 rows, a warp
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kLoads = (kTokenTiles + 1) / 2;  // of a chunk pair of x
-  static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
+  static constexpr int kStages = kTokenTiles > 1 ? 3 : kShape.scale_bytes ? 4 : 5;
   using Ring = WeightRing<kFormat, kTiles, kStages>;
   static constexpr int kRingBytes = kWarps * Ring::kBytes;
-  static constexpr int kSumFloats = kSplit ? 0 : kWarps * kTokens * kSumPitch;  // of one of the two buffers
+  static constexpr int kSumFloats = kTokenTiles > 1 ? 0 : kWarps * kTokens * kSumPitch;  // of one of the two buffers
 
  public:
+  static constexpr bool kSplit = kTokenTiles > 1;  // one range a CTA
   static constexpr int kFixedBytes = kRingBytes + 2 * 4 * kSumFloats;
   static constexpr int kCtasOfAnSm = kTokenTiles > 2 ? 1 : 2;
 
@@ -459,43 +423,6 @@ class StreamingProduct {
   Ring ring;
   Sums total;
 };
-
-constexpr int kMostShared = 227 * 1024, kMostOfTwo = 113 * 1024;  // of a CTA, and of each of two on an SM
-
-// What all launches decide alike; tiles, windows and the rest of x are the kernel's own.
-inline Stream plan_stream(Format format, const Product& product, int64_t first_token, int tokens) {
-  Stream plan{};
-  plan.product = product;
-  plan.tokens = tokens;
-  plan.x_group_shift = product.x_group > 0 ? 5 + product.x_group / 64 : 0;
-  plan.first_token = first_token;
-  const int ranges = ranges_of(format, product);
-  while (1 << plan.range_shift < ranges) ++plan.range_shift;
-  plan.pieces = pieces_of(format, product);
-  const int64_t bytes = format == Format::kDense ? 2 : 1;
-  plan.row_bytes = static_cast<int>(format == Format::kMxfp4 || format == Format::kNvfp4 ? product.k / 2
-                                                                                         : product.k * bytes);
-  plan.row_pitch = static_cast<int>(product.weight_stride * bytes);
-  plan.x_step = static_cast<int>(product.groups * product.x_stride * bytes);
-  plan.x_scale_step = static_cast<int>(product.groups * product.x_scale_stride);
-  plan.scale_tokens = (tokens + 1) / 2 * 2;
-  plan.scale_tokens_divisor = Divisor(plan.scale_tokens);
-  plan.whole_pieces = plan.row_bytes / kTileRowBytes;
-  return plan;
-}
-
-// Launch `kernel` for all tiles of `plan`. Two CTAs an SM where they fit: eight warps alone leave more than half of the
-// issue slots empty.
-inline cudaError_t launch_tiles(void (*kernel)(Stream), Stream plan, int64_t columns, int64_t shared, int ctas_of_sm,
-                                cudaStream_t stream) {
-  const int64_t ctas = shared <= kMostOfTwo ? ctas_of_sm * kSms : kSms, groups = plan.product.groups;
-  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * groups, ctas));
-  const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
-                  static_cast<unsigned>(groups));
-  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
-  if (status != cudaSuccess) return status;
-  return launch_kernel(kernel, {grid, dim3(kThreads), stream, static_cast<size_t>(shared)}, plan);
-}
 
 // Launch `kernel` for up to 64 tokens.
 template <Format kFormat, int kTokenTiles>

@@ -53,7 +53,7 @@ class WideProduct {
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kHalfSteps = 4;  // of k16, of half a piece
   static constexpr int kUnits = 8;      // 16 codes of x, of a piece
-  static constexpr int kBatch = kTokens / 8;
+  static constexpr int kBatch = kTokens / 4;  // loads of a thread that are under way together
   static constexpr int kScaleBatch = 2;
 
  public:
@@ -119,40 +119,40 @@ class WideProduct {
 
   // ---- x ----
 
-  // The window of x that begins with piece `piece`, in f16; zeros for what is beyond the range's end or the tokens.
+  // The window of x that begins with piece `piece`, in f16. Tokens that are not there repeat the last one; nobody
+  // stores their sums.
   __device__ __forceinline__ void load_x(int piece) const {
     const int64_t x_row = s.first_token * p.groups + blockIdx.z;
-    const int k = piece * kTileRowBytes;
-    const int k_end = min(end * kTileRowBytes, static_cast<int>(p.k));
+    const int k = piece * kTileRowBytes, pieces = min(s.window, end - piece);
+    const int there = min(pieces * kTileRowBytes, static_cast<int>(p.k) - k);
     const auto* const scale_source = p.x_scale + x_row * p.x_scale_stride + (k >> s.x_group_shift);
-    const int groups = max(0, k_end - k) >> s.x_group_shift, places = s.x_groups * kTokens;
-    uint32_t codes_of_scales[kScaleBatch];
-    load_scales(codes_of_scales, 0, groups, scale_source);
+    uint32_t scale_codes[kScaleBatch];
+    load_scales(scale_codes, 0, there, scale_source);
 
-    // A token's 128 bytes of a piece are eight threads' units; 32 tokens at a time.
-    const int unit = threadIdx.x % kUnits, first = threadIdx.x / kUnits;
+    // A token's 128 bytes of a piece are units of eight threads, so the CTA takes 32 tokens at a time.
+    constexpr int kTokensOfPass = kThreads / kUnits;
+    const int unit = threadIdx.x % kUnits, all = pieces * kTokens;
     const auto* const source = static_cast<const uint8_t*>(p.x) + x_row * p.x_stride + k + unit * 16;
-    constexpr int kTokensAtOnceHere = kThreads / kUnits;
-    const int all = s.window * kTokens;
-    for (int at = first; at < all; at += kBatch * kTokensAtOnceHere) {
+    for (int first = threadIdx.x / kUnits; first < all; first += kBatch * kTokensOfPass) {
       uint4 codes[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int place = at + i * kTokensAtOnceHere, token = place % kTokens, offset = place / kTokens * kTileRowBytes;
+        const int at = first + i * kTokensOfPass, offset = at / kTokens * kTileRowBytes;
+        const int token = min(at % kTokens, s.tokens - 1);
         codes[i] = {};
-        if (place < all && token < s.tokens && k + offset + unit * 16 < k_end) {
+        if (offset + unit * 16 < there) {
           codes[i] = ptx::load_once(source + static_cast<int64_t>(token) * s.x_step + offset);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int place = at + i * kTokensAtOnceHere;
-        if (place < all) store_unit(place / kTokens, place % kTokens, unit, codes[i]);
+        const int at = first + i * kTokensOfPass;
+        if (at < all) store_unit(at / kTokens, at % kTokens, unit, codes[i]);
       }
     }
-    for (int i = 0; i < places; i += kScaleBatch * kThreads) {
-      if (i > 0) load_scales(codes_of_scales, i, groups, scale_source);
-      store_scales(codes_of_scales, i);
+    for (int first = 0; first < s.x_groups * kTokens; first += kScaleBatch * kThreads) {
+      if (first > 0) load_scales(scale_codes, first, there, scale_source);
+      store_scales(scale_codes, first);
     }
   }
 
@@ -171,14 +171,15 @@ class WideProduct {
 
   static constexpr uint32_t kNoScale = 256;
 
-  // Scale i is that of token i % kTokens in group i / kTokens.
-  __device__ __forceinline__ void load_scales(uint32_t (&codes)[kScaleBatch], int first, int groups,
+  // Scale i is that of token i % kTokens in group i / kTokens; groups beyond the `there` values of k have 0.
+  __device__ __forceinline__ void load_scales(uint32_t (&codes)[kScaleBatch], int first, int there,
                                               const uint8_t* source) const {
+    const int groups = there >> s.x_group_shift;
 #pragma unroll
     for (int j = 0; j < kScaleBatch; ++j) {
-      const int i = first + j * kThreads + threadIdx.x, token = i % kTokens, group = i / kTokens;
-      codes[j] = kNoScale;
-      if (group < groups && token < s.tokens) codes[j] = source[static_cast<int64_t>(token) * s.x_scale_step + group];
+      const int i = first + j * kThreads + threadIdx.x, group = i / kTokens;
+      const int token = min(i % kTokens, s.tokens - 1);
+      codes[j] = group < groups ? source[static_cast<int64_t>(token) * s.x_scale_step + group] : kNoScale;
     }
   }
 
