@@ -39,7 +39,12 @@ bool has_wgmma() {
 
 cudaError_t launch_wide_fp8(const Product& product, int64_t first_token, int tokens, cudaStream_t stream) {
   if (tokens <= 16) return launch_wide<16, 1>(wide_stream_fp8_kernel<16, 1>, product, first_token, tokens, stream);
-  if (tokens <= 32) return launch_wide<32, 1>(wide_stream_fp8_kernel<32, 1>, product, first_token, tokens, stream);
+  if (tokens <= 32) {
+    // Two small CTAs an SM, or a large one.
+    return whole_range_bytes<32, 1>(product) <= kMostOfTwo
+               ? launch_wide<32, 1>(wide_stream_fp8_kernel<32, 1>, product, first_token, tokens, stream)
+               : launch_wide<32, 2>(wide_stream_fp8_kernel<32, 2>, product, first_token, tokens, stream);
+  }
   // CTAs of half the rows where whole ones would leave more than half of the SMs idle.
   const int64_t ctas = ceil_divide(product.rows, WideShape<64, 2>::kRowsOfCta) * product.groups *
                        ranges_of(Format::kFp8, product);

@@ -78,28 +78,29 @@ __device__ __forceinline__ void store_sums(const Stream& s, const float (&total)
   const Product& p = s.product;
   const int lane = threadIdx.x % 32;
   const int64_t row = first_row + lane / 4;
+  const int first_token = lane % 4 * 2, tokens = s.tokens - first_token;
   const int rows = static_cast<int>(max(int64_t{0}, min(p.rows - row, int64_t{kTiles * kTileRows})));  // from `row` on
   const auto for_all = [&](auto store_sum) {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        const int token = n * 8 + lane % 4 * 2 + odd;
-        if (token >= s.tokens) continue;
+        if (n * 8 + odd >= tokens) continue;
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) {
-          if (i * 8 < rows) store_sum(token, i * 8, total[i / 2][n][i % 2 * 2 + odd]);
+          if (i * 8 < rows) store_sum(n * 8 + odd, i * 8, total[i / 2][n][i % 2 * 2 + odd]);
         }
       }
     }
   };
   if (partial) {
     const int64_t pitch = p.groups * p.rows;
-    float* const sums = p.partials + blockIdx.y * s.tokens * pitch + blockIdx.z * p.rows + row;
+    float* const sums = p.partials + (blockIdx.y * s.tokens + first_token) * pitch + blockIdx.z * p.rows + row;
     for_all([&](int token, int offset, float sum) { sums[token * pitch + offset] = sum; });
   } else {
+    const int64_t x_row = (s.first_token + first_token) * p.groups + blockIdx.z;
     for_all([&](int token, int offset, float sum) {
-      store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row + offset, sum);
+      store_product<kFormat>(p, x_row + token * p.groups, row + offset, sum);
     });
   }
 }

@@ -28,13 +28,13 @@ namespace dsv4 {
 
 template <int kTokens, int kTiles>
 struct WideShape {
-  static constexpr int kStages = kTiles == 2 ? 3 : kTokens == 32 ? 3 : 4;
+  static constexpr int kStages = kTokens == 64 && kTiles == 1 ? 4 : 3;
   static constexpr int kBlockValues = 64;               // of k: a swizzled row of f16
   static constexpr int kBlockBytes = kTokens * 128;     // of x
   static constexpr int kPieceBytesOfX = 2 * kBlockBytes;
   static constexpr int kRingBytes = kWarps * kStages * kTiles * kTileBytes;
   static constexpr int kRowsOfCta = kWarps * kTiles * kTileRows;
-  static constexpr int kCtasOfAnSm = kTokens <= 32 ? 2 : 1;
+  static constexpr int kCtasOfAnSm = kTokens <= 32 && kTiles == 1 ? 2 : 1;
 
   // Bytes of shared memory, and what a window of x needs to know.
   static int64_t plan_x(Stream& stream, int window) {
@@ -292,6 +292,14 @@ class WideProduct {
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// Shared memory of a CTA that keeps x of its whole range.
+template <int kTokens, int kTiles>
+int64_t whole_range_bytes(const Product& product) {
+  Stream plan = plan_stream(Format::kFp8, product, 0, kTokens);
+  const int64_t pieces = ceil_divide(plan.pieces, 1 << plan.range_shift);
+  return WideShape<kTokens, kTiles>::plan_x(plan, static_cast<int>(pieces));
+}
 
 // Launch `kernel` for up to kTokens tokens.
 template <int kTokens, int kTiles>
