@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 
 #include "common/bind.h"
@@ -144,7 +145,7 @@ cudaError_t launch_fp8(const Product& p, int device, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const auto* const fp32 = static_cast<const float*>(p.weight_scale);
   multiply_fp8(p, tokens, x_scale, p.fp32_weight_scale ? fp32 : weight_scale, device);
-  Product rest = p;  // up to 15 tokens, which need no workspace
+  Product rest = p;  // up to 15 tokens; sums of their ranges take the place of the scales
   rest.tokens -= tokens;
   rest.x = static_cast<const uint8_t*>(p.x) + tokens * p.groups * p.x_stride;
   rest.x_scale = p.x_scale + tokens * p.groups * p.x_scale_stride;
@@ -166,8 +167,13 @@ bool large_serves(Format format, const Product& product) {
 int64_t large_floats(Format format, const Product& product) {
   switch (format) {
     case Format::kDense: return 0;
-    case Format::kFp8:
-      return product.groups * (of_library(product.tokens) + product.rows / kBlock) * (product.k / kBlock);
+    case Format::kFp8: {
+      Product rest = product;
+      rest.tokens -= of_library(product.tokens);
+      const int64_t blocks = product.k / kBlock;
+      const int64_t scales = product.groups * (of_library(product.tokens) + product.rows / kBlock) * blocks;
+      return std::max(scales, partial_floats(format, rest));
+    }
     default: return linear_prefill_workspace_size(product.tokens, product.k) / static_cast<int64_t>(sizeof(float));
   }
 }

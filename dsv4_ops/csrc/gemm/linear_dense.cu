@@ -1,6 +1,6 @@
 // bf16 weights and activations.
 // See stream.cuh for what a CTA owns and what bounds it.
-#include "gemm/launch_stream.cuh"
+#include "gemm/stream.cuh"
 
 namespace dsv4 {
 namespace {

@@ -1,7 +1,7 @@
 // E2M1 weights with a UE8M0 scale for each 32 values, E4M3 activations: the sum of 32 values is scaled and added in
 // fp32.
 // See stream.cuh for what a CTA owns and what bounds it.
-#include "gemm/launch_stream.cuh"
+#include "gemm/stream.cuh"
 
 namespace dsv4 {
 namespace {

@@ -1,7 +1,7 @@
 // E2M1 weights and activations with an E4M3 scale for each 16 values: exact in f16 with their scales. Global scales are
 // applied to the sum.
 // See stream.cuh for what a CTA owns and what bounds it.
-#include "gemm/launch_stream.cuh"
+#include "gemm/stream.cuh"
 
 namespace dsv4 {
 namespace {

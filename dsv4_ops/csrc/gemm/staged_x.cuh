@@ -1,58 +1,25 @@
-// x of a streaming product in shared memory: what a launch decides about it, and how it gets there.
+// x of a streaming product in shared memory, and how it gets there.
 #pragma once
 
-#include "common/divisor.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/weight_fragments.cuh"
-#include "gemm/plan.h"
+#include "gemm/stream_plan.cuh"
 
 namespace dsv4 {
 
-constexpr int kThreads = 32 * kWarps;
-
-// What a launch of a streaming product decides; the same for all CTAs. Distances in bytes.
-struct Stream {
-  Product product;
-  int64_t first_token;
-  int tokens;          // of this launch
-  int range_shift;     // log2 of the ranges of k
-  int pieces;          // of a weight row
-  int whole_pieces;
-  int row_bytes;       // of the weight
-  int row_pitch;       // from one row to the next
-  int tiles;           // of a CTA's rows, in a group
-  int tiles_of_cta;
-  int window;          // pieces of a range whose x is in shared memory
-  int x_pitch;         // of a token in a window
-  int x_step;          // from a token to the next in memory, and its scales
-  int x_scale_step;
-  int x_groups;        // scale groups of x in a window
-  int x_group_shift;   // log2 of their size; 0 without such groups
-  int scale_tokens;    // tokens with a place for scales: even
-  Divisor units = Divisor(1);  // 16 bytes of x, in a window of a token
-  Divisor scale_tokens_divisor = Divisor(1);
-
-  __device__ __forceinline__ int first_piece(int range) const { return (range * pieces) >> range_shift; }
-};
-
 // Windows of x of a range of k: for each token a row of codes (E4M3) or values (f16, bf16) in the order of the weights'
 // fragments, and for each scale group of E4M3 codes the scales of all tokens in fp32. `count` threads fill it together.
-//
-// kHalfTokens > 0: E4M3 codes as f16 for so many tokens, zeros behind the last one, as wgmma reads them: [64 values]
-// [token][128 bytes] with the chunks of a row swizzled. Of each 16 codes lane t of a fragment has 4t and 4t + 1 in the
-// first chunk and the next two in the second one.
-template <Format kFormat, int kHalfTokens = 0>
+template <Format kFormat>
 class StagedX {
   static constexpr FormatShape kShape = shape_of(kFormat);
   static constexpr bool kHasScales = kFormat == Format::kFp8 || kFormat == Format::kMxfp4;
   static constexpr bool kPacked = kFormat == Format::kNvfp4;
   static constexpr int kUnitValues = kPacked ? 32 : kFormat == Format::kDense ? 8 : 16;
-  static constexpr int kBatch = kHalfTokens > 0 ? 16 : 4;  // loads of a thread that are under way together
+  static constexpr int kBatch = 4;  // loads of a thread that are under way together
 
  public:
   static constexpr int kUnits = kShape.piece_values / kUnitValues;  // of a piece
-  static constexpr int kHalfSlab = 64, kHalfSlabBytes = kHalfTokens * 128;
 
   __device__ __forceinline__ StagedX(const Stream& stream, uint8_t* values, float* scales, int thread, int count)
       : s(stream), p(stream.product), values(values), scales(scales), thread(thread), count(count) {}
@@ -61,7 +28,7 @@ class StagedX {
   __device__ __forceinline__ void load(int piece, int end) const {
     const int64_t x_row = s.first_token * p.groups + blockIdx.z;
     const int k = piece * kShape.piece_values;
-    const int units = static_cast<int>(s.units.value()), all = (kHalfTokens > 0 ? kHalfTokens : s.tokens) * units;
+    const int units = static_cast<int>(s.units.value()), all = s.tokens * units;
     const int there = min((end - piece) * kUnits, (static_cast<int>(p.k) - k + kUnitValues - 1) / kUnitValues);
     constexpr int kBytes = kFormat == Format::kDense ? 2 : 1;
     const uint8_t* const source =
@@ -78,7 +45,7 @@ class StagedX {
         const int at = first + i * count, token = s.units.divide(at), unit = at - token * units;
         codes[i] = {};
         block_scales[i] = 0;
-        if (at < all && unit < there && (kHalfTokens == 0 || token < s.tokens)) {
+        if (at < all && unit < there) {
           codes[i] = ptx::load_once(source + static_cast<int64_t>(token) * s.x_step + unit * 16);
           if constexpr (kPacked) {
             const uint8_t* const of_unit = scale_source + static_cast<int64_t>(token) * s.x_scale_step + 2 * unit;
@@ -89,12 +56,7 @@ class StagedX {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int at = first + i * count, token = s.units.divide(at);
-        if (at >= all) continue;
-        if constexpr (kHalfTokens > 0) {
-          store_halves(token, at - token * units, codes[i]);
-        } else {
-          store_unit(values + token * s.x_pitch, at - token * units, codes[i], block_scales[i]);
-        }
+        if (at < all) store_unit(values + token * s.x_pitch, at - token * units, codes[i], block_scales[i]);
       }
     }
     if constexpr (kHasScales) {
@@ -131,19 +93,6 @@ class StagedX {
     } else {
       *reinterpret_cast<uint4*>(row + unit * 16) = codes;
     }
-  }
-
-  __device__ __forceinline__ void store_halves(int token, int unit, const uint4& codes) const {
-    uint32_t pairs[4][2];
-    e4m3_halves(pairs[0], codes.x);
-    e4m3_halves(pairs[1], codes.y);
-    e4m3_halves(pairs[2], codes.z);
-    e4m3_halves(pairs[3], codes.w);
-    constexpr int kSlabUnits = kHalfSlab / kUnitValues;
-    uint8_t* const row = values + unit / kSlabUnits * kHalfSlabBytes + token * 128;
-    const int first = (unit % kSlabUnits * 2 ^ token % 8) * 16;
-    *reinterpret_cast<uint4*>(row + first) = {pairs[0][0], pairs[1][0], pairs[2][0], pairs[3][0]};
-    *reinterpret_cast<uint4*>(row + (first ^ 16)) = {pairs[0][1], pairs[1][1], pairs[2][1], pairs[3][1]};
   }
 
   // Scale i is that of token i % scale_tokens in group i / scale_tokens; what is not there has 0.

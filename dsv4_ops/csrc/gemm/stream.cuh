@@ -1,5 +1,4 @@
-// Products of up to 64 tokens: weights stream through shared memory into the tensor cores: mma.sync, and wgmma for E4M3
-// weights and more than 16 tokens, which gives the same bits (ptx_sm90_gemm.cuh).
+// Products of up to 64 tokens: weights stream through shared memory into mma.sync.
 //
 // A CTA has 8 warps. A warp takes tiles of 16 (of more than 8 tokens: 32) rows of the weight and one of up to 8 ranges
 // of k, and goes through it in pieces of 16 x 128 bytes, which it copies (cp.async) into a ring of its own, several
@@ -18,9 +17,7 @@
 // scales of x in fp32 [range][group of k][token]. Few tokens leave room for two CTAs an SM: of this kernel, or of this
 // one and the next of the stream, which fills its ring as soon as a CTA of this one has ended.
 //
-// Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights would take about as long as reading them,
-// and its warps would convert x to f16 sixteen times for each eight times that they convert weights; wgmma takes half
-// of that time and reads x, converted once a CTA, from shared memory.
+// Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights takes about as long as reading them.
 //
 // H200, 2026-11-25, us of FP8 weights cold (floor): one token 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
 // 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0); 64 tokens of the second and third 25.8 (8.2) and 27.9 (7.4). One behind
@@ -29,9 +26,6 @@
 
 #include <cuda_bf16.h>
 
-#include "common/launch.cuh"
-#include "gemm/epilogue.cuh"
-#include "gemm/half_products.cuh"
 #include "gemm/staged_x.cuh"
 #include "gemm/weight_ring.cuh"
 
@@ -41,35 +35,27 @@ constexpr int kSumPitch = kTileRows + 4;  // fp32 numbers: a fragment's rows and
 
 template <Format kFormat, int kTokenTiles>
 class StreamingProduct {
- public:
-  static constexpr bool kSplit = kTokenTiles > 1;  // one range a CTA
-
- private:
   static constexpr FormatShape kShape = shape_of(kFormat);
-  static constexpr int kTiles = kSplit ? 2 : 1;    // of 16 rows, a warp
+  static constexpr int kTiles = kTokenTiles > 1 ? 2 : 1;  // of 16 rows, a warp
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kLoads = (kTokenTiles + 1) / 2;  // of a chunk pair of x
-  // Many tokens of E4M3: x lies in shared memory as f16, so that it is converted once a CTA and not once a warp, and
-  // four warps multiply 64 rows by wgmma, where there is that.
-  static constexpr bool kHalves = kFormat == Format::kFp8 && kTokenTiles >= 4;
-  using Staged = StagedX<kFormat, kHalves ? kTokens : 0>;
-  using Products = HalfProducts<kHalves ? kTokenTiles : 4>;
-  static constexpr int kStages = kSplit ? 3 : kShape.scale_bytes ? 4 : 5;
+  static constexpr int kStages = kTokenTiles > 1 ? 3 : kShape.scale_bytes ? 4 : 5;
   using Ring = WeightRing<kFormat, kTiles, kStages>;
   static constexpr int kRingBytes = kWarps * Ring::kBytes;
-  static constexpr int kSumFloats = kSplit ? 0 : kWarps * kTokens * kSumPitch;  // of one of the two buffers
+  static constexpr int kSumFloats = kTokenTiles > 1 ? 0 : kWarps * kTokens * kSumPitch;  // of one of the two buffers
 
  public:
+  static constexpr bool kSplit = kTokenTiles > 1;  // one range a CTA
   static constexpr int kFixedBytes = kRingBytes + 2 * 4 * kSumFloats;
   static constexpr int kCtasOfAnSm = kTokenTiles > 2 ? 1 : 2;
 
   // Bytes of shared memory behind the fixed ones, and the geometry of x that needs them.
   static int64_t plan_x(Stream& stream, int ranges_of_cta, int window) {
     stream.window = window;
-    stream.units = Divisor(window * Staged::kUnits);
+    stream.units = Divisor(window * StagedX<kFormat>::kUnits);
     stream.x_pitch = window * kShape.x_piece_bytes + 16;  // rows of one chunk in different banks
     stream.x_groups = stream.x_group_shift > 0 ? window * kShape.piece_values >> stream.x_group_shift : 0;
-    return int64_t{ranges_of_cta} * (values_bytes(stream) + 4 * stream.scale_tokens * stream.x_groups);
+    return int64_t{ranges_of_cta} * (stream.tokens * stream.x_pitch + 4 * stream.scale_tokens * stream.x_groups);
   }
 
   __device__ __forceinline__ StreamingProduct(const Stream& stream, uint8_t* shared_memory)
@@ -87,7 +73,7 @@ class StreamingProduct {
         first_tile(blockIdx.x * s.tiles_of_cta),
         tile_end(min(s.tiles, first_tile + s.tiles_of_cta)),
         x_values(kFixedBytes + range_here * s.tokens * s.x_pitch),
-        x_scales(kFixedBytes + ranges_here * values_bytes(s) + range_here * s.x_groups * s.scale_tokens * 4),
+        x_scales(kFixedBytes + ranges_here * s.tokens * s.x_pitch + range_here * s.x_groups * s.scale_tokens * 4),
         load_lane(tile_offset(lane % kTileRows, lane / kTileRows)),
         ring(s, shared, threadIdx.x / 32 * Ring::kBytes, lane, first_tile, tile_end, subtiles * Ring::kRows,
              subtile * Ring::kRows, begin, end) {}
@@ -104,18 +90,20 @@ class StreamingProduct {
       for (int window = 0; window < windows; ++window) {
         if (windows > 1 || tile == first_tile) {
           if (windows > 1) __syncthreads();  // everyone is done with the window before
-          Staged(s, shared + x_values, reinterpret_cast<float*>(shared + x_scales), subtile * 32 + lane, subtiles * 32)
+          StagedX<kFormat>(s, shared + x_values, reinterpret_cast<float*>(shared + x_scales), subtile * 32 + lane,
+                           subtiles * 32)
               .load(begin + window * s.window, end);
-          if constexpr (kHalves) ptx::fence_async_proxy();
           __syncthreads();
         }
         const int last = min(end, begin + (window + 1) * s.window);
-        multiply_window(last - begin - window * s.window);
+        for (int piece = begin + window * s.window; piece < last; ++piece) {
+          multiply(ring.wait(), piece - begin - window * s.window);
+        }
       }
       if (ranges_here > 1) {
         add_and_store(tile, (tile - first_tile) & 1);
       } else {
-        store(tile);
+        store_sums<kFormat>(s, total, row_of(tile), kSplit && s.range_shift > 0);
       }
     }
     ptx::cp_async_wait<0>();
@@ -123,12 +111,6 @@ class StreamingProduct {
 
  private:
   using Sums = float[kTiles][kTokenTiles][4];
-
-  // Of a window of x of one range, in shared memory.
-  __host__ __device__ __forceinline__ static int values_bytes(const Stream& stream) {
-    if constexpr (kHalves) return stream.window * (kShape.piece_values / Staged::kHalfSlab) * Staged::kHalfSlabBytes;
-    return stream.tokens * stream.x_pitch;
-  }
 
   __device__ __forceinline__ int row_of(int tile) const {  // in the group; of the warp's first row
     return (tile * subtiles + subtile) * Ring::kRows;
@@ -185,47 +167,25 @@ class StreamingProduct {
     words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
   }
 
-  // The scales of the lane's two tokens of tile n, in group `group` of x.
-  __device__ __forceinline__ float2 scales_of_x(int n, int group) const {
-    const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + group * s.scale_tokens;
-    return *reinterpret_cast<const float2*>(scales + min(n * 8 + lane % 4 * 2, s.scale_tokens - 2));
-  }
-
-  // total += part * (weight scale * x scale) of one tile, with the weight scales of the lane's rows.
-  __device__ __forceinline__ static void promote_tile(float (&total)[4], const float (&part)[4],
-                                                      const float (&weight_scales)[2], float2 of_x) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = __fmul_rn(weight_scales[i / 2], i % 2 ? of_x.y : of_x.x);
-      total[i] = __fmaf_rn(part[i], scale, total[i]);
-    }
-  }
-
+  // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
   __device__ __forceinline__ void promote(const Sums& part, const float (&weight_scales)[kTiles][2], int group) {
+    const float* const scales = reinterpret_cast<const float*>(shared + x_scales) + group * s.scale_tokens;
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
-      const float2 of_x = scales_of_x(n, group);
+      const int token = min(n * 8 + lane % 4 * 2, s.scale_tokens - 2);
+      const float2 of_x = *reinterpret_cast<const float2*>(scales + token);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) promote_tile(total[m][n], part[m][n], weight_scales[m], of_x);
-    }
-  }
-
-  // The next `pieces` pieces of the warp's rows with the window of x.
-  __device__ __forceinline__ void multiply_window(int pieces) {
-    if constexpr (kHalves) {
-      if (p.x_group == 128) {
-        multiply_halves<8>(pieces);
-      } else if (p.x_group == 64) {
-        multiply_halves<4>(pieces);
-      } else {
-        multiply_halves<2>(pieces);
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float scale = __fmul_rn(weight_scales[m][i / 2], i % 2 ? of_x.y : of_x.x);
+          total[m][n][i] = __fmaf_rn(part[m][n][i], scale, total[m][n][i]);
+        }
       }
-    } else {
-      for (int offset = 0; offset < pieces; ++offset) multiply(ring.wait(), offset);
     }
   }
 
-  // A piece, the `offset`th in the window of x.
+  // A piece of the warp's rows, the `offset`th in the window of x.
   __device__ __forceinline__ void multiply(int stage, int offset) {
     if constexpr (kFormat == Format::kFp8) {
       const float scale = ring.take_block_scale();
@@ -268,54 +228,6 @@ class StreamingProduct {
       return all[0];
     } else {
       return all[pair];
-    }
-  }
-
-  // A window of E4M3 weights with x in f16: kSteps steps of 16 values are a scale group. While the products of one tile
-  // are under way, the sums of the other one are scaled and the next fragments converted.
-  template <int kSteps>
-  __device__ __forceinline__ void multiply_halves(int pieces) {
-    constexpr int kGroups = kTileChunks / kSteps;  // of a piece
-    const Products products{shared + x_values, lane};
-    const auto convert = [&](uint32_t(&a)[kSteps][4], int stage, int m, int first_chunk) {
-#pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        uint32_t words[4];
-        load_weights(words, stage, m, first_chunk + step);
-        e4m3_fragment(a[step], words[0], words[1]);
-        e4m3_fragment(a[step + 1], words[2], words[3]);
-      }
-    };
-    const auto add = [&](Sums& sums, int m, const float(&part)[4 * kTokenTiles], float scale, int group) {
-      const float scales[2] = {scale, scale};
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-        const float tile[4] = {part[4 * n], part[4 * n + 1], part[4 * n + 2], part[4 * n + 3]};
-        promote_tile(sums[m][n], tile, scales, scales_of_x(n, group));
-      }
-    };
-    const int groups = pieces * kGroups;
-    uint32_t a[kTiles][kSteps][4];
-    int stage = ring.wait();
-    float scale = ring.take_block_scale();
-    convert(a[0], stage, 0, 0);
-#pragma unroll 1
-    for (int group = 0; group < groups; ++group) {
-      float part[kTiles][4 * kTokenTiles];
-      const bool ends_piece = group % kGroups == kGroups - 1, more = group + 1 < groups;
-      products.start(part[0], a[0], group * kSteps);
-      convert(a[1], stage, 1, group % kGroups * kSteps);
-      if (ends_piece) ring.advance();
-      products.start(part[1], a[1], group * kSteps);
-      Products::template wait<1>(part[0]);
-      add(total, 0, part[0], scale, group);
-      if (more) {
-        if (ends_piece) stage = ring.wait();
-        convert(a[0], stage, 0, (group + 1) % kGroups * kSteps);
-      }
-      Products::template wait<0>(part[1]);
-      add(total, 1, part[1], scale, group);
-      if (ends_piece && more) scale = ring.take_block_scale();
     }
   }
 
@@ -499,34 +411,6 @@ class StreamingProduct {
     }
   }
 
-  // Store the warp's own sums: of all k, or of a range.
-  __device__ __forceinline__ void store(int tile) const {
-    const int64_t first_row = row_of(tile) + lane / 4;
-    const auto for_all = [&](auto store_sum) {
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int token = n * 8 + lane % 4 * 2 + odd;
-          if (token >= s.tokens) continue;
-#pragma unroll
-          for (int i = 0; i < 2 * kTiles; ++i) {
-            const int64_t row = first_row + i * 8;
-            if (row < p.rows) store_sum(token, row, total[i / 2][n][i % 2 * 2 + odd]);
-          }
-        }
-      }
-    };
-    if (kSplit && s.range_shift > 0) {
-      float* const sums = p.partials + (static_cast<int64_t>(range) * s.tokens * p.groups + blockIdx.z) * p.rows;
-      for_all([&](int token, int64_t row, float sum) { sums[token * p.groups * p.rows + row] = sum; });
-    } else {
-      for_all([&](int token, int64_t row, float sum) {
-        store_product<kFormat>(p, (s.first_token + token) * p.groups + blockIdx.z, row, sum);
-      });
-    }
-  }
-
   const Stream& s;
   const Product& p;
   uint8_t* shared;
@@ -539,5 +423,23 @@ class StreamingProduct {
   Ring ring;
   Sums total;
 };
+
+// Launch `kernel` for up to 64 tokens.
+template <Format kFormat, int kTokenTiles>
+cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
+                          cudaStream_t stream) {
+  using Kernel = StreamingProduct<kFormat, kTokenTiles>;
+  Stream plan = plan_stream(kFormat, product, first_token, tokens);
+  constexpr bool kSplit = Kernel::kSplit;
+  const int ranges = 1 << plan.range_shift, ranges_here = kSplit ? 1 : ranges;
+  const int64_t rows = kSplit ? 2 * kTileRows * kWarps : kTileRows * (kWarps / ranges_here);
+  plan.tiles = static_cast<int>(ceil_divide(product.rows, rows));
+  int window = static_cast<int>(ceil_divide(plan.pieces, ranges));
+  while (window > 1 && Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window) > kMostShared) {
+    window = (window + 1) / 2;
+  }
+  const int64_t shared = Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window);
+  return launch_tiles(kernel, plan, kSplit ? ranges : 1, shared, Kernel::kCtasOfAnSm, stream);
+}
 
 }  // namespace dsv4
