@@ -12,7 +12,7 @@ constexpr int kPassRows = 16, kMostRows = 32;
 
 // A CTA is two teams of eight warps, which share the rows of x and take units in turn.
 constexpr int kTeams = 2, kWarps = 8, kTeamThreads = 32 * kWarps, kThreads = kTeams * kTeamThreads;
-constexpr int kStages = 3;  // of 2 KiB a warp: one is multiplied with, two are under way
+constexpr int kFewestStages = 3, kMostStages = 5;  // of 2 KiB a warp: one is multiplied with, the others are under way
 
 struct DecodePlan {
   int width;         // values of a row of x, and of the weight

@@ -1,7 +1,7 @@
 // The weights that one warp reads, in the order in which it needs them, as a ring of stages that runs ahead.
 //
-// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2). Its
-// teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team has a
+// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2).
+// Its teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team has a
 // part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet. Fragment m
 // of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet in one lane.
 #pragma once
@@ -63,7 +63,7 @@ struct Walk {
   }
 };
 
-template <typename Format, bool kFirst>
+template <typename Format, bool kFirst, int kStages>
 class WeightStream {
  public:
   // `ring` has the stages of all warps.
@@ -77,7 +77,7 @@ class WeightStream {
     step_ = first_step_;
     if (first_step_ == end_step_) walk_.unit = walk_.end;
     locate();
-#pragma unroll
+#pragma unroll 1  // code that a kernel runs once is slow to come
     for (int i = 0; i < kStages - 1; ++i) copy_next(ring_ + i * kBytes);
   }
 
