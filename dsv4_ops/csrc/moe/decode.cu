@@ -14,19 +14,21 @@
 //   HBM -> (cp.async, ring of 3 to 5 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
 //   x, h -> (8-bit codes, f16 or bf16 in shared memory, once for several groups) -> B operand
 //
-// Shared memory: ring 102 to 170 KiB (MXFP4; 108 to 180 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB |
-// rows of x | their scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the
-// first kernel, so the second one starts to stream w2 on every SM that the first has left, before it waits: at one
-// token of 4096 x 2048 a ring of five stages then holds four of a warp's six.
+// Shared memory: ring 102 to 170 KiB (MXFP4; 108 to 180 NVFP4, 96 otherwise) | decoded scales of a stage of each warp,
+// 8 KiB (MXFP4) | sums of the warps, four times 8 KiB | rows of x | their scales | row facts | block scales of an FP8
+// expert | groups of pairs. The ids are older than the first kernel, so the second one starts to stream w2 on every SM
+// that the first has left, before it waits: at one token of 4096 x 2048 a ring of five stages then holds four of the six
+// stages of a warp.
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
-// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
-// instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
-// cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
+// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. A scheduler has 484 cycles for the
+// 4096 codes of a warp's stage. The busiest pipe is that of integers and logic, which takes an instruction every other
+// cycle: hence shifts to the left are products, scales are decoded once a warp, and addresses are made by IMAD.
 //
-// H200, 2026-11-25, us cold (floor): one token MXFP4 4096 x 2048 41.6 (17.1), 7168 x 3072 82.5 (44.8), NVFP4 44.6
-// (18.1) and 88.8 (47.5); 64 tokens on 32 experts of 4096 x 2048 MXFP4 216 (91), NVFP4 306 (97). With 8 warps an SM one token
-// took 46.0 and 64 tokens 251: more warps alone are not what is missing.
+// H200, 2026-11-25, us cold (floor), with rings of three stages, scales decoded by every lane and 175 integer instructions
+// a stage (125 now): one token MXFP4 4096 x 2048 41.6 (17.1), 7168 x 3072 82.5 (44.8), NVFP4 44.6 (18.1) and 88.8 (47.5);
+// 64 tokens on 32 experts of 4096 x 2048 MXFP4 216 (91), NVFP4 306 (97). With 8 warps an SM one token took 46.0 and 64
+// tokens 251: more warps alone are not what is missing.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -110,6 +112,9 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst, 
   }
   x.scales = rows.x_scales() + first_row + lane % 4 * 2;
   x.scale_stride = cta.plan.scale_slots();
+  if constexpr (Format::kRowScales > 0) {
+    x.row_scales = reinterpret_cast<float4*>(cta.shared + cta.plan.row_scales) + threadIdx.x / kWarp * kStageRows;
+  }
   if constexpr (Format::kFormat == MoeFormat::kFp8) {
     const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
     x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
@@ -236,7 +241,8 @@ DecodePlan plan_of(const Moe& moe) {
   const int blocks = plan.width / kMoeWidth;
   const auto lay_out = [&](int capacity) {
     plan.capacity = capacity;
-    plan.partials = kTeams * kWarps * kStages * kStageBytes<Format>;
+    plan.row_scales = kTeams * kWarps * kStages * kStageBytes<Format>;
+    plan.partials = plan.row_scales + kTeams * kWarps * kStageRows * Format::kRowScales * 4;
     plan.x = plan.partials + kTeams * 2 * kSumsBytes;
     plan.x_scales = plan.x + capacity * plan.x_stride;
     plan.row_facts = plan.x_scales + (Format::kBlockScales ? plan.scale_slots() * blocks * 4 : 0);

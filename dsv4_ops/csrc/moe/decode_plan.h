@@ -25,7 +25,7 @@ struct DecodePlan {
   Divisor eighths{1};    // width / 8
   int64_t results;       // where they start in the workspace, in bytes
   // Bytes in shared memory, and where its parts start. The ring of stages lies at 0.
-  int x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
+  int x_stride, row_scales, partials, x, x_scales, row_facts, weight_scales, groups, size;
 
   // Rows for which there is a scale of x in shared memory: those of a pass may reach beyond the last one.
 #ifdef __CUDACC__
