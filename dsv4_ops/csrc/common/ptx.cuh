@@ -83,6 +83,15 @@ __device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) {
   return result;
 }
 
+// lop3.b32: the bits of `a` where `mask` has ones, else those of `b`. Written out in C++ and masked again afterwards, it
+// becomes two instructions for each mask.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(result) : "r"(a), "r"(b), "n"(kMask));
+  return result;
+}
+
 // min.NaN.f32, max.NaN.f32: NaN if an operand is NaN, where fminf and fmaxf return the other operand.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float result;
