@@ -10,7 +10,8 @@
 //   down      results = w2 h, scattered to their pairs (prefill_<format>.cu)
 //   combine   the sum over the slots (launch_moe_combine)
 //
-// Panels: a matrix [rows, k] of bf16 lies as [k / 64][rows][64], so that 64 columns of a block's rows are one piece
+// Panels of MXFP4 experts hold E4M3 codes, 128 columns each, and [k / 128][rows] scales in fp32 behind them
+// (prefill_fold.cuh). All others: a matrix [rows, k] of bf16 lies as [k / 64][rows][64], so that 64 columns of a block's rows are one piece
 // that a bulk copy brings, as wgmma wants them: the 16-byte chunk c of row r lies at place c ^ (r % 8), and columns
 // stand in the order in which threads find weights in packed words (order.cuh).
 #pragma once
@@ -67,6 +68,7 @@ enum class PrefillStep { kGateUp, kDown };
 cudaError_t launch_prefill_dense(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_fp8(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_mxfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
+cudaError_t launch_prefill_folded(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_nvfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 
 cudaError_t launch_prefill_sort(const Moe& moe, const PrefillRows& rows, cudaStream_t stream);

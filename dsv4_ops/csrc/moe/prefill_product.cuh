@@ -52,6 +52,7 @@ struct ProductMemory {
     int pair[2][kPrefillBlock];
   };
   float factor[2][kPrefillBlock];
+  float panel_scales[Shape::kFolded ? Shape::kPanels : 1][kPrefillBlock];  // folded: of a panel's rows
   uint64_t full_weights[Shape::kStages], empty_weights[Shape::kStages][2];  // by each warpgroup
   uint64_t full_panels[Shape::kPanels], empty_panels[Shape::kPanels];
 };
@@ -59,6 +60,7 @@ struct ProductMemory {
 // Tiles of the launch: the parts of the weights' rows of one block are neighbours, which run at the same time.
 static_assert(sizeof(ProductMemory<MoeFormat::kNvfp4>) <= 227 * 1024);
 static_assert(sizeof(ProductMemory<MoeFormat::kFp8>) <= 227 * 1024);
+static_assert(sizeof(ProductMemory<MoeFormat::kMxfp4Folded>) <= 227 * 1024);
 
 struct ProductTiles {
   Divisor parts;
@@ -80,6 +82,14 @@ struct Ring {
     }
   }
 };
+
+// Folded: the scales of panels, [columns / 128][capacity], lie behind their codes.
+__device__ __forceinline__ float* row_scales(uint8_t* panels, int columns, int64_t capacity) {
+  return reinterpret_cast<float*>(panels + columns * capacity);
+}
+__device__ __forceinline__ const float* row_scales(const uint8_t* panels, int columns, int64_t capacity) {
+  return reinterpret_cast<const float*>(panels + columns * capacity);
+}
 
 struct Tile {
   PrefillBlock block;
@@ -114,7 +124,11 @@ __device__ __forceinline__ int first_row(const PrefillProduct& product, int part
 template <MoeFormat kFormat, PrefillStep kStep>
 __device__ __forceinline__ int row_of(int warp, int lower, int g) {
   if constexpr (kStep == PrefillStep::kDown) return 16 * warp + 8 * lower + g;
-  return Order<kFormat>::column(warp, g / 2, lower, g % 2);
+  if constexpr (kFormat == MoeFormat::kMxfp4Folded) {
+    return Order<kFormat>::column(warp / 2, 2 * lower + g / 4, warp % 2, g % 4);
+  } else {
+    return Order<kFormat>::column(warp, g / 2, lower, g % 2);
+  }
 }
 
 // ---- copies ----
@@ -159,6 +173,7 @@ __device__ __forceinline__ void produce(const PrefillProduct& product, const Pro
     const uint8_t* source = static_cast<const uint8_t*>(product.weight[set / 2]) +
                             tile.block.expert * product.weight_expert + row * product.weight_pitch + lane % 4 * 16;
     const uint8_t* panel = product.panels + static_cast<int64_t>(tile.block.first_row) * 128;
+    const float* panel_scales = row_scales(product.panels, product.k, product.rows.capacity) + tile.block.first_row;
     for (int chunk = 0; chunk < product.k / Shape::kChunk; ++chunk) {
       for (uint64_t& empty : memory.empty_weights[weights.stage]) {
         ptx::mbarrier_wait(ptx::shared_address(&empty), weights.parity ^ 1);
@@ -182,15 +197,20 @@ __device__ __forceinline__ void produce(const PrefillProduct& product, const Pro
       weights.advance();
       source += Shape::kRowBytes;
 #pragma unroll
-      for (int i = 0; i < Shape::kChunk / 64; ++i) {
+      for (int i = 0; i < Shape::kChunk / Shape::kPanelColumns; ++i) {
         if (set == 0 && lane == 0) {
           ptx::mbarrier_wait(ptx::shared_address(memory.empty_panels + panels.stage), panels.parity ^ 1);
           const uint32_t full = ptx::shared_address(memory.full_panels + panels.stage);
-          ptx::mbarrier_arrive_expect(full, tile.block.rows * 128);
+          ptx::mbarrier_arrive_expect(full, tile.block.rows * (Shape::kFolded ? 132 : 128));
+          if constexpr (Shape::kFolded) {
+            ptx::bulk_load(ptx::shared_address(memory.panel_scales[panels.stage]), panel_scales, tile.block.rows * 4,
+                           full);
+          }
           ptx::bulk_load(ptx::shared_address(memory.panels[panels.stage]), panel, tile.block.rows * 128, full);
         }
         panels.advance();
         panel += product.rows.capacity * 128;
+        panel_scales += product.rows.capacity;
       }
       __syncwarp();
     }
@@ -212,6 +232,12 @@ struct Rings {
   Ring<WeightShape<kFormat>::kPanels> panels;
   int scale_buffer = 0;
 };
+
+}  // namespace dsv4
+
+#include "moe/prefill_fold.cuh"
+
+namespace dsv4 {
 
 // acc[matrix] [64 weight rows of this warpgroup, kN rows of the block].
 template <MoeFormat kFormat, PrefillStep kStep, int kN>
@@ -360,6 +386,35 @@ __device__ __forceinline__ void store_h(const PrefillProduct& product, const Til
   }
 }
 
+// The same for a folded product with w2: codes in panels of 128 columns, and the scale of each row.
+template <int kN>
+__device__ __forceinline__ void store_codes_of_h(const PrefillProduct& product, const Tile& tile,
+                                                 ProductMemory<MoeFormat::kMxfp4Folded>& memory) {
+  const int first = threadIdx.x % kWarpgroup / 8, place = threadIdx.x % 8;
+  const int64_t first_row = tile.part * product.rows.capacity + tile.block.first_row;
+  float* const scales = row_scales(product.h, product.out, product.rows.capacity) + first_row;
+#pragma unroll 2
+  for (int i = 0; i < kN / kRowStep; ++i) {
+    const int row = first + i * kRowStep, chunk = place ^ row % 8;  // 8 of the 64 columns of each warpgroup
+    const Chunk parts[2] = {staged(memory, 0, row, place), staged(memory, 1, row, place)};
+    const uint32_t bits = max(parts[0].max_magnitude_bits(), parts[1].max_magnitude_bits());
+    const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<8>(bits)));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto scaled = parts[half].times_power_of_two(invert_ue8m0(scale));
+      uint32_t words[2];
+#pragma unroll
+      for (int word = 0; word < 2; ++word) {
+        const float2 low = scaled.pair(4 * word), high = scaled.pair(4 * word + 2);
+        words[word] = encode_e4m3x2(low.x, low.y) | encode_e4m3x2(high.x, high.y) << 16;
+      }
+      uint8_t* const target = product.h + (first_row + row) * 128 + ((4 * half + chunk / 2) ^ row % 8) * 16;
+      *reinterpret_cast<uint2*>(target + chunk % 2 * 8) = {words[0], words[1]};
+    }
+    if (place == 0) scales[row] = decode_ue8m0(scale);
+  }
+}
+
 template <MoeFormat kFormat, int kN>
 __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, const Tile& tile,
                                                ProductMemory<kFormat>& memory, int warpgroup, bool last,
@@ -400,7 +455,11 @@ __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, co
     ptx::named_barrier_arrive(kStagedBarrier, kConsumers);
   } else {
     ptx::named_barrier(kStagedBarrier, kConsumers);
-    store_h<kFormat, kN>(product, tile, memory);
+    if constexpr (kFormat == MoeFormat::kMxfp4Folded) {
+      store_codes_of_h<kN>(product, tile, memory);
+    } else {
+      store_h<kFormat, kN>(product, tile, memory);
+    }
     if (!last) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
   }
 }
@@ -480,7 +539,11 @@ __device__ __forceinline__ void consume_tile(const PrefillProduct& product, cons
   float acc[2][kN / 2];  // zeros, so that ptxas does not keep the last tile's for what might be read
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
-  multiply<kFormat, kStep, kN>(product, tile, memory, rings, acc);
+  if constexpr (kFormat == MoeFormat::kMxfp4Folded) {
+    multiply_folded<kN>(product, memory, rings, warpgroup, acc);
+  } else {
+    multiply<kFormat, kStep, kN>(product, tile, memory, rings, acc);
+  }
   ptx::cp_async_wait<0>();
   meet(warpgroup);  // rows are complete, and nobody reads the last tile's staging any more
   if constexpr (kStep == PrefillStep::kGateUp) {
@@ -528,8 +591,8 @@ __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
     }
     for (uint64_t& barrier : memory.full_panels) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     for (uint64_t& barrier : memory.empty_panels) {
-      ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers / kWarp);
-    };
+      ptx::mbarrier_init(ptx::shared_address(&barrier), WeightShape<kFormat>::kFolded ? kConsumers : kConsumers / kWarp);
+    }
     ptx::fence_async_proxy();
   }
   __syncthreads();

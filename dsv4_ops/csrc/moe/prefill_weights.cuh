@@ -29,9 +29,11 @@ struct WeightShape {
   static constexpr int kSteps = kChunk / 16;
   static constexpr int kStepsOfLoad = kFormat == MoeFormat::kDense ? 1 : kSteps / kPieces;
   static constexpr int kStages = kFp4 ? 4 : 3;
-  static constexpr int kPanels = kFp4 ? 7 : 5;  // of 64 columns of x, that are in place or on their way
+  static constexpr bool kFolded = kFormat == MoeFormat::kMxfp4Folded;
+  static constexpr int kPanelColumns = kFolded ? 128 : 64;          // of x
+  static constexpr int kPanels = kFolded ? 6 : kFp4 ? 7 : 5;        // that are in place or on their way
   // Scales come in 16 bytes a row, with the first of the stages that they serve.
-  static constexpr int kScaleBytes = kFormat == MoeFormat::kMxfp4 ? 4 : 8;  // of a row and stage
+  static constexpr int kScaleBytes = kFormat == MoeFormat::kMxfp4 || kFolded ? 4 : 8;  // of a row and stage
   static constexpr int kScaleSpan = 16 / kScaleBytes;                       // stages
   static constexpr int kScaleBuffers = kFp4 ? kStages : 0;  // as a span may be as short as a stage
   // What the accumulators have to be multiplied by.
