@@ -35,6 +35,14 @@ __device__ __forceinline__ bool named_barrier_or(int name, int threads, bool pre
   return any != 0;
 }
 
+// prmt: byte i is the byte of low and high that the three lower bits of nibble i of `places` name; bit 3 of these four
+// nibbles must be clear. (__byte_perm clears it.)
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t places) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(places));
+  return bytes;
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // wgmma.mma_async.m64n<kN>k16.f32.bf16.bf16 as in wgmma_k16_bf16, for all multiples of 16 up to 128.
