@@ -13,8 +13,8 @@
 //
 // Panels: a matrix [rows, k] of bf16 lies as [k / 64][rows][64], so that 64 columns of a block's rows are one piece
 // that a bulk copy brings, as wgmma wants them: the 16-byte chunk c of row r lies at place c ^ (r % 8), and columns
-// stand in the order in which threads find weights in packed words (order.cuh). Of MXFP4 experts a panel has 128 columns
-// in E4M3, [k / 128][rows][128], and behind the panels lie the scales of their rows in fp32, [k / 128][rows].
+// stand in the order in which threads find weights in packed words (order.cuh). Of MXFP4 experts a panel has 128
+// columns in E4M3, [k / 128][rows][128], and behind the panels lie the scales of their rows in fp32, [k / 128][rows].
 // Linears with MXFP4 weights, whose sums are exact, have panels of bf16.
 #pragma once
 

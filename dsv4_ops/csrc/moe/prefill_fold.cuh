@@ -20,7 +20,7 @@
 // 180 of decoding take two cycles each: as long as the tensor cores for blocks of 90 rows, longer for smaller ones.
 //
 // Floor of moe_mxfp4 on 32 experts of 4096 x 2048 and 1024 tokens on an H200: 160 us for 309 GFLOP, 90 us for 430 MB.
-// Prediction: 400 us, as half of the blocks have 64 rows and neither warpgroup multiplies while it adds.
+// Prediction: 400 us, as blocks have about 96 rows and neither warpgroup multiplies while it adds.
 #pragma once
 
 #include "moe/prefill_copies.cuh"
@@ -29,9 +29,9 @@ namespace dsv4 {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr uint32_t kFoldSpan = 11;    // scales from base - 11 to base
-constexpr uint32_t kFoldMargin = 4;   // of a new base above its scale
-constexpr int kFoldSteps = 4;         // of 32 columns, in a stage
+constexpr uint32_t kFoldSpan = 11;   // scales from base - 11 to base
+constexpr uint32_t kFoldMargin = 4;  // of a new base above its scale
+constexpr int kFoldSteps = 4;        // of 32 columns, in a stage
 
 // The eight magnitudes of E2M1 times 2^(above - 5) as E4M3.
 struct FoldTable {
@@ -84,10 +84,10 @@ __device__ __forceinline__ int largest_below(uint32_t scales, int limit) {
 
 // What a thread knows of a stage before it is multiplied.
 struct FoldStage {
-  const uint4* pieces;           // this thread's, kConsumers apart, one a row
-  const uint32_t* scales;        // this thread's first row, 64 rows of four words apart, four scales a word
-  uint32_t own[kRowSets];        // scales of this thread's 32 columns
-  bool beyond;                   // some row of the warpgroup has a scale outside its window
+  const uint4* pieces;      // this thread's, one a row, kConsumers apart
+  const uint32_t* scales;   // of this thread's first row, four a word; those of the others are 256 words apart
+  uint32_t own[kRowSets];   // of this thread's 32 columns
+  bool beyond;              // some row of the warpgroup has a scale outside its window
 };
 
 // The stage `chunk`, which is there.
@@ -124,7 +124,7 @@ __device__ __forceinline__ void decode_stage(uint32_t (&a)[kFoldSteps][4], const
   ptx::pin_registers(a);
 }
 
-// sums += part * scale of x * gain; `scales` from this thread's first column on.
+// sums += part * scale of x; `scales` from this thread's first column on.
 template <int kColumns>
 __device__ __forceinline__ void add_part(float* sums, const float (&part)[kColumns / 2], const float* scales) {
 #pragma unroll

@@ -11,8 +11,8 @@
 //
 // The rows of weights are dealt to M so that h comes out in the order of columns that w2 asks for (order.cuh).
 //
-// Shared memory (FP4; FP8 and bf16 in brackets): 7 (5) panels of 16 KB, 32 KB for the output, 4 (3) stages of weights
-// of 16 (32) KB, 16 (0) KB of scales: one CTA an SM.
+// Shared memory (FP4; FP8 and bf16 in brackets): 7, folded 6 (5) panels of 16 KB, 32 KB for the output, 4 (3) stages of
+// weights of 16 (32) KB, 16 (0) KB of scales: one CTA an SM.
 //
 // The first warpgroup is a stage ahead, and no barrier makes it wait for the other: while one is at its output, the
 // other has the tensor cores. The second one stores the 128 columns of h that both have staged.
