@@ -26,7 +26,8 @@
 
 namespace dsv4 {
 
-enum class MoeFormat { kDense, kFp8, kMxfp4, kNvfp4 };
+// kMxfp4Folded is no format of an op: MXFP4 as a prefill on the tensor cores' FP8 takes it (prefill_fold.cuh).
+enum class MoeFormat { kDense, kFp8, kMxfp4, kNvfp4, kMxfp4Folded };
 
 constexpr int kMoeWidth = 128;  // widths that decode and prefill take are multiples of it
 

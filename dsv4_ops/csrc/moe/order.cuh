@@ -39,4 +39,16 @@ struct Order {
   }
 };
 
+// The same for steps of 32 columns in E4M3: a thread holds those at places 4t .. 4t + 3 and 4t + 16 .. 4t + 19. It has
+// the 32 columns from 32t on, a step a word of eight codes, of which the even ones come first.
+template <>
+struct Order<MoeFormat::kMxfp4Folded> {
+  static constexpr bool kFp4 = true;
+
+  // `half`: place 4t + i or 4t + 16 + i.
+  static constexpr __host__ __device__ int column(int step, int t, int half, int i) {
+    return 32 * t + 8 * step + 2 * i + half;
+  }
+};
+
 }  // namespace dsv4

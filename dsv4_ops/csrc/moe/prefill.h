@@ -4,15 +4,18 @@
 // blocks of up to 128, which meet all rows of its weights:
 //
 //   sort      where each pair goes, and the list of blocks (prefill_sort.cu)
-//   spread    x of every pair in bf16, exact, in panels (prefill_spread.cu)
-//   gate_up   h = swiglu(w1 x, w3 x) of every row, in FP8 formats quantised to E4M3 and back (prefill_<format>.cu)
+//   spread    x of every pair in bf16, exact, in panels; for MXFP4 experts in E4M3, as it came (prefill_spread.cu)
+//   gate_up   h = swiglu(w1 x, w3 x) of every row, in FP8 formats quantised to E4M3 and, but for MXFP4 experts, back
+//             (prefill_<format>.cu)
 //   requant   NVFP4: h quantised with a global scale of its row, and back (prefill_requant.cu)
 //   down      results = w2 h, scattered to their pairs (prefill_<format>.cu)
 //   combine   the sum over the slots (launch_moe_combine)
 //
 // Panels: a matrix [rows, k] of bf16 lies as [k / 64][rows][64], so that 64 columns of a block's rows are one piece
 // that a bulk copy brings, as wgmma wants them: the 16-byte chunk c of row r lies at place c ^ (r % 8), and columns
-// stand in the order in which threads find weights in packed words (order.cuh).
+// stand in the order in which threads find weights in packed words (order.cuh). Of MXFP4 experts a panel has 128
+// columns in E4M3, [k / 128][rows][128], and behind the panels lie the scales of their rows in fp32, [k / 128][rows].
+// Linears with MXFP4 weights, whose sums are exact, have panels of bf16.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -45,7 +48,7 @@ struct PrefillRows {
 
 // Two matrices that a CTA multiplies with the same rows: w1 and w3, or two halves of the rows of one.
 struct PrefillProduct {
-  const uint8_t* panels;        // [k / 64][capacity][64]: x, or h
+  const uint8_t* panels;        // of all `capacity` rows: x, or h
   PrefillRows rows;
   int64_t used_rows;            // where pair_of_row is null
   const void* weight[2];        // [experts, out, k]
@@ -57,7 +60,7 @@ struct PrefillProduct {
   int64_t row_factor_stride;    // 0: one for all rows
   int k, out;                   // columns and rows of a weight
   float limit;                  // gate_up
-  uint8_t* h;                   // gate_up: panels [out / 64][capacity][64]
+  uint8_t* h;                   // gate_up: panels of `capacity` rows
   void* results;                // down: [pairs, out] bf16
 };
 
@@ -67,6 +70,7 @@ enum class PrefillStep { kGateUp, kDown };
 cudaError_t launch_prefill_dense(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_fp8(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_mxfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
+cudaError_t launch_prefill_folded(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_nvfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 
 cudaError_t launch_prefill_sort(const Moe& moe, const PrefillRows& rows, cudaStream_t stream);

@@ -54,6 +54,8 @@ LaunchProduct launcher_of(MoeFormat format) {
       return launch_prefill_fp8;
     case MoeFormat::kMxfp4:
       return launch_prefill_mxfp4;
+    case MoeFormat::kMxfp4Folded:
+      return launch_prefill_folded;
     default:
       return launch_prefill_nvfp4;
   }
@@ -64,7 +66,7 @@ int64_t weight_bytes(MoeFormat format, int64_t columns) {
 }
 
 int64_t scale_bytes(MoeFormat format, int64_t columns) {
-  return format == MoeFormat::kFp8 ? columns / 128 : format == MoeFormat::kMxfp4 ? columns / 32 : columns / 16;
+  return format == MoeFormat::kFp8 ? columns / 128 : format == MoeFormat::kNvfp4 ? columns / 16 : columns / 32;
 }
 
 // The product of rows with matrices [experts, out, k].
@@ -122,6 +124,7 @@ cudaError_t launch_moe_prefill(const Moe& moe, cudaStream_t stream) {
   const auto ints = [&](int64_t place) { return reinterpret_cast<int*>(start + place); };
   const auto floats = [&](int64_t place) { return reinterpret_cast<float*>(start + place); };
   const bool nvfp4 = moe.format == MoeFormat::kNvfp4;
+  const MoeFormat format = moe.format == MoeFormat::kMxfp4 ? MoeFormat::kMxfp4Folded : moe.format;
   const PrefillRows rows{map.capacity,
                          ints(map.row_of_pair),
                          ints(map.pair_of_row),
@@ -132,25 +135,25 @@ cudaError_t launch_moe_prefill(const Moe& moe, cudaStream_t stream) {
                          map.most_blocks};
   cudaError_t status = launch_prefill_sort(moe, rows, stream);
 
-  const PrefillSpread spread{moe.format,          moe.x,      moe.x_stride, moe.x_scale, moe.x_scale_stride,
+  const PrefillSpread spread{format,              moe.x,      moe.x_stride, moe.x_scale, moe.x_scale_stride,
                              moe.x_group,         moe.tokens, moe.k,        moe.d,       rows.row_of_pair,
                              start + map.x,       map.capacity};
   if (status == cudaSuccess) status = launch_prefill_spread(spread, stream);
 
-  PrefillProduct gate_up = product_of(moe.format, moe.w1, moe.w3, moe.d, moe.inner);
+  PrefillProduct gate_up = product_of(format, moe.w1, moe.w3, moe.d, moe.inner);
   gate_up.panels = start + map.x;
   gate_up.rows = rows;
   gate_up.row_factor = nvfp4 ? rows.factor : nullptr;
   gate_up.row_factor_stride = 1;
   gate_up.limit = moe.limit;
   gate_up.h = start + map.h;
-  const LaunchProduct launch = launcher_of(moe.format);
+  const LaunchProduct launch = launcher_of(format);
   if (status == cudaSuccess) status = launch(PrefillStep::kGateUp, gate_up, stream);
 
   float* const h_factor = floats(map.h_factor);
   if (status == cudaSuccess && nvfp4) status = launch_prefill_requant(start + map.h, h_factor, rows, moe.inner, stream);
 
-  PrefillProduct down = product_of(moe.format, moe.w2, moe.w2, moe.inner, moe.d);
+  PrefillProduct down = product_of(format, moe.w2, moe.w2, moe.inner, moe.d);
   down.panels = start + map.h;
   down.rows = rows;
   down.row_factor = nvfp4 ? h_factor : nullptr;

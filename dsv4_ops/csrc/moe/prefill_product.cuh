@@ -11,8 +11,8 @@
 //
 // The rows of weights are dealt to M so that h comes out in the order of columns that w2 asks for (order.cuh).
 //
-// Shared memory (FP4; FP8 and bf16 in brackets): 7 (5) panels of 16 KB, 32 KB for the output, 4 (3) stages of weights
-// of 16 (32) KB, 16 (0) KB of scales: one CTA an SM.
+// Shared memory (FP4; FP8 and bf16 in brackets): 7, folded 6 (5) panels of 16 KB, 32 KB for the output, 4 (3) stages of
+// weights of 16 (32) KB, 16 (0) KB of scales: one CTA an SM.
 //
 // The first warpgroup is a stage ahead, and no barrier makes it wait for the other: while one is at its output, the
 // other has the tensor cores. The second one stores the 128 columns of h that both have staged.
@@ -20,198 +20,18 @@
 // What bounds it, in cycles of an SM for a step of 16 columns and a block of n rows: tensor cores 2n; L2, 2 KB of
 // weights and 32n bytes of rows. A warp executes about 55 instructions a step, of which decoding FP4 is 34, and a
 // scheduler has two such warps: latency between instructions counts as much as their number.
-//
-// H200, 2026-11-25, the whole of moe_mxfp4 on 32 experts of 4096 x 2048: 1024 tokens 648 us cold (477 TFLOP/s), 4096 tokens
-// 2246 us (551 TFLOP/s).
 #pragma once
 
-#include "common/divisor.cuh"
-#include "common/launch.cuh"
 #include "common/quantise.cuh"
 #include "common/swiglu.cuh"
-#include "moe/prefill_weights.cuh"
+#include "moe/prefill_copies.cuh"
+#include "moe/prefill_fold.cuh"
 
 namespace dsv4 {
 
-constexpr int kWarpgroup = 128;
-constexpr int kProducers = kWarp * kRowSets;
-constexpr int kProductThreads = kConsumers + kProducers;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of a thread
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
-constexpr int kPanelBytes = kPrefillBlock * 128;
-
-template <MoeFormat kFormat>
-struct ProductMemory {
-  using Shape = WeightShape<kFormat>;
-  uint8_t panels[Shape::kPanels][kPanelBytes];
-  uint8_t staging[2][kPanelBytes];  // one a warpgroup
-  uint4 weights[Shape::kStages][kRowSets * Shape::kPieces][kConsumers];
-  uint4 scales[Shape::kScaleBuffers > 0 ? Shape::kScaleBuffers : 1][kRowSets * 64];
-  union {  // of each warpgroup
-    float route[2][kPrefillBlock];
-    int pair[2][kPrefillBlock];
-  };
-  float factor[2][kPrefillBlock];
-  uint64_t full_weights[Shape::kStages], empty_weights[Shape::kStages][2];  // by each warpgroup
-  uint64_t full_panels[Shape::kPanels], empty_panels[Shape::kPanels];
-};
-
-// Tiles of the launch: the parts of the weights' rows of one block are neighbours, which run at the same time.
-static_assert(sizeof(ProductMemory<MoeFormat::kNvfp4>) <= 227 * 1024);
-static_assert(sizeof(ProductMemory<MoeFormat::kFp8>) <= 227 * 1024);
-
-struct ProductTiles {
-  Divisor parts;
-  int rows_of_part;  // of each matrix
-};
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Stages in turn, with the parity of the current phase.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-struct Tile {
-  PrefillBlock block;
-  int part;
-};
-
-__device__ __forceinline__ int block_count(const PrefillProduct& product) {
-  if (product.rows.blocks != nullptr) return product.rows.counts[0];
-  return static_cast<int>((product.used_rows + kPrefillBlock - 1) / kPrefillBlock);
-}
-
-__device__ __forceinline__ Tile tile_at(const PrefillProduct& product, const ProductTiles& tiles, int index) {
-  const int number = tiles.parts.divide(index), part = index - number * static_cast<int>(tiles.parts.value());
-  if (product.rows.blocks != nullptr) {
-    const int4 words = *reinterpret_cast<const int4*>(product.rows.blocks + number);
-    return {{words.x, words.y, words.z, 0}, part};
-  }
-  const int first = number * kPrefillBlock, left = static_cast<int>(product.used_rows) - first;
-  const int rows = (min(left, kPrefillBlock) + kPrefillGrain - 1) / kPrefillGrain * kPrefillGrain;
-  return {{0, first, rows, 0}, part};
-}
-
-// First weight row of matrix `matrix` in a tile. Where w2 has no second part, the first one is multiplied twice.
-template <PrefillStep kStep>
-__device__ __forceinline__ int first_row(const PrefillProduct& product, int part, int matrix) {
-  if constexpr (kStep == PrefillStep::kGateUp) return part * 128;
-  const int row = part * 256 + matrix * 128;
-  return row < product.out ? row : part * 256;
-}
-
-// Which of 128 weight rows stands at M row 16 * (warp % 4) + 8 * lower + g of the warpgroup warp / 4.
-template <MoeFormat kFormat, PrefillStep kStep>
-__device__ __forceinline__ int row_of(int warp, int lower, int g) {
-  if constexpr (kStep == PrefillStep::kDown) return 16 * warp + 8 * lower + g;
-  return Order<kFormat>::column(warp, g / 2, lower, g % 2);
-}
-
-// ---- copies ----
-
-// Scales of the tile's rows of one set, for the stages from `chunk` on.
-template <MoeFormat kFormat, PrefillStep kStep>
-__device__ __forceinline__ void copy_scales(const PrefillProduct& product, const Tile& tile, int set, uint4* scales,
-                                            int chunk) {
-  using Shape = WeightShape<kFormat>;
-  const int lane = threadIdx.x % kWarp, first = chunk * Shape::kScaleBytes;
-  const int bytes = product.k / Shape::kChunk * Shape::kScaleBytes;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first_row<kStep>(product, tile.part, set / 2) +
-                    row_of<kFormat, kStep>(i * 4 + lane / 8, set % 2, lane % 8);
-    const auto* const source = static_cast<const uint8_t*>(product.scale[set / 2]) +
-                               tile.block.expert * product.scale_expert + row * product.scale_pitch + first;
-    auto* const target = reinterpret_cast<uint8_t*>(scales + set * 64 + i * kWarp + lane);
-    if (product.scale_pitch % 16 == 0) {
-      ptx::cp_async_16(target, source, 16);
-    } else {
-#pragma unroll
-      for (int word = 0; word < 16; word += 4) {
-        if (first + word < bytes) ptx::cp_async_4(target + word, source + word, 4);
-      }
-    }
-  }
-}
-
-template <MoeFormat kFormat, PrefillStep kStep>
-__device__ __forceinline__ void produce(const PrefillProduct& product, const ProductTiles& tiles,
-                                        ProductMemory<kFormat>& memory, int tile_count) {
-  using Shape = WeightShape<kFormat>;
-  const int lane = threadIdx.x % kWarp, set = threadIdx.x / kWarp - kConsumers / kWarp;
-  const int lane_row = row_of<kFormat, kStep>(0, set % 2, lane / 4);
-  Ring<Shape::kStages> weights;
-  Ring<Shape::kPanels> panels;
-  int scale_buffer = 0;
-  for (int index = blockIdx.x; index < tile_count; index += gridDim.x) {
-    const Tile tile = tile_at(product, tiles, index);
-    const int64_t row = first_row<kStep>(product, tile.part, set / 2) + lane_row;
-    const uint8_t* source = static_cast<const uint8_t*>(product.weight[set / 2]) +
-                            tile.block.expert * product.weight_expert + row * product.weight_pitch + lane % 4 * 16;
-    const uint8_t* panel = product.panels + static_cast<int64_t>(tile.block.first_row) * 128;
-    for (int chunk = 0; chunk < product.k / Shape::kChunk; ++chunk) {
-      for (uint64_t& empty : memory.empty_weights[weights.stage]) {
-        ptx::mbarrier_wait(ptx::shared_address(&empty), weights.parity ^ 1);
-      }
-#pragma unroll
-      for (int warp = 0; warp < kConsumers / kWarp; ++warp) {
-        const uint8_t* const row_source = source + row_of<kFormat, kStep>(warp, 0, 0) * product.weight_pitch;
-#pragma unroll
-        for (int piece = 0; piece < Shape::kPieces; ++piece) {
-          ptx::cp_async_16(&memory.weights[weights.stage][set * Shape::kPieces + piece][warp * kWarp + lane],
-                           row_source + piece * 64, 16);
-        }
-      }
-      if constexpr (Shape::kFp4) {
-        if (chunk % Shape::kScaleSpan == 0) {
-          copy_scales<kFormat, kStep>(product, tile, set, memory.scales[scale_buffer], chunk);
-          scale_buffer = scale_buffer + 1 == Shape::kScaleBuffers ? 0 : scale_buffer + 1;
-        }
-      }
-      ptx::cp_async_arrive(ptx::shared_address(memory.full_weights + weights.stage));
-      weights.advance();
-      source += Shape::kRowBytes;
-#pragma unroll
-      for (int i = 0; i < Shape::kChunk / 64; ++i) {
-        if (set == 0 && lane == 0) {
-          ptx::mbarrier_wait(ptx::shared_address(memory.empty_panels + panels.stage), panels.parity ^ 1);
-          const uint32_t full = ptx::shared_address(memory.full_panels + panels.stage);
-          ptx::mbarrier_arrive_expect(full, tile.block.rows * 128);
-          ptx::bulk_load(ptx::shared_address(memory.panels[panels.stage]), panel, tile.block.rows * 128, full);
-        }
-        panels.advance();
-        panel += product.rows.capacity * 128;
-      }
-      __syncwarp();
-    }
-  }
-}
-
 // ---- products ----
-
-// Named barriers. A warpgroup has one of its own; the others hand h from the first to the second, which is behind.
-constexpr int kWarpgroupBarrier = 1;  // and 2
-constexpr int kStagedBarrier = 3;     // the first has its half of h in the staging
-constexpr int kTakenBarrier = 4;      // the second has read it
-
-__device__ __forceinline__ void meet(int warpgroup) { ptx::named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup); }
-
-template <MoeFormat kFormat>
-struct Rings {
-  Ring<WeightShape<kFormat>::kStages> weights;
-  Ring<WeightShape<kFormat>::kPanels> panels;
-  int scale_buffer = 0;
-};
 
 // acc[matrix] [64 weight rows of this warpgroup, kN rows of the block].
 template <MoeFormat kFormat, PrefillStep kStep, int kN>
@@ -360,6 +180,35 @@ __device__ __forceinline__ void store_h(const PrefillProduct& product, const Til
   }
 }
 
+// The same for a folded product with w2: codes in panels of 128 columns, and the scale of each row.
+template <int kN>
+__device__ __forceinline__ void store_codes_of_h(const PrefillProduct& product, const Tile& tile,
+                                                 ProductMemory<MoeFormat::kMxfp4Folded>& memory) {
+  const int first = threadIdx.x % kWarpgroup / 8, place = threadIdx.x % 8;
+  const int64_t first_row = tile.part * product.rows.capacity + tile.block.first_row;
+  float* const scales = row_scales(product.h, product.out, product.rows.capacity) + first_row;
+#pragma unroll 2
+  for (int i = 0; i < kN / kRowStep; ++i) {
+    const int row = first + i * kRowStep, chunk = place ^ row % 8;  // 8 of the 64 columns of each warpgroup
+    const Chunk parts[2] = {staged(memory, 0, row, place), staged(memory, 1, row, place)};
+    const uint32_t bits = max(parts[0].max_magnitude_bits(), parts[1].max_magnitude_bits());
+    const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<8>(bits)));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto scaled = parts[half].times_power_of_two(invert_ue8m0(scale));
+      uint32_t words[2];
+#pragma unroll
+      for (int word = 0; word < 2; ++word) {
+        const float2 low = scaled.pair(4 * word), high = scaled.pair(4 * word + 2);
+        words[word] = encode_e4m3x2(low.x, low.y) | encode_e4m3x2(high.x, high.y) << 16;
+      }
+      uint8_t* const target = product.h + (first_row + row) * 128 + ((4 * half + chunk / 2) ^ row % 8) * 16;
+      *reinterpret_cast<uint2*>(target + chunk % 2 * 8) = {words[0], words[1]};
+    }
+    if (place == 0) scales[row] = decode_ue8m0(scale);
+  }
+}
+
 template <MoeFormat kFormat, int kN>
 __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, const Tile& tile,
                                                ProductMemory<kFormat>& memory, int warpgroup, bool last,
@@ -400,7 +249,11 @@ __device__ __forceinline__ void finish_gate_up(const PrefillProduct& product, co
     ptx::named_barrier_arrive(kStagedBarrier, kConsumers);
   } else {
     ptx::named_barrier(kStagedBarrier, kConsumers);
-    store_h<kFormat, kN>(product, tile, memory);
+    if constexpr (kFormat == MoeFormat::kMxfp4Folded) {
+      store_codes_of_h<kN>(product, tile, memory);
+    } else {
+      store_h<kFormat, kN>(product, tile, memory);
+    }
     if (!last) ptx::named_barrier_arrive(kTakenBarrier, kConsumers);
   }
 }
@@ -480,7 +333,11 @@ __device__ __forceinline__ void consume_tile(const PrefillProduct& product, cons
   float acc[2][kN / 2];  // zeros, so that ptxas does not keep the last tile's for what might be read
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
-  multiply<kFormat, kStep, kN>(product, tile, memory, rings, acc);
+  if constexpr (kFormat == MoeFormat::kMxfp4Folded) {
+    multiply_folded<kN>(product, memory, rings, warpgroup, acc);
+  } else {
+    multiply<kFormat, kStep, kN>(product, tile, memory, rings, acc);
+  }
   ptx::cp_async_wait<0>();
   meet(warpgroup);  // rows are complete, and nobody reads the last tile's staging any more
   if constexpr (kStep == PrefillStep::kGateUp) {
@@ -528,8 +385,9 @@ __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
     }
     for (uint64_t& barrier : memory.full_panels) ptx::mbarrier_init(ptx::shared_address(&barrier), 1);
     for (uint64_t& barrier : memory.empty_panels) {
-      ptx::mbarrier_init(ptx::shared_address(&barrier), kConsumers / kWarp);
-    };
+      const int readers = WeightShape<kFormat>::kFolded ? kConsumers : kConsumers / kWarp;
+      ptx::mbarrier_init(ptx::shared_address(&barrier), readers);
+    }
     ptx::fence_async_proxy();
   }
   __syncthreads();
@@ -543,10 +401,10 @@ __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, co
   // The same in all lanes, and known to be.
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 2) {
-    ptx::give_registers<kProducerRegisters>();
+    ptx::give_registers<ProductRegisters<kFormat>::kProducer>();
     produce<kFormat, kStep>(product, tiles, memory, tile_count);
   } else {
-    ptx::take_registers<kConsumerRegisters>();
+    ptx::take_registers<ProductRegisters<kFormat>::kConsumer>();
     consume<kFormat, kStep>(product, tiles, memory, tile_count, warpgroup);
   }
 }

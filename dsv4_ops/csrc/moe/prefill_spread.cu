@@ -92,6 +92,38 @@ __global__ void __launch_bounds__(kThreads) prefill_spread_kernel(const __grid_c
   }
 }
 
+// The codes of x as they are, for a folded product, and the scales of their 128 columns behind them. A thread takes the
+// 32 columns of a token that a step needs and writes them as neighbouring 32 bytes.
+__global__ void __launch_bounds__(kThreads) prefill_spread_codes_kernel(const __grid_constant__ PrefillSpread spread) {
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  const int64_t token = blockIdx.x;
+  const int unit = blockIdx.y * kThreads + threadIdx.x, chunk = unit / 4, step = unit % 4;
+  if (unit >= spread.columns / kThreadColumns) return;
+  const auto* const row = static_cast<const uint8_t*>(spread.x) + token * spread.x_stride + chunk * 128 + step * 8;
+  const auto* const scales = static_cast<const uint8_t*>(spread.x_scale) + token * spread.x_scale_stride;
+  uint32_t halves[2][4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const uint2 codes = *reinterpret_cast<const uint2*>(row + 32 * t);
+    halves[0][t] = __byte_perm(codes.x, codes.y, 0x6420);
+    halves[1][t] = __byte_perm(codes.x, codes.y, 0x7531);
+  }
+  const float scale = decode_ue8m0(scales[chunk]);
+  auto* const panel_scales = reinterpret_cast<float*>(spread.panels + spread.columns * spread.capacity);
+  for (int slot = 0; slot < spread.k; ++slot) {
+    const int64_t to = spread.row_of_pair[token * spread.k + slot];
+    if (to < 0) continue;
+    const int64_t place = chunk * spread.capacity + to;
+    if (step == 0) panel_scales[place] = scale;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 words = {halves[half][0], halves[half][1], halves[half][2], halves[half][3]};
+      ptx::store(spread.panels + place * 128 + ((2 * step + half) ^ static_cast<int>(to % 8)) * 16, words);
+    }
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_prefill_spread(const PrefillSpread& spread, cudaStream_t stream) {
@@ -105,6 +137,8 @@ cudaError_t launch_prefill_spread(const PrefillSpread& spread, cudaStream_t stre
       return launch_kernel(prefill_spread_kernel<MoeFormat::kFp8>, at, spread);
     case MoeFormat::kMxfp4:
       return launch_kernel(prefill_spread_kernel<MoeFormat::kMxfp4>, at, spread);
+    case MoeFormat::kMxfp4Folded:
+      return launch_kernel(prefill_spread_codes_kernel, at, spread);
     default:
       return launch_kernel(prefill_spread_kernel<MoeFormat::kNvfp4>, at, spread);
   }

@@ -1,4 +1,5 @@
-// Packed weights on their way to wgmma: what a stage of shared memory holds, and words decoded to bf16, exactly.
+// Packed weights on their way to wgmma: what a stage of shared memory holds, and words decoded to bf16, exactly
+// (prefill_fold.cuh decodes MXFP4 to E4M3).
 //
 // E2M1 and E4M3 codes are moved into the exponent and mantissa bits of a bf16, which makes them too small by a power of
 // two (2^-126, 2^-120), subnormals included, and multiplied by their scale times that power. UE8M0 scales for which the
@@ -29,9 +30,11 @@ struct WeightShape {
   static constexpr int kSteps = kChunk / 16;
   static constexpr int kStepsOfLoad = kFormat == MoeFormat::kDense ? 1 : kSteps / kPieces;
   static constexpr int kStages = kFp4 ? 4 : 3;
-  static constexpr int kPanels = kFp4 ? 7 : 5;  // of 64 columns of x, that are in place or on their way
+  static constexpr bool kFolded = kFormat == MoeFormat::kMxfp4Folded;
+  static constexpr int kPanelColumns = kFolded ? 128 : 64;    // of x
+  static constexpr int kPanels = kFolded ? 6 : kFp4 ? 7 : 5;  // that are in place or on their way
   // Scales come in 16 bytes a row, with the first of the stages that they serve.
-  static constexpr int kScaleBytes = kFormat == MoeFormat::kMxfp4 ? 4 : 8;  // of a row and stage
+  static constexpr int kScaleBytes = kFormat == MoeFormat::kMxfp4 || kFolded ? 4 : 8;  // of a row and stage
   static constexpr int kScaleSpan = 16 / kScaleBytes;                       // stages
   static constexpr int kScaleBuffers = kFp4 ? kStages : 0;  // as a span may be as short as a stage
   // What the accumulators have to be multiplied by.
