@@ -129,7 +129,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _named_tensors(op, arguments: tuple) -> dict[str, Tensor]:
-    names = [argument.name for argument in op.overload._schema.arguments]
+    names = [argument.name for argument in op.overload._schema.arguments][: len(arguments)]  # others have their default
     return {key: value for key, value in zip(names, arguments, strict=True) if isinstance(value, Tensor)}
 
 

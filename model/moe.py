@@ -49,11 +49,11 @@ class Experts(nn.Module):
         return [getattr(self, p + suffix) for p in ("w1", "w3", "w2") for suffix in suffixes[self.format]]
 
     def forward(
-        self, y: Tensor, shared_activation: tuple[Tensor, ...], kind: str, ids: Tensor, weights: Tensor
+        self, y: Tensor, shared_activation: tuple[Tensor, ...], kind: str, ids: Tensor, weights: Tensor, shared: Tensor
     ) -> Tensor:
-        """Routed sum [B, S, d] fp32. `shared_activation`: y quantised as `kind`, used if experts want the same."""
+        """[B, S, d]: shared + routed sum. `shared_activation`: y quantised as `kind`, used if experts want the same."""
         activation = shared_activation if kind == self.activation else quantise(y, self.activation)
-        return self.op(*activation, ids, weights, *self.projections(), self.limit)
+        return self.op(*activation, ids, weights, *self.projections(), self.limit, shared)
 
     def bindings(self) -> list[Binding]:
         result = []
@@ -119,12 +119,11 @@ class MoE(nn.Module):
         self.shared = SharedExpert(f"{name}.shared_experts", config, storage)
 
     def forward(self, y: Tensor, fixed_ids: Tensor) -> Tensor:
-        """y [B, S, d] (normed), fixed_ids [B, S, k] int32 -> [B, S, d]: one rounding of routed + shared."""
+        """y [B, S, d] (normed), fixed_ids [B, S, k] int32 -> [B, S, d]: routed + shared in fp32, rounded once."""
         ids, weights = ops.gate(y, self.gate, self.bias, fixed_ids, self.topk, self.route_scale)
         kind = self.shared.w13.activation
         activation = quantise(y, kind)
-        routed = self.experts(y, activation, kind, ids, weights)
-        return self.shared(*activation).add_(routed)  # in fp32, rounded once
+        return self.experts(y, activation, kind, ids, weights, self.shared(*activation))
 
     def bindings(self) -> list[Binding]:
         gate = [Binding((f"{self.name}.gate.weight",), self.gate)]

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.dsv4
 F32, BF16 = torch.float32, torch.bfloat16
 SMALL = (256, 384)  # d, inner
+SHARED = torch.zeros(3, 128, dtype=BF16)
 
 
 def near(actual: Tensor, expected: Tensor) -> None:
     """Where both are finite they differ by 2^-8 of the norm; elsewhere both are not."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype == F32
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
     finite = expected.isfinite()
     assert torch.equal(actual.isfinite(), finite)
     if finite.any():
@@ -134,6 +135,34 @@ def test_strided_rows_and_more_dimensions(kind):
     check_kernel(f"moe_{kind}", (*shaped, *arguments[inputs:]), near)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 40, 200])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shared_is_added_in_fp32_and_the_sum_rounded_once(kind, rows):
+    """Few columns a thread, and eight; rows at a distance, and side by side."""
+    arguments = make(kind, choose(rows, 12, 6), 1024, 128, 12)
+    shared = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(8)).bfloat16()
+    check_kernel(f"moe_{kind}", (*arguments, shared), near)
+    routed = call(kind, on_cuda(arguments))
+    for given in (shared.cuda(), checks.row_strided(shared.cuda())):
+        checks.assert_bits_equal(call(kind, (*on_cuda(arguments), given)), shared.cuda().add_(routed))
+
+
+def test_shared_of_other_dtypes_and_widths():
+    arguments = cpu.make("dense", 5, dtype=F32)[0]
+    check_kernel("moe_dense", (*arguments, torch.randn(5, 64)), near)
+    x, ids, weights, w1, w3, w2, limit = arguments
+    odd = (x[:, :63].contiguous(), ids, weights, w1[..., :63].contiguous(), w3[..., :63].contiguous(),
+           w2[:, :63].contiguous(), limit)  # fmt: skip
+    check_kernel("moe_dense", (*odd, torch.randn(5, 63)), near)
+    check_kernel("moe_dense", tuple(on_bf16(a) for a in (*odd, torch.randn(5, 63))), near)
+
+
+def on_bf16(argument):
+    """Activations and weights in bf16, route weights [T, k] as they are."""
+    wide = isinstance(argument, Tensor) and argument.is_floating_point() and argument.shape[-1] > cpu.K
+    return argument.bfloat16() if wide else argument
+
+
 def test_one_global_scale_for_all_rows():
     arguments = list(make("nvfp4", choose(6, 5, 3), *SMALL, 5))
     arguments[2] = torch.tensor([0.375])
@@ -231,6 +260,7 @@ def test_weights_beyond_2_to_the_31_bytes():
 def wrong(**changes) -> tuple[tuple, dict]:
     names = ("x", "x_scale", "ids", "weights", "w1", "w1_scale", "w3", "w3_scale", "w2", "w2_scale", "limit")
     arguments = dict(zip(names, on_cuda(make("mxfp4", choose(3, 4, 2), 128, 128, 4)), strict=True))
+    arguments["shared"] = None
     out = {"y": torch.empty(3, 128, device="cuda"), "workspace": torch.empty(8192, dtype=torch.uint8, device="cuda")}
     for name, change in changes.items():
         holder = out if name in out else arguments
@@ -253,6 +283,10 @@ def wrong(**changes) -> tuple[tuple, dict]:
         ({"w2_scale": lambda t: t[..., :2]}, r"w2_scale must be \[4, 128, 4\] uint8"),
         ({"x": lambda t: t.new_zeros(3, 136)[:, :128]}, r"x must be rows that start at multiples of 16 bytes"),
         ({"y": lambda t: t[:2]}, r"y must be contiguous \[3, 128\] float32"),
+        ({"shared": lambda t: SHARED.cuda()}, r"y must be contiguous \[3, 128\] bfloat16"),
+        ({"shared": lambda t: SHARED.cuda()[:2], "y": lambda t: t.bfloat16()}, r"shared must be \[3, 128\] bfloat16"),
+        ({"shared": lambda t: SHARED.cuda().float(), "y": lambda t: t.bfloat16()}, r"shared must be \[..., \*\] bfl"),
+        ({"shared": lambda t: SHARED, "y": lambda t: t.bfloat16()}, r"shared must be on cuda:0"),
         ({"workspace": lambda t: t[:100]}, r"workspace must be at least 3104 uint8"),
         ({"workspace": lambda t: None}, r"workspace must be at least 3104 uint8 at a multiple of 16 bytes, got None"),
     ],

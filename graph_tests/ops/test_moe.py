@@ -236,6 +236,21 @@ def test_few_rows_and_many_rows_agree(kind):
         assert_near(few, many[start : start + 4])
 
 
+def with_shared(arguments: tuple) -> tuple:
+    """The same call with what a shared expert made of its rows."""
+    x = arguments[0]
+    return (*arguments, normal(*x.shape[:-1], HIDDEN, seed=9, dtype=F32 if x.dtype == F32 else BF16))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 40])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_shared_and_routed_are_added_in_fp32_and_rounded_once(kind, rows):
+    arguments = with_shared(make(kind, rows)[0])
+    op, shared = getattr(OPS, f"moe_{kind}"), arguments[-1]
+    checks.assert_bits_equal(op(*arguments), shared.clone().add_(op(*arguments[:-1])))
+    checks.assert_bits_equal(op(*arguments[:-1], None), op(*arguments[:-1]))
+
+
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_sorted_pairs_puts_every_pair_into_a_block_of_its_expert(size):
     for ids in ([5] * 20, [0, 7, -1, 3, 3, 8, 0, 3, 3, 3], [-1, 9], [4], list(range(8)) * 5, []):
@@ -259,7 +274,9 @@ def all_ops(rows: int):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
 def test_contract(rows):
-    for name, arguments in [*all_ops(rows), ("moe_dense", make("dense", rows, dtype=F32)[0])]:
+    shared = [(f"moe_{kind}", with_shared(make(kind, rows)[0])) for kind in FORMATS]
+    fp32 = make("dense", rows, dtype=F32)[0]
+    for name, arguments in [*all_ops(rows), *shared, ("moe_dense", fp32), ("moe_dense", with_shared(fp32))]:
         checks.check_op(name, arguments)
         strided = [checks.row_strided(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in arguments]
         checks.check_op(name, tuple(strided))
@@ -271,6 +288,12 @@ def test_contract(rows):
 def test_no_guard_on_the_batch(name):
     checks.check_symbolic_batch(name, lambda batch: dict(all_ops(batch))[name])
     checks.opcheck(name, dict(all_ops(3))[name])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_guard_on_the_batch_with_shared(kind):
+    checks.check_symbolic_batch(f"moe_{kind}", lambda batch: with_shared(make(kind, batch)[0]))
+    checks.opcheck(f"moe_{kind}", with_shared(make(kind, 3)[0]))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -287,6 +310,10 @@ def test_wrong_arguments_are_named():
         OPS.moe_dense(x, ids, weights, w1, w3, w3, limit)
     with pytest.raises(ValueError, match="ids must be \\[T, 2\\] int32"):
         OPS.moe_dense(x, ids.long(), weights, w1, w3, w2, limit)
+    with pytest.raises(ValueError, match="shared must be \\[T, 64\\] bfloat16 or None, got \\[3, 32\\] bfloat16"):
+        OPS.moe_dense(x, ids, weights, w1, w3, w2, limit, x[:, :32])
+    with pytest.raises(ValueError, match="shared must be .* got \\[3, 64\\] float32"):
+        OPS.moe_fp8(*make("fp8", 3)[0], x.float())
     with pytest.raises(ValueError, match="bias must be \\[8\\] float32"):
         OPS.gate(x, normal(EXPERTS, HIDDEN), torch.zeros(7), choose(3), K, SCALE)
     with pytest.raises(ValueError, match="k must be between 1 and"):

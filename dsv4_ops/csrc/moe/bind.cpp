@@ -6,6 +6,7 @@
 namespace dsv4 {
 namespace {
 
+using Shared = std::optional<Tensor>;
 using Workspace = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 128;  // rows and columns of an FP8 weight that share a scale
@@ -108,10 +109,16 @@ class Arguments {
     weight.global = data<float>(scale);
   }
 
-  Tensor launch(const Tensor& x, const Tensor& w1, const Tensor& w3, const Tensor& w2, Tensor y,
+  Tensor launch(const Tensor& x, const Tensor& w1, const Tensor& w3, const Tensor& w2, const Shared& shared, Tensor y,
                 const Workspace& workspace) {
-    call_.expect_output("y", y, kFloat32, x, moe.d);
-    moe.y = mutable_data<float>(y);
+    const ScalarType activation = moe.x_dtype == Dtype::kBf16 ? kBfloat16 : kFloat32;
+    call_.expect_output("y", y, shared.has_value() ? activation : kFloat32, x, moe.d);
+    moe.y = y.mutable_data_ptr();
+    if (shared.has_value()) {
+      call_.expect_rows_like("shared", *shared, {activation}, x, moe.d);
+      moe.shared = shared->const_data_ptr();
+      moe.shared_stride = call_.rows("shared", *shared, moe.d % 8 == 0 ? 16 : 1).stride;
+    }
     // What starts at multiples of 16 bytes where rows are loaded whole.
     const int alignment = has_wide_rows(moe) ? 16 : 1;
     moe.x = x.const_data_ptr();
@@ -142,7 +149,7 @@ class Arguments {
 };
 
 Tensor moe_dense(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w1, const Tensor& w3,
-                 const Tensor& w2, double limit, Tensor y, Workspace workspace) {
+                 const Tensor& w2, double limit, const Shared& shared, Tensor y, Workspace workspace) {
   Arguments arguments("moe_dense", MoeFormat::kDense, x);
   Moe& moe = arguments.moe;
   arguments.set(x, {kBfloat16, kFloat32}, 1, w1, 1, ids, weights, limit);
@@ -155,12 +162,12 @@ Tensor moe_dense(const Tensor& x, const Tensor& ids, const Tensor& weights, cons
   moe.w1 = dense("w1", w1, moe.inner, moe.d);
   moe.w3 = dense("w3", w3, moe.inner, moe.d);
   moe.w2 = dense("w2", w2, moe.d, moe.inner);
-  return arguments.launch(x, w1, w3, w2, y, workspace);
+  return arguments.launch(x, w1, w3, w2, shared, y, workspace);
 }
 
 Tensor moe_fp8(const Tensor& x, const Tensor& x_scale, const Tensor& ids, const Tensor& weights, const Tensor& w1,
                const Tensor& w1_scale, const Tensor& w3, const Tensor& w3_scale, const Tensor& w2,
-               const Tensor& w2_scale, double limit, Tensor y, Workspace workspace) {
+               const Tensor& w2_scale, double limit, const Shared& shared, Tensor y, Workspace workspace) {
   Arguments arguments("moe_fp8", MoeFormat::kFp8, x);
   Moe& moe = arguments.moe;
   arguments.set(x, {kE4m3}, 1, w1, 1, ids, weights, limit);
@@ -175,12 +182,12 @@ Tensor moe_fp8(const Tensor& x, const Tensor& x_scale, const Tensor& ids, const 
   moe.w1 = fp8("w1", w1, "w1_scale", w1_scale, moe.inner, moe.d);
   moe.w3 = fp8("w3", w3, "w3_scale", w3_scale, moe.inner, moe.d);
   moe.w2 = fp8("w2", w2, "w2_scale", w2_scale, moe.d, moe.inner);
-  return arguments.launch(x, w1, w3, w2, y, workspace);
+  return arguments.launch(x, w1, w3, w2, shared, y, workspace);
 }
 
 Tensor moe_mxfp4(const Tensor& x, const Tensor& x_scale, const Tensor& ids, const Tensor& weights, const Tensor& w1,
                  const Tensor& w1_scale, const Tensor& w3, const Tensor& w3_scale, const Tensor& w2,
-                 const Tensor& w2_scale, double limit, Tensor y, Workspace workspace) {
+                 const Tensor& w2_scale, double limit, const Shared& shared, Tensor y, Workspace workspace) {
   Arguments arguments("moe_mxfp4", MoeFormat::kMxfp4, x);
   Moe& moe = arguments.moe;
   arguments.set(x, {kE4m3}, 1, w1, 2, ids, weights, limit);
@@ -195,13 +202,14 @@ Tensor moe_mxfp4(const Tensor& x, const Tensor& x_scale, const Tensor& ids, cons
   moe.w1 = mxfp4("w1", w1, "w1_scale", w1_scale, moe.inner, moe.d);
   moe.w3 = mxfp4("w3", w3, "w3_scale", w3_scale, moe.inner, moe.d);
   moe.w2 = mxfp4("w2", w2, "w2_scale", w2_scale, moe.d, moe.inner);
-  return arguments.launch(x, w1, w3, w2, y, workspace);
+  return arguments.launch(x, w1, w3, w2, shared, y, workspace);
 }
 
 Tensor moe_nvfp4(const Tensor& x, const Tensor& x_scale, const Tensor& x_global, const Tensor& ids,
                  const Tensor& weights, const Tensor& w1, const Tensor& w1_scale, const Tensor& w1_global,
                  const Tensor& w3, const Tensor& w3_scale, const Tensor& w3_global, const Tensor& w2,
-                 const Tensor& w2_scale, const Tensor& w2_global, double limit, Tensor y, Workspace workspace) {
+                 const Tensor& w2_scale, const Tensor& w2_global, double limit, const Shared& shared, Tensor y,
+                 Workspace workspace) {
   Arguments arguments("moe_nvfp4", MoeFormat::kNvfp4, x);
   Moe& moe = arguments.moe;
   arguments.set(x, {kUint8}, 2, w1, 2, ids, weights, limit);
@@ -218,7 +226,7 @@ Tensor moe_nvfp4(const Tensor& x, const Tensor& x_scale, const Tensor& x_global,
   moe.w1 = nvfp4("w1", w1, "w1_scale", w1_scale, "w1_global", w1_global, moe.inner, moe.d);
   moe.w3 = nvfp4("w3", w3, "w3_scale", w3_scale, "w3_global", w3_global, moe.inner, moe.d);
   moe.w2 = nvfp4("w2", w2, "w2_scale", w2_scale, "w2_global", w2_global, moe.d, moe.inner);
-  return arguments.launch(x, w1, w3, w2, y, workspace);
+  return arguments.launch(x, w1, w3, w2, shared, y, workspace);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, m) {

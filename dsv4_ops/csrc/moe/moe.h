@@ -1,7 +1,7 @@
 // Launchers of the family `moe`; shapes and dtypes are those of dsv4_ops/ops/moe.py.
 //
 // All four ops are one computation on a `Moe`: products with w1 and w3, SwiGLU, quantisation, product with w2, sum over
-// the slots of a row. A pair is one slot of one token, number token * k + slot. launch_moe chooses who computes it:
+// the slots of a row, sum of that and what the shared expert made of it. A pair is one slot of one token, number token * k + slot. launch_moe chooses who computes it:
 //
 //   prefill   many tokens: where prefill_serves says so (prefill_dispatch.cpp)
 //   decode    few tokens: weights are streamed once for all pairs of an expert (decode.cu)
@@ -60,7 +60,9 @@ struct Moe {
   int64_t route_stride;
 
   MoeWeight w1, w3, w2;  // [inner, d], [inner, d], [d, inner] of every expert
-  float* y;              // tokens rows of d, contiguous
+  const void* shared;    // tokens rows of d in the activation dtype, added to the sum over the slots; or null
+  int64_t shared_stride;
+  void* y;               // tokens rows of d, contiguous: fp32, with `shared` the activation dtype
   uint8_t* workspace;    // workspace_bytes
 };
 
@@ -103,7 +105,7 @@ int64_t workspace_bytes(const Moe& moe);
 cudaError_t launch_moe_decode(const Moe& moe, cudaStream_t stream);
 cudaError_t launch_moe_plain(const Moe& moe, cudaStream_t stream);
 
-// y = the sum of every token's results over its slots, in their order, in fp32.
+// y = the sum of every token's results over its slots, in their order, in fp32; shared + that, rounded once.
 cudaError_t launch_moe_combine(const Moe& moe, cudaStream_t stream);
 
 }  // namespace dsv4
