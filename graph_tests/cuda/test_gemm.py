@@ -59,8 +59,18 @@ def test_a_row_does_not_depend_on_the_batch(kind):
     arguments, _, _ = operands(kind, (64, 2048), 136)
     assert_rows_independent(f"linear_{kind}", arguments, tuple(range(INPUTS[kind])), (0, 1, 8, 17, 63))
     whole = product_on_gpu(f"linear_{kind}", arguments)
-    for rows in (2, 8, 9, 16, 17, 32, 33):
+    for rows in (2, 8, 9, 15, 16, 17, 32, 33, 63):
         assert_bits_equal(product_on_gpu(f"linear_{kind}", of_rows(arguments, kind, rows)), whole[:rows])
+
+
+@pytest.mark.parametrize(("n", "k"), [(1536, 4096), (4096, 8192), (7168, 16384), (65536, 1536)])
+@pytest.mark.parametrize("group", [64, 128])
+def test_fp8_rows_do_not_depend_on_the_batch_at_the_models_widths(n, k, group):
+    """The number of rows chooses between kernels, tiles and windows of x."""
+    arguments = repeated(operands("fp8", (64, k), 128, group=group)[0], "fp8", n // 128)
+    whole = OPS.linear_fp8(*arguments)
+    for rows in (1, 8, 16, 32):
+        assert torch.equal(OPS.linear_fp8(*of_rows(arguments, "fp8", rows)), whole[:rows])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -91,7 +101,7 @@ def test_linear_of_the_models_widths(kind, n, k, rows):
     assert torch.equal(y, y[:, :1].expand_as(y))
 
 
-@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_cta_has_several_tiles(kind, rows):
     """More rows of the weight than 132 CTAs take at a time, no two alike."""
@@ -100,7 +110,7 @@ def test_a_cta_has_several_tiles(kind, rows):
     assert_bits_equal(product_on_gpu(f"linear_{kind}", arguments), expected)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 16, 24, 40])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_x_comes_in_windows_where_it_does_not_fit(kind, rows):
     arguments, x, weight = operands(kind, (rows, 65536), 16)

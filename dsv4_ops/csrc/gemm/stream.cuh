@@ -8,7 +8,8 @@
 //   up to 8 tokens    the CTA's warps hold all ranges of 16 * (8 / ranges) rows; the ranges' sums meet in shared memory
 //   up to 64 tokens   the CTA's warps hold one range (grid.y) of 256 rows; sums of a range go to the workspace
 //
-// and in both the ranges are added as a tree (add_ranges): a row has the same bits with any number of tokens.
+// and in both the ranges are added as a tree (add_ranges): a row has the same bits with any number of tokens. More than
+// 8 tokens of FP8 weights go through wgmma on Hopper: wide_stream.cuh.
 //
 // x of the CTA's ranges lies in shared memory in the order that the weights' fragments want (weight_fragments.cuh);
 // where it does not fit, it comes in windows of some pieces of every range.
@@ -17,11 +18,11 @@
 // scales of x in fp32 [range][group of k][token]. Few tokens leave room for two CTAs an SM: of this kernel, or of this
 // one and the next of the stream, which fills its ring as soon as a CTA of this one has ended.
 //
-// Floor: the weights, once, from memory. Of 64 tokens mma.sync of FP8 weights takes about as long as reading them.
+// Floor: the weights, once, from memory. Of 64 tokens the instructions take longer: every warp converts x for itself.
 //
-// H200, 2026-11-25, us of FP8 weights cold (floor): one token 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
-// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0); 64 tokens of the second and third 25.8 (8.2) and 27.9 (7.4). One behind
-// the other, so that the next one's ring fills meanwhile, the first three take 4.5, 7.7 and 7.9 warm.
+// H200, 2026-11-25, us of FP8 weights cold (floor), one token: 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
+// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0). One behind the other, so that the next one's ring fills meanwhile, the
+// first three take 4.5, 7.7 and 7.9 warm.
 #pragma once
 
 #include <cuda_bf16.h>

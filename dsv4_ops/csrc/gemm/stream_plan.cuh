@@ -93,15 +93,23 @@ __device__ __forceinline__ void store_sums(const Stream& s, const float (&total)
       }
     }
   };
+  const int64_t pitch = p.groups * p.rows;
   if (partial) {
-    const int64_t pitch = p.groups * p.rows;
     float* const sums = p.partials + (blockIdx.y * s.tokens + first_token) * pitch + blockIdx.z * p.rows + row;
     for_all([&](int token, int offset, float sum) { sums[token * pitch + offset] = sum; });
-  } else {
-    const int64_t x_row = (s.first_token + first_token) * p.groups + blockIdx.z;
+    return;
+  }
+  const int64_t x_row = (s.first_token + first_token) * p.groups + blockIdx.z;
+  const auto store_as = [&](auto* y) {
+    y += x_row * p.rows + row;
     for_all([&](int token, int offset, float sum) {
-      store_product<kFormat>(p, x_row + token * p.groups, row + offset, sum);
+      y[token * pitch + offset] = finish_product<kFormat>(p, x_row + token * p.groups, sum);
     });
+  };
+  if (p.y_dtype == Dtype::kBf16) {
+    store_as(static_cast<__nv_bfloat16*>(p.y));  // assignment rounds to nearest even
+  } else {
+    store_as(static_cast<float*>(p.y));
   }
 }
 

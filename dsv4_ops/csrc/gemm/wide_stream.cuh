@@ -10,15 +10,16 @@
 // wgmma rounds as mma.sync does; the same groups, scales and ranges. So a token has the same bits with any number of
 // tokens.
 //
-//   CTA     one range of k (grid.y) of 256 rows (kTiles 2) or 128 rows (kTiles 1)
+//   CTA     one range of k (grid.y) of 256 rows (kTiles 2) or 128 rows (kTiles 1); of up to 32 tokens two fit an SM
 //   x       values 16 i + (0, 1, 4, 5, 8, 9, 12, 13 | 2, 3, 6, 7, 10, 11, 14, 15) side by side, as the words of the
 //           weights' fragments lie (weight_fragments.cuh); [64 values of k][token], 128-byte rows, swizzled
-//   memory  x (2 bytes a value: 16 KiB a piece of 64 tokens) | rings (8 warps x stages x 2 or 4 KiB) | scales of x in
-//           fp32 [group][token]
+//   memory  x (256 bytes a token and piece: 16 KiB a piece of 64 tokens) | rings (8 warps x stages x 2 or 4 KiB) |
+//           scales of x in fp32 [group][token]
 //
-// Of 64 tokens and 4096 x 8192 an SM takes, in thousands of cycles: memory 13; products 8; promotion of the sums 2;
-// conversion of weights 2 to 4, of x 1. Memory bounds it where x of a range fits, and the two warpgroups overlap; where
-// x comes in windows, each tile of rows loads it again.
+// Floor: the weights, once, from memory. Of 64 tokens and 4096 x 8192 an SM takes 13 thousand cycles to read its part,
+// 8 for products, 2 for adding scaled sums, 2 to 4 to convert weights and 1 to convert x; they overlap but for the
+// latency of x at the start (a thread loads its part of x in one batch) and of the sums at the end. Should be bound by
+// memory, and add_ranges comes on top. Where x comes in windows, each tile of rows loads it again.
 #pragma once
 
 #include "common/ptx_sm90_gemm.cuh"
