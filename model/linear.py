@@ -87,12 +87,12 @@ class DenseLinear(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """The weight of linears that no checkpoint quantises; their user chooses the product."""
+    """The weight of linears that no checkpoint quantises."""
 
-    def __init__(self, parts: Parts, columns: int, storage: Storage, dtype: torch.dtype):
+    def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
         self.names, self.rows = zip(*parts.items(), strict=True)
-        self.weight = parameter(sum(parts.values()), columns, dtype=dtype, device=storage.device)
+        self.weight = parameter(sum(parts.values()), columns, dtype=storage.fp32_operand_dtype, device=storage.device)
 
     def fp32_products(self, x: Tensor) -> tuple[Tensor, ...]:
         """The result of each of the linears, views of one fp32 product."""

@@ -16,7 +16,9 @@ JOINED = {
     "attn.wqkv_a": ("attn.wq_a", "attn.wkv"),
     "ffn.shared.w13": ("ffn.shared_experts.w1", "ffn.shared_experts.w3"),
 }
-COMPRESSED = ("compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.compressor.wgate")
+COMPRESSED = (
+    "compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.compressor.wgate", "indexer.weights_proj",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,10 @@ def test_formats_join_what_they_can(directories, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_all_that_the_compressors_project_is_one_product(directories, name):
+def test_all_that_is_projected_in_fp32_is_one_product(directories, name):
     """In the order in which `attend` takes the results."""
     model, tensors = make(directories[name]), stored(directories[name])
-    for layer, count in ((CSA, 4), (HCA, 2)):
+    for layer, count in ((CSA, 5), (HCA, 2)):
         given = [tensors[f"layers.{layer}.attn.{part}.weight"].float() for part in COMPRESSED[:count]]
         assert torch.equal(model.blocks[layer].attn.to_compress.weight, torch.cat(given))
 
@@ -77,7 +79,7 @@ def test_all_that_the_compressors_project_is_one_product(directories, name):
 def test_a_gpu_reads_compressor_weights_as_they_are_stored(device, exact, dtype):
     """bf16: widened, they would be twice the bytes of a decode step. A CPU would convert them in every call."""
     storage = Storage(WeightFormats(linear=FP8), torch.device(device))
-    assert storage.plain_linear({"wkv": 8}, 128, fp32=True).weight.dtype == dtype
+    assert storage.plain_linear({"wkv": 8}, 128).weight.dtype == dtype
 
 
 @pytest.mark.parametrize("first, products", [(128, 1), (192, 2), (256, 1)])
