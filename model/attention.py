@@ -1,8 +1,9 @@
 """Attention of the three block kinds: window; window + selected compressed entries (CSA); window + all of them (HCA).
 
 The projections are shared. What differs is which compressor runs before attention and which entries attention reads.
-Projections of one input are one product: of the hidden state wq_a and wkv, and all that the compressors project. wq_b
-and the indexer's are two: operators take queries whose heads lie at one distance over all tokens.
+Projections of one input are one product: of the hidden state wq_a and wkv, and in fp32 all that the compressors project
+and the weights of the indexer's heads, which its query rounds. wq_b and the indexer's are two: operators take queries
+whose heads lie at one distance over all tokens.
 Equations: DeepSeek-V4 report, section 2.3.
 """
 
@@ -59,21 +60,21 @@ class Indexer(nn.Module):
         self.heads, self.dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.ratio, self.format = ratio, index_format
         self.wq_b = storage.linear(f"{name}.wq_b", self.heads * self.dim, config.q_lora_rank)
-        self.weights_proj = storage.plain_linear({f"{name}.weights_proj": self.heads}, config.hidden_size)
         self.compressor = Compressor(f"{name}.compressor", config, self.dim, ratio, True, storage)
+        self.projections = self.compressor.projections | {f"{name}.weights_proj": self.heads}
 
     def forward(
         self,
-        x: Tensor,
         qr: tuple[Tensor, ...],
         kv: Tensor,
         score: Tensor,
+        weights: Tensor,
         positions: Tensor,
         rope_table: Tensor,
         state: LayerState,
     ) -> Tensor:
-        """x [B, S, d], its projections kv and score, qr = the quantised query latent -> indices [B, S, index_topk]
-        int32, -1 padded."""
+        """qr, the quantised query latent, and the projections of x: kv, score and the weights of the heads, which the
+        query takes in the dtype of q -> indices [B, S, index_topk] int32, -1 padded."""
         page_size = compressed_page_size(self.ratio)
         append = getattr(ops, f"index_compress_append_{self.format}")
         query = getattr(ops, f"index_query_{self.format}")
@@ -81,11 +82,11 @@ class Indexer(nn.Module):
         table = state.compressed_table
         self.compressor(append, state.index_state, state.index_pool, kv, score, rope_table, table, positions)
         q = self.wq_b(*qr).unflatten(-1, (self.heads, self.dim))
-        query_parts = query(q, ops.linear_dense(x, self.weights_proj.weight), rope_table, positions)
+        query_parts = query(q, weights, rope_table, positions)
         return select(*query_parts, state.index_pool, table, positions, self.ratio, page_size, self.topk)
 
     def bindings(self) -> list[Binding]:
-        return [*self.wq_b.bindings(), *self.weights_proj.bindings(), *self.compressor.bindings()]
+        return [*self.wq_b.bindings(), *self.compressor.bindings()]
 
 
 class WindowAttention(nn.Module):
@@ -146,16 +147,16 @@ class SelectedAttention(WindowAttention):
         self.ratio = ratio
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, True, storage)
         self.indexer = Indexer(f"{name}.indexer", config, ratio, storage, index_format)
-        projections = self.compressor.projections | self.indexer.compressor.projections
-        self.to_compress = storage.plain_linear(projections, config.hidden_size, fp32=True)
+        projections = self.compressor.projections | self.indexer.projections
+        self.to_compress = storage.plain_linear(projections, config.hidden_size)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
-        kv, score, index_kv, index_score = self.to_compress.fp32_products(x)
+        kv, score, *index_parts = self.to_compress.fp32_products(x)
         self.compressor(
             ops.csa_compress_append, state.compressor_state, state.compressed_pool, kv, score, rope_table,
             state.compressed_table, positions,
         )  # fmt: skip
-        indices = self.indexer(x, qr, index_kv, index_score, positions, rope_table, state)
+        indices = self.indexer(qr, *index_parts, positions, rope_table, state)
         return ops.sparse_attention_selected(
             q, state.window_pool, state.compressed_pool, self.attn_sink, rope_table, state.window_table,
             state.compressed_table, indices, positions, self.window, WINDOW_PAGE_SIZE, compressed_page_size(self.ratio),
@@ -175,7 +176,7 @@ class CompressedAttention(WindowAttention):
         super().__init__(name, config, storage)
         self.ratio = ratio
         self.compressor = Compressor(f"{name}.compressor", config, self.head_dim, ratio, False, storage)
-        self.to_compress = storage.plain_linear(self.compressor.projections, config.hidden_size, fp32=True)
+        self.to_compress = storage.plain_linear(self.compressor.projections, config.hidden_size)
 
     def attend(self, x, q, qr, positions, rope_table, state) -> tuple[Tensor, Tensor]:
         kv, score = self.to_compress.fp32_products(x)

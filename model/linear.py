@@ -87,16 +87,24 @@ class DenseLinear(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """The weight of linears that no checkpoint quantises; their user chooses the product."""
+    """The weight of linears that no checkpoint quantises.
 
-    def __init__(self, parts: Parts, columns: int, storage: Storage, dtype: torch.dtype):
+    Rows of the product start at multiples of 16 bytes, as who reads them wants: behind the last part there are rows of
+    zeros where that needs some.
+    """
+
+    def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
         self.names, self.rows = zip(*parts.items(), strict=True)
-        self.weight = parameter(sum(parts.values()), columns, dtype=dtype, device=storage.device)
+        used = sum(self.rows)
+        self.padding = (-used % 4,) if used % 4 else ()
+        rows = used + sum(self.padding)
+        self.weight = parameter(rows, columns, dtype=storage.fp32_operand_dtype, device=storage.device)
+        self.weight[used:].zero_()
 
     def fp32_products(self, x: Tensor) -> tuple[Tensor, ...]:
         """The result of each of the linears, views of one fp32 product."""
-        return ops.linear_fp32(x, self.weight).split(self.rows, -1)
+        return ops.linear_fp32(x, self.weight).split(self.rows + self.padding, -1)[: len(self.rows)]
 
     def bindings(self) -> list[Binding]:
         weights = slices(self.weight, self.rows)

@@ -56,9 +56,9 @@ class Storage:
         """Of weights multiplied in fp32. A CPU would convert them in every call, a GPU does so while reading."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
-    def plain_linear(self, parts: Parts, columns: int, *, fp32: bool = False) -> PlainLinear:
-        """Linears that no checkpoint quantises; `fp32`: those whose product is computed and kept in fp32."""
-        return PlainLinear(parts, columns, self, self.fp32_operand_dtype if fp32 else self.dtype)
+    def plain_linear(self, parts: Parts, columns: int) -> PlainLinear:
+        """Linears that no checkpoint quantises, whose product is computed and kept in fp32."""
+        return PlainLinear(parts, columns, self)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
         """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""

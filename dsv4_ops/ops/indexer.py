@@ -8,9 +8,10 @@ one scale for each head, folded into w (it is positive, so relu lets it through)
 group of 32. The transform is orthogonal: left out on both sides it changes scores only through the rounding, left out
 on one side it scrambles them. The plain form, for exact mode, neither transforms nor quantises.
 
-Shapes: q [B, S, Hi, Di] bf16|f32, weights [B, S, Hi] bf16|f32 (output of their projection), rope_table f32 [max_pos,
-R], w f32 [B, S, Hi] = weights * Di^-0.5 * Hi^-0.5, key_pool [pages, page_stride] uint8 (packed) | f32 (plain),
-block_table int32 [B, max_pages], positions int32 [B, S] (-1: no token, it sees nothing). C = max_pages * page_size.
+Shapes: q [B, S, Hi, Di] bf16|f32, weights [B, S, Hi] bf16|f32 (output of their projection; rounded to the dtype of q),
+rope_table f32 [max_pos, R], w f32 [B, S, Hi] = weights * Di^-0.5 * Hi^-0.5, key_pool [pages, page_stride] uint8
+(packed) | f32 (plain), block_table int32 [B, max_pages], positions int32 [B, S] (-1: no token, it sees nothing).
+C = max_pages * page_size.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ QUERY_BLOCK = 64  # query rows scored at a time: bounds the [B, rows, Hi, C] int
 
 def _scaled_weights(q: Tensor, weights: Tensor) -> Tensor:
     heads, dim = q.shape[-2:]
-    return weights.float() * (dim**-0.5 * heads**-0.5)
+    return weights.to(q.dtype).float() * (dim**-0.5 * heads**-0.5)
 
 
 def _rotated_query(q: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:

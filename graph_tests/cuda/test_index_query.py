@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dsv4_ops.ops.rope import rope_table
-from graph_tests.checks import row_strided
+from graph_tests.checks import assert_bits_equal, row_strided
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, on_cuda
 
 pytestmark = pytest.mark.cuda
@@ -37,6 +37,18 @@ def arguments(tokens: tuple[int, int], shape: tuple[int, int, int], q_dtype=BF16
 @pytest.mark.parametrize("form", FORMS)
 def test_index_query_has_the_bits_of_the_reference(form, shape, dtypes, tokens):
     check_kernel(f"index_query_{form}", arguments(tokens, shape, *dtypes))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_beside_others_in_fp32_are_rounded_to_the_dtype_of_q(form):
+    """As the columns of a wider product: the bits of weights that were rounded before."""
+    q, weights, table, positions = arguments((3, 2), MODEL, BF16, F32)
+    op = getattr(OPS, f"index_query_{form}")
+    check_kernel(f"index_query_{form}", (q, row_strided(weights, 2560), table, positions))
+    given = on_cuda((q, weights, table, positions))
+    rounded = op(given[0], given[1].bfloat16(), *given[2:])
+    for actual, expected in zip(op(*given), rounded, strict=True):
+        assert_bits_equal(actual, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -143,7 +143,7 @@ def test_shared_is_added_in_fp32_and_the_sum_rounded_once(kind, rows):
     shared = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(8)).bfloat16()
     check_kernel(f"moe_{kind}", (*arguments, shared), near)
     routed = call(kind, on_cuda(arguments))
-    for given in (shared.cuda(), checks.row_strided(shared.cuda())):
+    for given in on_cuda((shared, checks.row_strided(shared))):
         checks.assert_bits_equal(call(kind, (*on_cuda(arguments), given)), shared.cuda().add_(routed))
 
 

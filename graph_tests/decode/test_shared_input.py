@@ -16,7 +16,9 @@ JOINED = {
     "attn.wqkv_a": ("attn.wq_a", "attn.wkv"),
     "ffn.shared.w13": ("ffn.shared_experts.w1", "ffn.shared_experts.w3"),
 }
-COMPRESSED = ("compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.compressor.wgate")
+COMPRESSED = (
+    "compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.compressor.wgate", "indexer.weights_proj",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +67,34 @@ def test_formats_join_what_they_can(directories, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_all_that_the_compressors_project_is_one_product(directories, name):
+def test_all_that_is_projected_in_fp32_is_one_product(directories, name):
     """In the order in which `attend` takes the results."""
     model, tensors = make(directories[name]), stored(directories[name])
-    for layer, count in ((CSA, 4), (HCA, 2)):
+    for layer, count in ((CSA, 5), (HCA, 2)):
         given = [tensors[f"layers.{layer}.attn.{part}.weight"].float() for part in COMPRESSED[:count]]
         assert torch.equal(model.blocks[layer].attn.to_compress.weight, torch.cat(given))
+
+
+@pytest.mark.parametrize("last", [4, 3])
+def test_rows_of_an_fp32_product_start_at_multiples_of_16_bytes(last):
+    """What a kernel loads whole; a part of any width may be the last."""
+    linear = Storage(WeightFormats(), torch.device("cpu")).plain_linear({"a": 8, "b": last}, 16)
+    targets = [binding.target for binding in linear.bindings()]
+    assert [tuple(target.shape) for target in targets] == [(8, 16), (last, 16)]
+    for seed, target in enumerate(targets):
+        target.copy_(torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)))
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    products = linear.fp32_products(x)
+    assert [product.stride(0) * 4 % 16 for product in products] == [0, 0]
+    for product, target in zip(products, targets, strict=True):
+        torch.testing.assert_close(product, x.float() @ target.T)
 
 
 @pytest.mark.parametrize("device, exact, dtype", [("cpu", False, torch.float32), ("meta", False, torch.bfloat16)])
 def test_a_gpu_reads_compressor_weights_as_they_are_stored(device, exact, dtype):
     """bf16: widened, they would be twice the bytes of a decode step. A CPU would convert them in every call."""
     storage = Storage(WeightFormats(linear=FP8), torch.device(device))
-    assert storage.plain_linear({"wkv": 8}, 128, fp32=True).weight.dtype == dtype
+    assert storage.plain_linear({"wkv": 8}, 128).weight.dtype == dtype
 
 
 @pytest.mark.parametrize("first, products", [(128, 1), (192, 2), (256, 1)])

@@ -102,10 +102,10 @@ quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
-moe_mxfp4
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
+moe_mxfp4
 hc_post""",
     )
 
@@ -124,7 +124,6 @@ linear_fp32
 csa_compress_append
 index_compress_append_fp4
 linear_fp8
-linear_dense
 index_query_fp4
 index_topk_fp4
 sparse_attention_selected
@@ -133,10 +132,10 @@ quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
-moe_mxfp4
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
+moe_mxfp4
 hc_post""",
     )
 
@@ -159,10 +158,10 @@ quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
 gate
-moe_mxfp4
 linear_fp8
 swiglu_quant_fp8
 linear_fp8
+moe_mxfp4
 hc_post""",
     )
 

@@ -4,6 +4,8 @@
 //   fp8    E4M3 of bf16(hadamard(bf16(rope(bf16(q))))), one scale a head     w as above, times that scale
 //   fp4    E2M1 of the same, one UE8M0 scale for each 32                     w as above
 //
+// Weights are rounded to the dtype of q first.
+//
 // A thread owns 8 neighbouring columns, or 16 where there are many heads of 128: fewer exchanges and addresses. A head
 // lies in neighbouring lanes: the transform and the amax are exchanges between them. A CTA of 128 threads owns heads of
 // one token; no shared memory. The row of the rope table is loaded before the wait, by a guess of the position, and
@@ -40,8 +42,10 @@ struct Outputs {
   float* w;
 };
 
+// In the dtype of q: weights come from a product in fp32 beside others.
+template <typename T>
 __device__ __forceinline__ float load_weight(const IndexQuery& query, int64_t index) {
-  if (query.weights_dtype == Dtype::kFp32) return static_cast<const float*>(query.weights)[index];
+  if (query.weights_dtype == Dtype::kFp32) return round_to<T>(static_cast<const float*>(query.weights)[index]);
   return to_float(static_cast<const __nv_bfloat16*>(query.weights)[index]);
 }
 
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   for (unsigned part = blockIdx.y; part * kThreads < end; part += gridDim.y) {
     const int head = head_of(part);
     const bool inside = part * kThreads + threadIdx.x < end;
-    const float weight = load_weight(query, first_weight + head);
+    const float weight = load_weight<T>(query, first_weight + head);
     float values[kCount];
     next.to_floats(values);
     if ((part + gridDim.y) * kThreads < end) next.load(q + head_of(part + gridDim.y) * query.stride);
