@@ -6,9 +6,8 @@
 //      it reads activations, state, positions or block tables, and before it writes anything at all,
 //      Two exceptions: a position (guess_position in rope.cuh) or the ids of experts (moe/decode.cu) may be guessed
 //      before the wait, to choose what to load; they are read again after the wait, and a wrong guess loads again. And
-//      the second kernel of an op may read
-//      what no kernel of the op writes, after ptx::fence_gpu(): rule 3 lets it start only when all that was before the
-//      first has finished.
+//      the second kernel of an op may read what no kernel of the op writes, after ptx::fence_gpu(): rule 3 lets it
+//      start only when all that was before the first has finished.
 //   3. calls ptx::launch_dependents() right after that,
 // also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
 //
