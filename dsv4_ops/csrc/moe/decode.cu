@@ -16,19 +16,22 @@
 //
 // Shared memory: ring 102 to 170 KiB (MXFP4; 108 to 180 NVFP4, 96 otherwise) | decoded scales of a stage of each warp,
 // 8 KiB (MXFP4) | sums of the warps, four times 8 KiB | rows of x | their scales | row facts | block scales of an FP8
-// expert | groups of pairs. The ids are older than the first kernel, so the second one starts to stream w2 on every SM
-// that the first has left, before it waits: at one token of 4096 x 2048 a ring of five stages then holds four of the six
-// stages of a warp.
+// expert | groups of pairs.
+//
+// Weights are under way before the wait in both kernels. The first reads the ids early, loads for them, and reads them
+// again after the wait: in a decode step the router is older than the kernel in front, and if not, it starts anew. The
+// ids are older than the first kernel, so the second one starts to stream w2 on every SM that the first has left: at
+// one token of 4096 x 2048 a ring of five stages then holds four of the six stages of a warp.
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
 // the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. A scheduler has 484 cycles for the
 // 4096 codes of a warp's stage. The busiest pipe is that of integers and logic, which takes an instruction every other
 // cycle: hence shifts to the left are products, scales are decoded once a warp, and addresses are made by IMAD.
 //
-// H200, 2026-11-25, us cold (floor), with rings of three stages, scales decoded by every lane and 175 integer instructions
-// a stage (125 now): one token MXFP4 4096 x 2048 41.6 (17.1), 7168 x 3072 82.5 (44.8), NVFP4 44.6 (18.1) and 88.8 (47.5);
-// 64 tokens on 32 experts of 4096 x 2048 MXFP4 216 (91), NVFP4 306 (97). With 8 warps an SM one token took 46.0 and 64
-// tokens 251: more warps alone are not what is missing.
+// H200, 2026-11-25, us cold (floor), with rings of three stages, no weights of the first kernel before its wait, scales
+// decoded by every lane and 175 integer instructions a stage (125 now): one token MXFP4 4096 x 2048 41.6 (17.1),
+// 7168 x 3072 82.5 (44.8), NVFP4 44.6 (18.1) and 88.8 (47.5); 64 tokens on 32 experts of 4096 x 2048 MXFP4 216 (91),
+// NVFP4 306 (97). With 8 warps an SM one token took 46.0 and 64 tokens 251: more warps alone are not what is missing.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -195,16 +198,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     experts_first_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
                          const __grid_constant__ PairIds ids) {
   extern __shared__ __align__(16) uint8_t shared[];
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
   const Block block(moe, plan);
   PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
+  // What the ids will most likely be when the kernels before this one have finished. They say whose weights to load:
+  // whatever stands there, it names weights that exist.
   groups.find<kThreads>(ids, block.first_token, block.pairs);
   Cta cta{moe, plan, shared};
   StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
-  const Share share(plan, groups);
-  const Walk walk(plan, groups, share);
-  WeightStream<Format, true, kStages> stream(moe, plan, groups, walk, shared);
+  Share share(plan, groups);
+  Walk walk(plan, groups, share);
+  WeightStream<Format, true, kStages> stream(moe, plan, groups, shared);
+  stream.start(walk);
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
+  if (groups.changed<kThreads>(ids, block.first_token, block.pairs)) {
+    ptx::cp_async_wait<0>();
+    groups.find<kThreads>(ids, block.first_token, block.pairs);
+    share = Share(plan, groups);
+    walk = Walk(plan, groups, share);
+    stream.start(walk);
+  }
   multiply_all(cta, stream, rows, share, walk);
 }
 
@@ -222,7 +235,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
   const Share share(plan, groups);
   const Walk walk(plan, groups, share);
-  WeightStream<Format, false, kStages> stream(moe, plan, groups, walk, shared);
+  WeightStream<Format, false, kStages> stream(moe, plan, groups, shared);
+  stream.start(walk);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_all(cta, stream, rows, share, walk);

@@ -35,6 +35,7 @@ struct Walk {
   int group, tile;  // unit = group * row_tiles + tile
   int pass, passes;
 
+  Walk() = default;
   __device__ __forceinline__ Walk(const DecodePlan& plan, const PairGroups& groups, const Share& share)
       : unit(share.begin + static_cast<int>(threadIdx.x) / kTeamThreads), end(share.end), pass(0) {
     group = plan.row_tiles.divide(unit);
@@ -69,8 +70,8 @@ class WeightStream {
  public:
   // `ring` has the stages of all warps.
   __device__ __forceinline__ WeightStream(const Moe& moe, const DecodePlan& plan, const PairGroups& groups,
-                                          const Walk& walk, uint8_t* ring)
-      : moe_(moe), plan_(plan), groups_(groups), walk_(walk), ring_(ring) {
+                                          uint8_t* ring)
+      : moe_(moe), plan_(plan), groups_(groups), ring_(ring) {
     const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
     const int tile = threadIdx.x / kWarp * kStages * kBytes;
     static_assert(kStageChunks * 16 == kStageRowBytes && kTileRowBytes == 2 * kStageRowBytes, "four chunks further");
@@ -80,6 +81,11 @@ class WeightStream {
     to_scale_ = tile + kTileBytes + lane * Format::kScaleBytes;
     first_step_ = warp * plan.steps / kWarps;
     end_step_ = (warp + 1) * plan.steps / kWarps;
+  }
+
+  // From where the team stands. Not before the copies of an earlier start have arrived.
+  __device__ __forceinline__ void start(const Walk& walk) {
+    walk_ = walk;
     step_ = first_step_;
     if (first_step_ == end_step_) walk_.unit = walk_.end;
     locate();
@@ -159,10 +165,10 @@ class WeightStream {
   const Moe& moe_;
   const DecodePlan& plan_;
   const PairGroups& groups_;
-  Walk walk_;  // of the copies
+  Walk walk_{};  // of the copies
   uint8_t* ring_;  // of all warps
   int tile_, to_first_, to_second_, to_scale_;  // in the ring: the warp's first stage, where the lane copies to in it
-  int first_step_, end_step_, step_;
+  int first_step_, end_step_, step_ = 0;
   int read_ = 0, written_ = (kStages - 1) * kBytes;  // stages to read next, and to write next, from the warp's first
   const uint8_t* upper_ = nullptr;
   const uint8_t* lower_ = nullptr;
