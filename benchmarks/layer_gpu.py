@@ -43,7 +43,6 @@ def products(w: Widths, tokens: int, experts: str) -> list[Case]:
         linear("q_b"),
         gemm.fp32_linear("CSA compressors", tokens, *fp32["CSA compressors"]),
         linear("indexer q_b"),
-        gemm.linear("dense", "weights_proj", tokens, w.index_n_heads, w.hidden_size),
         gemm.grouped_linear("fp8", w, tokens),
         linear("wo_b"),
         next(case for case in router.cases(w, tokens) if case.op_name == "gate"),

@@ -126,7 +126,7 @@ def index_columns(c: Canvas) -> None:
     """Left: index queries of the token. Right: index keys of the compressed entries. Below: the selection."""
     x, width = INDEX_QUERY
     beside = x + width - 14  # the head weights pass wq_b here
-    c.box((x, 306, width, 40), ("linear_dense",), PRODUCT, "weights_proj")
+    c.box((x, 306, width, 40), ("linear_fp32",), PRODUCT, "weights_proj")
     c.line((beside, 346), (beside, 452))
     c.text((beside - 6, 364), "[64]", "shape", "end")
     c.line((QUERY[0] + QUERY[1], 394), (x, 394))

@@ -66,7 +66,7 @@ def fp8_products(w: Widths) -> Iterator[tuple[str, int, int]]:
 
 def fp32_products(w: Widths, tokens: int) -> Iterator[tuple[str, int, int]]:
     """The same of products with bf16 weights that are kept in fp32."""
-    yield "CSA compressors", 4 * (w.head_dim + w.index_head_dim), w.hidden_size
+    yield "CSA compressors", 4 * (w.head_dim + w.index_head_dim) + w.index_n_heads, w.hidden_size
     yield "HCA compressor", 2 * w.head_dim, w.hidden_size
     if tokens <= MOST_HEAD_ROWS:
         yield "head", w.vocab_size, w.hidden_size

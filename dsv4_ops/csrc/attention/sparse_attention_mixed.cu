@@ -13,7 +13,7 @@
 // Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and
 // 1024; shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
 //
-// H200, 2026-11-25: prefill of 4096 rows, 64 heads, 1152 keys 331 TFLOP/s, less than the 388 of the exact form: it has
+// H200, 2026-11-25: prefill of 4096 rows, 64 heads, 1152 keys 314 TFLOP/s, less than the 384 of the exact form: it has
 // the same conversion of keys to bf16 for the output, and the codes to write beside it.
 #include <algorithm>
 

@@ -29,8 +29,8 @@
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 //
-// H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.5, 64 x 640 37.4, 64 x 384 24.6, 128 x 1152 116.
-// Prefill of 4096 rows: 356 (64 x 640) to 395 TFLOP/s (128 x 1152), some 5000 cycles a unit, more than twice the floor.
+// H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.3, 64 x 640 36.7, 64 x 384 24.3, 128 x 1152 114.
+// Prefill of 4096 rows: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a unit, more than twice the floor.
 //
 // What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
 // then the refill of the tile that it handed back last. A refill waits for no load but those of the second block, and

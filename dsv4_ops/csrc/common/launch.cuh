@@ -4,10 +4,10 @@
 //   1. may first load parameters of the model (weights, scales, rope table: nothing that a kernel of the step writes),
 //   2. calls ptx::wait_for_predecessors() in every thread that goes on, and in at least one thread of every CTA, before
 //      it reads activations, state, positions or block tables, and before it writes anything at all,
-//      Two exceptions: a position (guess_position in rope.cuh) or the ids of experts (moe/decode.cu) may be guessed
-//      before the wait, to choose what to load; they are read again after the wait, and a wrong guess loads again. And
-//      the second kernel of an op may read what no kernel of the op writes, after ptx::fence_gpu(): rule 3 lets it
-//      start only when all that was before the first has finished.
+//      Two exceptions: a position may be guessed before the wait (guess_position in rope.cuh), to choose what to
+//      load; it is read again after the wait, and a wrong guess loads again. And the second kernel of an op may read
+//      what no kernel of the op writes, after ptx::fence_gpu(): rule 3 lets it start only when all that was before the
+//      first has finished.
 //   3. calls ptx::launch_dependents() right after that,
 // also where it has nothing to do: the next kernel's wait covers the kernels before this one only through this one's.
 //

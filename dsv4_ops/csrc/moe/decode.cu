@@ -11,27 +11,22 @@
 // batch; the eight sums of an element meet in shared memory, where two warps in turn add them in the order of the warps
 // and finish 16 rows by 8 pairs each while the others go on.
 //
-//   HBM -> (cp.async, ring of 3 to 5 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
+//   HBM -> (cp.async, ring of 3 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
 //   x, h -> (8-bit codes, f16 or bf16 in shared memory, once for several groups) -> B operand
 //
-// Shared memory: ring 102 to 170 KiB (MXFP4; 108 to 180 NVFP4, 96 otherwise) | decoded scales of a stage of each warp,
-// 8 KiB (MXFP4) | sums of the warps, four times 8 KiB | rows of x | their scales | row facts | block scales of an FP8
-// expert | groups of pairs.
-//
-// Weights are under way before the wait in both kernels. The first reads the ids early, loads for them, and reads them
-// again after the wait: in a decode step the router is older than the kernel in front, and if not, it starts anew. The
-// ids are older than the first kernel, so the second one starts to stream w2 on every SM that the first has left: at
-// one token of 4096 x 2048 a ring of five stages then holds four of the six stages of a warp.
+// Shared memory: ring 102 KiB (MXFP4; 108 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB | rows of x | their
+// scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the first kernel, so the
+// second one starts to stream w2 on every SM that the first has left, before it waits.
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
-// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. A scheduler has 484 cycles for the
-// 4096 codes of a warp's stage. The busiest pipe is that of integers and logic, which takes an instruction every other
-// cycle: hence shifts to the left are products, scales are decoded once a warp, and addresses are made by IMAD.
+// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
+// instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
+// cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
 //
-// H200, 2026-11-25, us cold (floor), with rings of three stages, no weights of the first kernel before its wait, scales
-// decoded by every lane and 175 integer instructions a stage (125 now): one token MXFP4 4096 x 2048 41.6 (17.1),
-// 7168 x 3072 82.5 (44.8), NVFP4 44.6 (18.1) and 88.8 (47.5); 64 tokens on 32 experts of 4096 x 2048 MXFP4 216 (91),
-// NVFP4 306 (97). With 8 warps an SM one token took 46.0 and 64 tokens 251: more warps alone are not what is missing.
+// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.0 (17.1), 7168 x 3072 75.5 (44.8), NVFP4 41.9 (18.1)
+// and 80.4 (47.4); MXFP4, 16 tokens on 256 experts 395 (273), 64 on 32 experts 217 (91). What was tried: 8 warps an SM
+// instead of 16 is 10 to 15 % slower; deeper rings, addresses from the step and scales decoded once a stage give 3 to 7 %
+// at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed nothing.
 #include <algorithm>
 
 #include "common/launch.cuh"
@@ -53,6 +48,7 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of a team: a unit and 8 pairs
 constexpr int kSharedMost = 227 * 1024;
+constexpr int kRowsInHalves = 12;
 
 // What the CTA knows of where it is.
 struct Cta {
@@ -104,9 +100,9 @@ __device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk,
 }
 
 // One pass over a unit: the rows of x from `first_row` to `end_row`, at most 8 * kTiles.
-template <int kTiles, typename Format, bool kFirst, int kStages>
-__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst, kStages>& stream,
-                                         const StagedRows& rows, const Walk& walk, int first_row, int end_row) {
+template <typename Format, bool kFirst, int kTiles>
+__device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const StagedRows& rows,
+                                         const Walk& walk, int first_row, int end_row) {
   const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
   LaneRows<kTiles> x{};
 #pragma unroll
@@ -115,9 +111,6 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst, 
   }
   x.scales = rows.x_scales() + first_row + lane % 4 * 2;
   x.scale_stride = cta.plan.scale_slots();
-  if constexpr (Format::kRowScales > 0) {
-    x.row_scales = reinterpret_cast<float4*>(cta.shared + cta.plan.row_scales) + threadIdx.x / kWarp * kStageRows;
-  }
   if constexpr (Format::kFormat == MoeFormat::kFp8) {
     const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
     x.upper_scales = rows.weight_scales() + walk.tile * unit_rows / kMoeWidth * blocks;
@@ -154,8 +147,8 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst, 
 }
 
 // All units of the CTA, for as many groups at a time as their rows fit into shared memory. `rows` has none yet.
-template <typename Format, bool kFirst, int kStages>
-__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst, kStages>& stream, StagedRows& rows,
+template <typename Format, bool kFirst>
+__device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFirst>& stream, StagedRows& rows,
                                              const Share& share, Walk walk) {
   const DecodePlan& plan = cta.plan;
   const int last_group = plan.row_tiles.divide(max(share.end - 1, 0));
@@ -173,9 +166,9 @@ __device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFir
       const int first_row = rows.groups.place_of(walk.group) - rows.place + walk.pass * kPassRows;
       const int end_row = min(rows.groups.place_of(walk.group + 1) - rows.place, first_row + kPassRows);
       if (end_row - first_row <= 8) {
-        multiply<1>(cta, stream, rows, walk, first_row, end_row);
+        multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row, end_row);
       } else {
-        multiply<2>(cta, stream, rows, walk, first_row, end_row);
+        multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row, end_row);
       }
       walk.advance(plan, rows.groups);
     }
@@ -193,35 +186,25 @@ struct Block {
         pairs(static_cast<int>(min(moe.tokens - first_token, static_cast<int64_t>(plan.block_tokens))) * moe.k) {}
 };
 
-template <typename Format, int kStages>
+template <typename Format>
 __global__ void __launch_bounds__(kThreads, 1)
     experts_first_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
                          const __grid_constant__ PairIds ids) {
   extern __shared__ __align__(16) uint8_t shared[];
+  ptx::wait_for_predecessors();
+  ptx::launch_dependents();
   const Block block(moe, plan);
   PairGroups groups(shared + plan.groups, plan.block_tokens * moe.k);
-  // What the ids will most likely be when the kernels before this one have finished. They say whose weights to load:
-  // whatever stands there, it names weights that exist.
   groups.find<kThreads>(ids, block.first_token, block.pairs);
   Cta cta{moe, plan, shared};
   StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
-  Share share(plan, groups);
-  Walk walk(plan, groups, share);
-  WeightStream<Format, true, kStages> stream(moe, plan, groups, shared);
-  stream.start(walk);
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  if (groups.changed<kThreads>(ids, block.first_token, block.pairs)) {
-    ptx::cp_async_wait<0>();
-    groups.find<kThreads>(ids, block.first_token, block.pairs);
-    share = Share(plan, groups);
-    walk = Walk(plan, groups, share);
-    stream.start(walk);
-  }
+  const Share share(plan, groups);
+  const Walk walk(plan, groups, share);
+  WeightStream<Format, true> stream(moe, plan, groups, walk, shared);
   multiply_all(cta, stream, rows, share, walk);
 }
 
-template <typename Format, int kStages>
+template <typename Format>
 __global__ void __launch_bounds__(kThreads, 1)
     experts_second_kernel(const __grid_constant__ Moe moe, const __grid_constant__ DecodePlan plan,
                           const __grid_constant__ PairIds ids) {
@@ -235,14 +218,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   StagedRows rows{moe, plan, groups, ids.k, block.first_token, shared};
   const Share share(plan, groups);
   const Walk walk(plan, groups, share);
-  WeightStream<Format, false, kStages> stream(moe, plan, groups, shared);
-  stream.start(walk);
+  WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_all(cta, stream, rows, share, walk);
 }
 
-template <typename Format, bool kFirst, int kStages>
+template <typename Format, bool kFirst>
 DecodePlan plan_of(const Moe& moe) {
   DecodePlan plan{};
   plan.width = kFirst ? moe.d : moe.inner;
@@ -255,8 +237,7 @@ DecodePlan plan_of(const Moe& moe) {
   const int blocks = plan.width / kMoeWidth;
   const auto lay_out = [&](int capacity) {
     plan.capacity = capacity;
-    plan.row_scales = kTeams * kWarps * kStages * kStageBytes<Format>;
-    plan.partials = plan.row_scales + kTeams * kWarps * kStageRows * Format::kRowScales * 4;
+    plan.partials = kTeams * kWarps * kStages * kStageBytes<Format>;
     plan.x = plan.partials + kTeams * 2 * kSumsBytes;
     plan.x_scales = plan.x + capacity * plan.x_stride;
     plan.row_facts = plan.x_scales + (Format::kBlockScales ? plan.scale_slots() * blocks * 4 : 0);
@@ -272,13 +253,13 @@ DecodePlan plan_of(const Moe& moe) {
   return plan;
 }
 
-template <typename Format, bool kFirst, int kStages>
+template <typename Format, bool kFirst>
 cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  DecodePlan plan = plan_of<Format, kFirst, kStages>(moe);
+  DecodePlan plan = plan_of<Format, kFirst>(moe);
   const int row_tiles = kFirst ? moe.inner / (kStageRows / 2) : moe.d / kStageRows;
   const int64_t units = static_cast<int64_t>(plan.block_tokens) * moe.k * row_tiles;
   const auto ctas = static_cast<unsigned>(std::min<int64_t>(processors, units));
@@ -287,44 +268,25 @@ cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
   plan.ctas = Divisor(ctas);
   const PairIds ids{moe.ids, moe.ids_stride, Divisor(moe.k), moe.experts, plan.capacity};
   const Launch at{dim3(ctas, blocks), dim3(kThreads), stream, static_cast<size_t>(plan.size)};
-  const auto kernel = kFirst ? experts_first_kernel<Format, kStages> : experts_second_kernel<Format, kStages>;
+  const auto kernel = kFirst ? experts_first_kernel<Format> : experts_second_kernel<Format>;
   return launch_kernel(kernel, at, moe, plan, ids);
 }
 
-// Rows of x that a CTA should hold at once: those of two or three experts with few pairs, so that it seldom waits for
-// other rows, or of one with many, so that hardly a group of an expert is cut.
-int wanted_rows(const Moe& moe) {
-  const int64_t pairs = moe.tokens * moe.k, mean_and_a_quarter = pairs * 5 / 4 / std::max(moe.experts, 1);
-  return static_cast<int>(std::clamp<int64_t>(3 + mean_and_a_quarter, 2, std::max<int64_t>(moe.tokens, 2)));
-}
-
-// The deepest ring that leaves room for the rows; what a ring holds is under way before the rows of x have come, in the
-// second kernel before the first has ended.
-template <typename Format, bool kFirst, int kStages = kMostStages>
-cudaError_t launch_deepest(const Moe& moe, cudaStream_t stream) {
-  if constexpr (kStages > kFewestStages) {
-    if (plan_of<Format, kFirst, kStages>(moe).capacity < wanted_rows(moe)) {
-      return launch_deepest<Format, kFirst, kStages - 1>(moe, stream);
-    }
-  }
-  return launch_product<Format, kFirst, kStages>(moe, stream);
-}
-
-// x as f16 where enough of its rows fit.
+// x as f16 where enough of its rows fit so that hardly an expert has more.
 template <bool kFirst>
 cudaError_t launch_mxfp4(const Moe& moe, cudaStream_t stream) {
-  return plan_of<Mxfp4<true>, kFirst, kFewestStages>(moe).capacity >= wanted_rows(moe)
-             ? launch_deepest<Mxfp4<true>, kFirst>(moe, stream)
-             : launch_product<Mxfp4<false>, kFirst, kFewestStages>(moe, stream);
+  const int64_t wanted = std::min<int64_t>(moe.tokens, kRowsInHalves);
+  return plan_of<Mxfp4<true>, kFirst>(moe).capacity >= wanted ? launch_product<Mxfp4<true>, kFirst>(moe, stream)
+                                                              : launch_product<Mxfp4<false>, kFirst>(moe, stream);
 }
 
 template <bool kFirst>
 cudaError_t launch(const Moe& moe, cudaStream_t stream) {
   switch (moe.format) {
-    case MoeFormat::kDense: return launch_product<Dense, kFirst, kFewestStages>(moe, stream);
-    case MoeFormat::kFp8: return launch_product<Fp8, kFirst, kFewestStages>(moe, stream);
+    case MoeFormat::kDense: return launch_product<Dense, kFirst>(moe, stream);
+    case MoeFormat::kFp8: return launch_product<Fp8, kFirst>(moe, stream);
     case MoeFormat::kMxfp4: return launch_mxfp4<kFirst>(moe, stream);
-    case MoeFormat::kNvfp4: return launch_deepest<Nvfp4, kFirst>(moe, stream);
+    case MoeFormat::kNvfp4: return launch_product<Nvfp4, kFirst>(moe, stream);
   }
   return cudaErrorInvalidValue;
 }

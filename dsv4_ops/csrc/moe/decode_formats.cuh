@@ -40,7 +40,6 @@ struct LaneRows {
   int scale_stride;             // to the next 128
   const float* upper_scales;    // FP8: of the weight's rows 0..7 (and 16..23), at the first 128 of k
   const float* lower_scales;    // and of the others
-  float4* row_scales;           // MXFP4: where the warp puts the scales of the rows of a stage
 
   __device__ __forceinline__ float2 scale(int block, int tile) const {
     const float* const two = scales + block * scale_stride + 8 * tile;  // at any place
@@ -68,7 +67,6 @@ struct Mxfp4 {
   static constexpr MoeFormat kFormat = MoeFormat::kMxfp4;
   static constexpr int kStep = 128;       // values of a row of a stage
   static constexpr int kScaleBytes = 4;   // of a row of a stage
-  static constexpr int kRowScales = 4;    // of a row of a stage, once they are decoded
   static constexpr int kEightBytes = kHalves ? 16 : 8;  // of eight values of x in shared memory
   static constexpr bool kBlockScales = true;  // x has a scale for each 128 of k
   static constexpr float kUnit = kE2m1HalvesUnit;
@@ -89,11 +87,10 @@ struct Mxfp4 {
   template <int kTiles>
   static __device__ __forceinline__ void step(Sums<kTiles>& sums, const uint8_t* stage, const LaneRows<kTiles>& x,
                                               int step, int lane) {
-    // A lane decodes the four scales of one row for all: each lane needs those of four rows.
-    const uint32_t word = reinterpret_cast<const uint32_t*>(stage + kTileBytes)[lane];
-    x.row_scales[lane] = {scale_of(word, 0), scale_of(word, 1), scale_of(word, 2), scale_of(word, 3)};
-    __syncwarp();
-    const float4* const row_scales = x.row_scales + lane / 4;
+    uint32_t scales[2][2];
+    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kTileBytes) + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = words[8 * i];
     Sums<kTiles> of_128 = {};
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -104,14 +101,14 @@ struct Mxfp4 {
       for (int m = 0; m < 2; ++m) {
         uint32_t codes[4];
         load_chunks(codes, stage, kStageChunks * m + 2 * part, lane);
-        const float2 ups = half_of(row_scales[16 * m], part), lows = half_of(row_scales[16 * m + 8], part);
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           uint32_t upper[4], lower[4], a[2][4];
           e2m1_halves(upper, codes[2 * chunk]);
           e2m1_halves(lower, codes[2 * chunk + 1]);
           fp4_fragments(a, upper, lower);
-          const float up = chunk == 0 ? ups.x : ups.y, low = chunk == 0 ? lows.x : lows.y;
+          const float up = scale_of(scales[m][0], 2 * part + chunk);
+          const float low = scale_of(scales[m][1], 2 * part + chunk);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             float of_32[4];
@@ -151,10 +148,6 @@ struct Mxfp4 {
     }
   }
 
-  static __device__ __forceinline__ float2 half_of(const float4& four, int half) {
-    return reinterpret_cast<const float2*>(&four)[half];
-  }
-
   // UE8M0 byte i of a word, but 0 for the byte 0 (2^-127) and infinity for 255 (NaN), of which the end of the sum makes
   // NaN again.
   static __device__ __forceinline__ float scale_of(uint32_t word, int i) {
@@ -166,7 +159,6 @@ struct Nvfp4 {
   static constexpr MoeFormat kFormat = MoeFormat::kNvfp4;
   static constexpr int kStep = 128;
   static constexpr int kScaleBytes = 8;
-  static constexpr int kRowScales = 0;
   static constexpr int kEightBytes = 16;
   static constexpr bool kBlockScales = false;
   static constexpr float kUnit = kNvfp4HalvesUnit;
@@ -245,7 +237,6 @@ struct Fp8 {
   static constexpr MoeFormat kFormat = MoeFormat::kFp8;
   static constexpr int kStep = 64;
   static constexpr int kScaleBytes = 0;
-  static constexpr int kRowScales = 0;
   static constexpr int kEightBytes = 8;
   static constexpr bool kBlockScales = true;
   static constexpr float kUnit = 1.0f;
@@ -303,7 +294,6 @@ struct Dense {
   static constexpr MoeFormat kFormat = MoeFormat::kDense;
   static constexpr int kStep = 32;
   static constexpr int kScaleBytes = 0;
-  static constexpr int kRowScales = 0;
   static constexpr int kEightBytes = 16;
   static constexpr bool kBlockScales = false;
   static constexpr float kUnit = 1.0f;

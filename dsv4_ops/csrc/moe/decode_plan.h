@@ -12,7 +12,7 @@ constexpr int kPassRows = 16, kMostRows = 32;
 
 // A CTA is two teams of eight warps, which share the rows of x and take units in turn.
 constexpr int kTeams = 2, kWarps = 8, kTeamThreads = 32 * kWarps, kThreads = kTeams * kTeamThreads;
-constexpr int kFewestStages = 3, kMostStages = 5;  // of 2 KiB a warp: one is multiplied with, the others are under way
+constexpr int kStages = 3;  // of 2 KiB a warp: one is multiplied with, two are under way
 
 struct DecodePlan {
   int width;         // values of a row of x, and of the weight
@@ -25,7 +25,7 @@ struct DecodePlan {
   Divisor eighths{1};    // width / 8
   int64_t results;       // where they start in the workspace, in bytes
   // Bytes in shared memory, and where its parts start. The ring of stages lies at 0.
-  int x_stride, row_scales, partials, x, x_scales, row_facts, weight_scales, groups, size;
+  int x_stride, partials, x, x_scales, row_facts, weight_scales, groups, size;
 
   // Rows for which there is a scale of x in shared memory: those of a pass may reach beyond the last one.
 #ifdef __CUDACC__

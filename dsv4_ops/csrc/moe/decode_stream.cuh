@@ -1,10 +1,9 @@
 // The weights that one warp reads, in the order in which it needs them, as a ring of stages that runs ahead.
 //
-// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2).
-// Its teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team
-// has a part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet.
-// Fragment m of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet in
-// one lane.
+// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2). Its
+// teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team has a
+// part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet. Fragment m
+// of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet in one lane.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -35,7 +34,6 @@ struct Walk {
   int group, tile;  // unit = group * row_tiles + tile
   int pass, passes;
 
-  Walk() = default;
   __device__ __forceinline__ Walk(const DecodePlan& plan, const PairGroups& groups, const Share& share)
       : unit(share.begin + static_cast<int>(threadIdx.x) / kTeamThreads), end(share.end), pass(0) {
     group = plan.row_tiles.divide(unit);
@@ -65,32 +63,22 @@ struct Walk {
   }
 };
 
-template <typename Format, bool kFirst, int kStages>
+template <typename Format, bool kFirst>
 class WeightStream {
  public:
   // `ring` has the stages of all warps.
   __device__ __forceinline__ WeightStream(const Moe& moe, const DecodePlan& plan, const PairGroups& groups,
-                                          uint8_t* ring)
-      : moe_(moe), plan_(plan), groups_(groups), ring_(ring) {
-    const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
-    const int tile = threadIdx.x / kWarp * kStages * kBytes;
-    static_assert(kStageChunks * 16 == kStageRowBytes && kTileRowBytes == 2 * kStageRowBytes, "four chunks further");
-    tile_ = tile;
-    to_first_ = tile + tile_offset(lane / 4, lane % kStageChunks);
-    to_second_ = tile + (tile_offset(lane / 4, lane % kStageChunks) ^ kStageRowBytes);
-    to_scale_ = tile + kTileBytes + lane * Format::kScaleBytes;
+                                          const Walk& walk, uint8_t* ring)
+      : moe_(moe), plan_(plan), groups_(groups), walk_(walk) {
+    const int warp = threadIdx.x / kWarp % kWarps;
+    ring_ = ring + threadIdx.x / kWarp * kStages * kBytes;
     first_step_ = warp * plan.steps / kWarps;
     end_step_ = (warp + 1) * plan.steps / kWarps;
-  }
-
-  // From where the team stands. Not before the copies of an earlier start have arrived.
-  __device__ __forceinline__ void start(const Walk& walk) {
-    walk_ = walk;
     step_ = first_step_;
     if (first_step_ == end_step_) walk_.unit = walk_.end;
     locate();
-#pragma unroll 1  // code that a kernel runs once is slow to come
-    for (int i = 0; i < kStages - 1; ++i) copy_next(i * kBytes);
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) copy_next(ring_ + i * kBytes);
   }
 
   __device__ __forceinline__ int first_step() const { return first_step_; }
@@ -100,10 +88,10 @@ class WeightStream {
   __device__ __forceinline__ const uint8_t* next() {
     ptx::cp_async_wait<kStages - 2>();
     __syncwarp();
-    copy_next(written_);
+    copy_next(ring_ + written_);
     written_ = read_;
     read_ = read_ == (kStages - 1) * kBytes ? 0 : read_ + kBytes;
-    return ring_ + (tile_ + written_);
+    return ring_ + written_;
   }
 
  private:
@@ -111,65 +99,67 @@ class WeightStream {
   static constexpr int kUnitRows = kFirst ? kStageRows / 2 : kStageRows;  // of each weight that is read
   static constexpr int kFragmentRows = kUnitRows / 2;                     // from fragment 0 of a stage to fragment 1
 
-  // Addresses of this lane in the current unit at step 0: its row (lane / 4) of the upper and of the lower half of a
-  // fragment, and the scales of its row (lane) of the stage.
+  // Addresses of this lane in the current unit: its row (lane / 4) of the upper and of the lower half of a fragment,
+  // and the scales of its row (lane) of the stage.
   __device__ __forceinline__ void locate() {
     if (walk_.done()) return;
     const int lane = threadIdx.x % kWarp, row = lane / 4, half = lane / 8 % 2, expert = groups_.expert_of(walk_.group);
     const int64_t first = (static_cast<int64_t>(expert) * plan_.row_tiles.value() + walk_.tile) * kUnitRows;
     const MoeWeight& above = kFirst ? moe_.w1 : moe_.w2;
     const MoeWeight& below = kFirst ? moe_.w3 : moe_.w2;
-    const int column = lane % kStageChunks * 16;
+    const int column = lane % kStageChunks * 16 + step_ * kStageRowBytes;
     upper_ = static_cast<const uint8_t*>(above.weight) + (first + row) * plan_.row_bytes + column;
     lower_ = static_cast<const uint8_t*>(below.weight) + (first + row + (kFirst ? 0 : 8)) * plan_.row_bytes + column;
     if constexpr (Format::kScaleBytes > 0) {
       const int64_t scale_row = first + lane / 16 * kFragmentRows + lane % 8 + (kFirst ? 0 : half * 8);
       const auto* const scales = static_cast<const uint8_t*>((kFirst && half == 1 ? below : above).scale);
-      scales_ = scales + scale_row * plan_.steps * Format::kScaleBytes;
+      scales_ = scales + (scale_row * plan_.steps + step_) * Format::kScaleBytes;
     }
   }
 
-  // `at`: place of the stage among those of the warp. Addresses are products of the step with a constant, of one
-  // instruction each: they need no pointers that move.
-  __device__ __forceinline__ void copy_next(int at) {
+  __device__ __forceinline__ void copy_next(uint8_t* stage) {
     if (!walk_.done()) {
-      const int64_t column = static_cast<int64_t>(step_) * kStageRowBytes;
+      const int lane = threadIdx.x % kWarp;
+      const int first = tile_offset(lane / 4, lane % kStageChunks), second = first ^ kStageRowBytes;  // of fragment 1
+      static_assert(kStageChunks * 16 == kStageRowBytes && kTileRowBytes == 2 * kStageRowBytes, "four chunks further");
       const int64_t fragment = static_cast<int64_t>(kFragmentRows) * plan_.row_bytes;
-      const uint8_t *const upper = upper_ + column, *const lower = lower_ + column;
-      uint8_t *const first = ring_ + (to_first_ + at), *const second = ring_ + (to_second_ + at);
-      ptx::cp_async_16(first, upper, 16);
-      ptx::cp_async_16(first + 8 * kTileRowBytes, lower, 16);
-      ptx::cp_async_16(second, upper + fragment, 16);
-      ptx::cp_async_16(second + 8 * kTileRowBytes, lower + fragment, 16);
-      if constexpr (Format::kScaleBytes > 0) {
-        const uint8_t* const scales = scales_ + static_cast<int64_t>(step_) * Format::kScaleBytes;
-        if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(ring_ + (to_scale_ + at), scales, 4);
-        if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(ring_ + (to_scale_ + at), scales);
-      }
-      if (++step_ == end_step_) advance_pass();
+      ptx::cp_async_16(stage + first, upper_, 16);
+      ptx::cp_async_16(stage + first + 8 * kTileRowBytes, lower_, 16);
+      ptx::cp_async_16(stage + second, upper_ + fragment, 16);
+      ptx::cp_async_16(stage + second + 8 * kTileRowBytes, lower_ + fragment, 16);
+      uint8_t* const scale = stage + kTileBytes + lane * Format::kScaleBytes;
+      if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(scale, scales_, 4);
+      if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(scale, scales_);
+      advance();
     }
     ptx::cp_async_commit();
   }
 
+  __device__ __forceinline__ void advance() {
+    upper_ += kStageRowBytes;
+    lower_ += kStageRowBytes;
+    scales_ += Format::kScaleBytes;
+    if (++step_ == end_step_) advance_pass();
+  }
+
   __device__ __forceinline__ void advance_pass() {
     step_ = first_step_;
-    const int group = walk_.group;
+    const int group = walk_.group, steps = end_step_ - first_step_;
     const bool another_unit = walk_.advance(plan_, groups_);
     if (walk_.group != group) return locate();
     const int64_t rows = another_unit ? kTeams * kUnitRows : 0;
-    upper_ += rows * plan_.row_bytes;
-    lower_ += rows * plan_.row_bytes;
-    if constexpr (Format::kScaleBytes > 0) scales_ += rows * plan_.steps * Format::kScaleBytes;
+    upper_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    lower_ += rows * plan_.row_bytes - steps * kStageRowBytes;
+    scales_ += (rows * plan_.steps - steps) * Format::kScaleBytes;
   }
 
   const Moe& moe_;
   const DecodePlan& plan_;
   const PairGroups& groups_;
-  Walk walk_{};  // of the copies
-  uint8_t* ring_;  // of all warps
-  int tile_, to_first_, to_second_, to_scale_;  // in the ring: the warp's first stage, where the lane copies to in it
-  int first_step_, end_step_, step_ = 0;
-  int read_ = 0, written_ = (kStages - 1) * kBytes;  // stages to read next, and to write next, from the warp's first
+  Walk walk_;  // of the copies
+  uint8_t* ring_;
+  int first_step_, end_step_, step_;
+  int read_ = 0, written_ = (kStages - 1) * kBytes;  // stages to read next, and to write next
   const uint8_t* upper_ = nullptr;
   const uint8_t* lower_ = nullptr;
   const uint8_t* scales_ = nullptr;

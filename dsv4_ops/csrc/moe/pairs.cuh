@@ -40,7 +40,13 @@ class PairGroups {
   template <int kThreads>
   __device__ __forceinline__ void find(const PairIds& in, int64_t first_token, int pairs) {
     for (int pair = threadIdx.x; pair < padded(pairs); pair += kThreads) {
-      keys_[pair] = pair < pairs ? key_of(in, first_token, pair) : ~0u;
+      uint32_t key = ~0u;
+      if (pair < pairs) {
+        const int token = in.k.divide(pair), slot = pair - token * static_cast<int>(in.k.value());
+        const int id = ptx::load_relaxed(in.ids + (first_token + token) * in.stride + slot);
+        key = (id >= 0 && id < in.experts ? static_cast<uint32_t>(id) << kPairBits : kNobody) | pair;
+      }
+      keys_[pair] = key;
     }
     __syncthreads();
     for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
@@ -71,16 +77,6 @@ class PairGroups {
     __syncthreads();
   }
 
-  // Whether the ids are other ones now than `find` saw. Called by kThreads threads together.
-  template <int kThreads>
-  __device__ __forceinline__ bool changed(const PairIds& in, int64_t first_token, int pairs) const {
-    bool changed = false;
-    for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
-      changed = changed || keys_[pair] != key_of(in, first_token, pair);
-    }
-    return __syncthreads_or(changed) != 0;
-  }
-
   __device__ __forceinline__ int count() const { return groups_; }
   __device__ __forceinline__ int pairs_of(int group) const { return heads_[group + 1] - heads_[group]; }
   __device__ __forceinline__ int expert_of(int group) const { return expert_at(place_of(group)); }
@@ -95,12 +91,6 @@ class PairGroups {
   static constexpr uint32_t kNobody = 1u << 31;  // above every expert
   static constexpr uint16_t kHead = 1u << 15, kNoPair = 0xFFFF;
   static_assert(kBlockPairs == 1 << kPairBits && (int64_t{kExpertsMost} << kPairBits) <= kNobody, "keys of 32 bits");
-
-  static __device__ __forceinline__ uint32_t key_of(const PairIds& in, int64_t first_token, int pair) {
-    const int token = in.k.divide(pair), slot = pair - token * static_cast<int>(in.k.value());
-    const int id = ptx::load_relaxed(in.ids + (first_token + token) * in.stride + slot);
-    return (id >= 0 && id < in.experts ? static_cast<uint32_t>(id) << kPairBits : kNobody) | pair;
-  }
 
   __host__ __device__ static int padded(int count) { return (count + 7) / 8 * 8; }
 
