@@ -40,7 +40,9 @@ def test_traffic_counts_every_input_and_output_byte(case):
     arguments = case.make(Inputs("cpu"))
     outputs = case.op.alloc(*arguments)
     assert case.traffic.written == tensor_bytes(outputs if isinstance(outputs, tuple) else (outputs,))
-    names = [argument.name for argument in case.op.overload._schema.arguments]
+    schema = case.op.overload._schema.arguments
+    assert all(argument.has_default_value() for argument in schema[len(arguments) :])
+    names = [argument.name for argument in schema[: len(arguments)]]
     tensors = {name: value for name, value in zip(names, arguments, strict=True) if isinstance(value, Tensor)}
     whole = tensor_bytes(value for name, value in tensors.items() if not partly_read(case.op_name, name))
     rope = case.tokens * 4 * TINY.rope_dim if "rope_table" in tensors else 0

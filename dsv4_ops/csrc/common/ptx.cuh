@@ -75,16 +75,16 @@ __device__ __forceinline__ int32_t load_relaxed(const int32_t* address) {
 // fence.acq_rel.gpu: loads after it see at least what the loads before it could have seen; what L1 holds is dropped.
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// mul.hi.u32: the upper word of the product. By 2^(32 - n) it is a shift to the right by n that does not take the pipe of
-// shifts and logic, which is the busy one where codes are taken apart.
+// mul.hi.u32: the upper word of the product. By 2^(32 - n) it is a shift to the right by n that does not take the pipe
+// of shifts and logic, which is the busy one where codes are taken apart.
 __device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("mul.hi.u32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
 
-// lop3.b32: the bits of `a` where `mask` has ones, else those of `b`. Written out in C++ and masked again afterwards, it
-// becomes two instructions for each mask.
+// lop3.b32: the bits of `a` where `mask` has ones, else those of `b`. Written out in C++ and masked again afterwards,
+// it becomes two instructions for each mask.
 template <uint32_t kMask>
 __device__ __forceinline__ uint32_t select_bits(uint32_t a, uint32_t b) {
   uint32_t result;

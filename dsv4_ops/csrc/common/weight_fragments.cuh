@@ -96,8 +96,8 @@ __device__ __forceinline__ __half2 nvfp4_factor(uint32_t scale) {
 }
 
 // Eight E2M1 codes times their block scale, pairs as above, each worth 2^-7 of the product: exact, for the product has
-// at most 6 significant bits and lies in 2^-10 .. 2688. With the scale itself as factor a pair is worth 2^-14: exact too,
-// for products are multiples of 2^-10 and the subnormals of f16 multiples of 2^-24.
+// at most 6 significant bits and lies in 2^-10 .. 2688. With the scale itself as factor a pair is worth 2^-14: exact
+// too, for products are multiples of 2^-10 and the subnormals of f16 multiples of 2^-24.
 __device__ __forceinline__ void nvfp4_halves(uint32_t (&halves)[4], uint32_t codes, __half2 factor) {
   e2m1_halves(halves, codes);
 #pragma unroll

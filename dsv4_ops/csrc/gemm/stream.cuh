@@ -21,8 +21,8 @@
 // Floor: the weights, once, from memory. Of 64 tokens the instructions take longer: every warp converts x for itself.
 //
 // H200, 2026-11-25, us of FP8 weights cold (floor), one token: 1536 x 4096 7.3 (1.3), 32768 x 1024 15.1 (7.2), 4096 x
-// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0). One behind the other with weights of their own, none of them in L2, so that
-// the next one's ring fills meanwhile, they take 3.9, 9.7, 10.0 and 30.4.
+// 8192 15.5 (7.1), 7168 x 16384 41.6 (25.0). One behind the other with weights of their own, none of them in L2, so
+// that the next one's ring fills meanwhile, they take 3.9, 9.7, 10.0 and 30.4.
 #pragma once
 
 #include <cuda_bf16.h>

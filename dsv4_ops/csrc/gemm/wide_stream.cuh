@@ -21,10 +21,10 @@
 // latency of x at the start (a thread loads its part of x in one batch) and of the sums at the end. Should be bound by
 // memory, and add_ranges comes on top. Where x comes in windows, each tile of rows loads it again.
 //
-// H200, 2026-11-25, us one behind the other as in stream.cuh (floor), 64 tokens: 32768 x 1024 18.2 (8.2), 4096 x 8192 20.3
-// (7.4). By mma.sync, with x converted in every warp, they took 22.7 and 25.0. With another loop, in which both tiles of a
-// warp are under way at once, the first took as long: what is left is not its order but staging x before the first
-// product, and eight pieces a warp that hardly fill a ring of three.
+// H200, 2026-11-25, us one behind the other as in stream.cuh (floor), 64 tokens: 32768 x 1024 18.2 (8.2), 4096 x 8192
+// 20.3 (7.4). By mma.sync, with x converted in every warp, they took 22.7 and 25.0. With another loop, in which both
+// tiles of a warp are under way at once, the first took as long: what is left is not its order but staging x before the
+// first product, and eight pieces a warp that hardly fill a ring of three.
 #pragma once
 
 #include "common/ptx_sm90_gemm.cuh"

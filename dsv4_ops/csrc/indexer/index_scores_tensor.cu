@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kMostWarpgroups<kForm, kPaired>* kWarpgroup, k
     const auto product = [&](int first) {  // with the queries of rows from `first` on
       float acc[kN / 2];
       start_product<kForm, kN>(acc, keys, ptx::advance_descriptor(first_queries, first * kHeads * 128), panel);
-      // Of the product before. The condition, which always holds, keeps ptxas from mixing shuffles with the steps of the
-      // product, the last of which would wait for them.
+      // Of the product before. The condition, which always holds, keeps ptxas from mixing shuffles with the steps of
+      // the product, the last of which would wait for them.
       if (task.capacity > 0) put_scores<kPaired>(sums, upper, seen_by, block.rows, task.capacity, sink);
       sums.scale = keys.scale;
       sums.row = first + own_row;

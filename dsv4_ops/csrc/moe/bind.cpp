@@ -36,9 +36,8 @@ class Arguments {
     const int64_t d = x.size(x.dim() - 1) * x_packing;
     const bool fits = w1.dim() == 3 && w1.size(2) * packing == d && w1.size(1) % packing == 0 && d <= kMostWidth &&
                       w1.size(0) <= kMostExperts && w1.size(1) <= kMostWidth;
-    const std::string packed = packing == 2 ? ", packed by two" : "";
-    call_.expect(fits, "w1", "[E, I, d] with d = " + std::to_string(d) + packed + ", E at most 65536 and I at most 2^20",
-                 w1);
+    const std::string width = std::to_string(d) + (packing == 2 ? ", packed by two" : "");
+    call_.expect(fits, "w1", "[E, I, d] with d = " + width + ", E at most 65536 and I at most 2^20", w1);
     moe.d = static_cast<int>(d);
     moe.experts = static_cast<int>(w1.size(0));
     moe.inner = static_cast<int>(w1.size(1));

@@ -14,19 +14,20 @@
 //   HBM -> (cp.async, ring of 3 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
 //   x, h -> (8-bit codes, f16 or bf16 in shared memory, once for several groups) -> B operand
 //
-// Shared memory: ring 102 KiB (MXFP4; 108 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB | rows of x | their
-// scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the first kernel, so the
-// second one starts to stream w2 on every SM that the first has left, before it waits.
+// Shared memory: ring 102 KiB (MXFP4; 108 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB | rows of x |
+// their scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the first kernel,
+// so the second one starts to stream w2 on every SM that the first has left, before it waits.
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
 // the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
 // instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
 // cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
 //
-// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.0 (17.1), 7168 x 3072 75.5 (44.8), NVFP4 41.9 (18.1)
-// and 80.4 (47.4); MXFP4, 16 tokens on 256 experts 395 (273), 64 on 32 experts 217 (91). What was tried: 8 warps an SM
-// instead of 16 is 10 to 15 % slower; deeper rings, addresses from the step and scales decoded once a stage give 3 to 7 %
-// at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed nothing.
+// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.0 (17.1), 7168 x 3072 75.5 (44.8), NVFP4 41.9
+// (18.1) and 80.4 (47.4); MXFP4, 16 tokens on 256 experts 395 (273), 64 on 32 experts 217 (91). What was tried: 8 warps
+// an SM instead of 16 is 10 to 15 % slower; deeper rings, addresses from the step and scales decoded once a stage give
+// 3 to 7 % at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed
+// nothing.
 #include <algorithm>
 
 #include "common/launch.cuh"

@@ -2,8 +2,8 @@
 //
 // A stage is 32 rows of a weight by 64 bytes: 128 values of E2M1, 64 of E4M3, 32 of bf16. Rows 0..15 lie in the chunks
 // 0..3 of a tile of weight_fragments.cuh and rows 16..31 in its chunks 4..7, so that the stage is two fragments high
-// (m = 0, 1); behind the tile lie the scales of each row. Weights are the M of the products and rows of x their N, eight
-// of them a tile of x. All operands are exact in f16 (or bf16), all sums are fp32:
+// (m = 0, 1); behind the tile lie the scales of each row. Weights are the M of the products and rows of x their N,
+// eight of them a tile of x. All operands are exact in f16 (or bf16), all sums are fp32:
 //
 //   MXFP4   codes; the sum of 32 products is scaled by the weight's scale, the sum of 128 by that of x
 //   NVFP4   codes times block scales; global scales in the end

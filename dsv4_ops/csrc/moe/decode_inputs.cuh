@@ -1,7 +1,8 @@
 // The rows of x that groups of pairs multiply with: to shared memory, in the order that the products want.
 //
-// For w1 and w3 these are the tokens' rows of x; for w2 they are rows of h, which every CTA that needs one quantises for
-// itself. They are brought for as many groups at a time as fit. Called by all threads of a CTA between two barriers.
+// For w1 and w3 these are the tokens' rows of x; for w2 they are rows of h, which every CTA that needs one quantises
+// for itself. They are brought for as many groups at a time as fit. Called by all threads of a CTA between two
+// barriers.
 #pragma once
 
 #include <type_traits>
@@ -123,8 +124,9 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
   for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += kThreads) {
     const MoeWeight& weight = !kFirst ? rows.moe.w2 : i < blocks ? rows.moe.w1 : rows.moe.w3;
     const int64_t at = first + i % blocks;
-    rows.weight_scales()[i] = weight.dtype == Dtype::kFp32 ? static_cast<const float*>(weight.scale)[at]
-                                                           : decode_ue8m0(static_cast<const uint8_t*>(weight.scale)[at]);
+    const bool fp32 = weight.dtype == Dtype::kFp32;
+    rows.weight_scales()[i] = fp32 ? static_cast<const float*>(weight.scale)[at]
+                                   : decode_ue8m0(static_cast<const uint8_t*>(weight.scale)[at]);
   }
 }
 

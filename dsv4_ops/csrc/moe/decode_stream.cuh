@@ -1,9 +1,10 @@
 // The weights that one warp reads, in the order in which it needs them, as a ring of stages that runs ahead.
 //
-// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2). Its
-// teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team has a
-// part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet. Fragment m
-// of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet in one lane.
+// A CTA has a range of units: 32 rows of a weight of one group of pairs (16 of w1 and the same 16 of w3, or 32 of w2).
+// Its teams take them in turn, in one pass for every 16 pairs (the second finds the weights in L2). Each warp of a team
+// has a part of k to itself, the same in every unit, so that warps wait for each other only where their sums meet.
+// Fragment m of a stage of w1 and w3 is 8 rows of w1 above the same 8 rows of w3: then gate and up of an element meet
+// in one lane.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -21,7 +22,8 @@ struct Share {
 
   __device__ __forceinline__ Share(const DecodePlan& plan, const PairGroups& groups) {
     const int units = groups.count() * static_cast<int>(plan.row_tiles.value());
-    const int share = plan.ctas.divide(units), more = units - share * static_cast<int>(gridDim.x);  // CTAs with one more
+    const int share = plan.ctas.divide(units);
+    const int more = units - share * static_cast<int>(gridDim.x);  // CTAs with one more
     const int cta = static_cast<int>(blockIdx.x);
     begin = cta * share + min(cta, more);
     end = begin + share + (cta < more);

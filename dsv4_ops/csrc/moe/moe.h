@@ -1,7 +1,8 @@
 // Launchers of the family `moe`; shapes and dtypes are those of dsv4_ops/ops/moe.py.
 //
 // All four ops are one computation on a `Moe`: products with w1 and w3, SwiGLU, quantisation, product with w2, sum over
-// the slots of a row, sum of that and what the shared expert made of it. A pair is one slot of one token, number token * k + slot. launch_moe chooses who computes it:
+// the slots of a row, sum of that and what the shared expert made of it. A pair is one slot of one token, number token
+// * k + slot. launch_moe chooses who computes it:
 //
 //   prefill   many tokens: where prefill_serves says so (prefill_dispatch.cpp)
 //   decode    few tokens: weights are streamed once for all pairs of an expert (decode.cu)

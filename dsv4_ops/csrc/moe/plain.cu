@@ -1,9 +1,9 @@
 // The routed experts where no tensor core serves: fp32, widths that are no multiples of 128, other groups of x.
 //
-// A warp computes one element: h of a pair and a column (two dot products of d), or the result of a pair and a column (one
-// of `inner`), with operands read and dequantised value by value. Between the two a warp takes each row of h to its
-// quantised values and back, in place; they are exact in bf16. Every dot product is a sum over lanes of sums over every
-// 32nd value. Floor: none was aimed at; small models and fp32 checks run here.
+// A warp computes one element: h of a pair and a column (two dot products of d), or the result of a pair and a column
+// (one of `inner`), with operands read and dequantised value by value. Between the two a warp takes each row of h to
+// its quantised values and back, in place; they are exact in bf16. Every dot product is a sum over lanes of sums over
+// every 32nd value. Floor: none was aimed at; small models and fp32 checks run here.
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
 #include "common/quantise.cuh"
