@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention_gpu import CHART_SOURCE, KINDS, SWEEP_HEADS, curves, goal_of, peer_us, short
-from docs.svg import Canvas, Point
+from docs.svg import Canvas, Point, publish
 
 TARGET = Path(__file__).with_name("attention.svg")
 LEFT, TOP, BOTTOM, HEIGHT = 24, 118, 62, 440
@@ -136,15 +136,7 @@ def load() -> Mapping[str, Any] | None:
 def main() -> int:
     record = load()
     picture = None if record is None else draw(record)
-    drawn = TARGET.read_text(encoding="utf-8") if TARGET.is_file() else None
-    if sys.argv[1:] == ["--check"]:
-        return int(drawn != picture)
-    if picture is None:
-        TARGET.unlink(missing_ok=True)
-        print(f"{CHART_SOURCE} has nothing to draw; run `dsv4 bench attention` on an H200", file=sys.stderr)
-    else:
-        TARGET.write_text(picture, encoding="utf-8")
-    return 0
+    return publish(TARGET, picture, f"{CHART_SOURCE} has nothing to draw; run `dsv4 bench attention` on an H200")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ state are computed from the page layouts for the released head dimensions.
 import sys
 from pathlib import Path
 
-from docs.svg import Canvas
+from docs.svg import Canvas, publish
 from dsv4_ops.ops.pages import index_page_bytes, kv_entry_bytes
 
 TARGET = Path(__file__).with_name("block.svg")
@@ -284,11 +284,7 @@ def draw() -> str:
 
 
 def main() -> int:
-    picture = draw()
-    if sys.argv[1:] == ["--check"]:
-        return int(not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != picture)
-    TARGET.write_text(picture, encoding="utf-8")
-    return 0
+    return publish(TARGET, draw(), nothing="")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 from benchmarks.result import Row, headlines
-from docs.svg import Canvas
+from docs.svg import Canvas, publish
 
 TARGET = Path(__file__).with_name("ops.svg")
 SOURCE = RESULTS / "ops_h200.json"
@@ -104,15 +104,7 @@ def load() -> Mapping[str, Any] | None:
 def main() -> int:
     record = load()
     picture = None if record is None else draw(record)
-    drawn = TARGET.read_text(encoding="utf-8") if TARGET.is_file() else None
-    if sys.argv[1:] == ["--check"]:
-        return int(drawn != picture)
-    if picture is None:
-        TARGET.unlink(missing_ok=True)
-        print(f"{SOURCE} has nothing to draw; run `dsv4 bench` on an H200", file=sys.stderr)
-    else:
-        TARGET.write_text(picture, encoding="utf-8")
-    return 0
+    return publish(TARGET, picture, f"{SOURCE} has nothing to draw; run `dsv4 bench` on an H200")
 
 
 if __name__ == "__main__":

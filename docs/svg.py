@@ -1,7 +1,9 @@
 """The few shapes that the block picture is made of, as SVG text. Everything is placed by absolute coordinates."""
 
+import sys
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 SANS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -93,3 +95,19 @@ class Canvas:
             'stroke="#d0d7de"/>\n'
         )
         return head + "\n".join(self.parts) + "\n</svg>\n"
+
+
+def publish(target: Path, picture: str | None, nothing: str) -> int:
+    """Write a script's picture, or with `--check` compare it with what is there; the script's exit status.
+
+    Without a picture there is no file, and `nothing` says why.
+    """
+    drawn = target.read_text(encoding="utf-8") if target.is_file() else None
+    if sys.argv[1:] == ["--check"]:
+        return int(drawn != picture)
+    if picture is None:
+        target.unlink(missing_ok=True)
+        print(nothing, file=sys.stderr)
+    else:
+        target.write_text(picture, encoding="utf-8")
+    return 0
