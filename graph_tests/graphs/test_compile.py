@@ -135,6 +135,8 @@ def inductor_knows_every_op(monkeypatch):
         return make_fallback(target, *arguments, **keywords)
 
     monkeypatch.setattr("torch._inductor.graph.make_fallback", found_by_inductor)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 @torch.no_grad()
