@@ -12,19 +12,19 @@ KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed
 
 def quantisable_config(layers: int = 4, **changes: Any) -> dict[str, Any]:
     """Every dimension along which weights are scaled is a multiple of 128; window 8, ratios 4 and 8, top-k 4."""
-    return small_ratio_config(
-        num_hidden_layers=layers,
-        num_hash_layers=2,
-        hidden_size=128,
-        moe_intermediate_size=128,
-        q_lora_rank=128,
-        head_dim=128,
-        qk_rope_head_dim=64,
-        o_lora_rank=128,
-        index_n_heads=8,
-        index_head_dim=64,
-        **changes,
-    ) | {"layer_types": [KINDS[layer % 3] for layer in range(layers)]}
+    sizes = {
+        "num_hidden_layers": layers,
+        "num_hash_layers": 2,
+        "hidden_size": 128,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "o_lora_rank": 128,
+        "index_n_heads": 8,
+        "index_head_dim": 64,
+    }
+    return small_ratio_config(**sizes | changes) | {"layer_types": [KINDS[layer % 3] for layer in range(layers)]}
 
 
 def tiny_checkpoint(directory: Path, weight_format: str = "bf16", seed: int = 0, **changes: Any) -> Path:

@@ -6,8 +6,6 @@ from torch import Tensor
 from graph_tests.ops.operands import E4M3_CODES, fp8_rows, fp8_weight, mxfp4_weight, nvfp4, pick
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
-FORMATS = ("mxfp4", "nvfp4", "fp8", "dense")
-IDS = {"dense": 1, "fp8": 2, "mxfp4": 2, "nvfp4": 3}  # place of ids; what is before it, and the next, has rows
 FLASH, PRO = (4096, 2048), (7168, 3072)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from graph_tests import checks
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, on_cuda
-from graph_tests.cuda.moe_inputs import FLASH, FORMATS, IDS, PRO, any_codes, choose, make, released
-from graph_tests.ops import test_moe as cpu
+from graph_tests.cuda.moe_inputs import FLASH, PRO, any_codes, choose, make, released
+from graph_tests.ops import moe_cases as cpu
+from graph_tests.ops.moe_cases import FORMATS, IDS
 
 pytestmark = pytest.mark.cuda
 

@@ -13,8 +13,9 @@ import torch
 from dsv4_ops.ops.moe_workspace import prefill_bytes
 from graph_tests import checks
 from graph_tests.cuda.kernel_checks import bits, check_kernel, on_cuda
-from graph_tests.cuda.moe_inputs import FLASH, FORMATS, IDS, PRO, choose, make, released
+from graph_tests.cuda.moe_inputs import FLASH, PRO, choose, make, released
 from graph_tests.cuda.test_moe import call, near
+from graph_tests.ops.moe_cases import FORMATS, IDS
 from graph_tests.ops.operands import fp8_rows, mxfp4_weight, nvfp4
 
 pytestmark = pytest.mark.cuda

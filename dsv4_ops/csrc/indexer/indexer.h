@@ -1,4 +1,4 @@
-// Launchers of the family `indexer`; shapes and dtypes are those of dsv4_ops/ops/indexer.py.
+// Launchers of the family `indexer`; shapes and dtypes are those of dsv4_ops/ops/{index_query,indexer}.py.
 #pragma once
 
 #include <cuda_runtime_api.h>

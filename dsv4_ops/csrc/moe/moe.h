@@ -10,7 +10,7 @@
 //
 // Who computes a token depends on widths, dtypes and, beyond what a decode step has, on the number of tokens.
 //
-// Workspace, from its start (each part at a multiple of 16 bytes; dsv4_ops/ops/moe.py allocates with the same numbers):
+// Workspace, from its start (each part at a multiple of 16 bytes; dsv4_ops/ops/moe_workspace.py has the same numbers):
 //
 //   h        [pairs, inner]  activation dtype   after SwiGLU and the route weight
 //   results  [pairs, d]      activation dtype   what w2 makes of it; the sum over the slots reads it

@@ -97,7 +97,7 @@ cudaError_t launch_prefill_spread(const PrefillSpread& spread, cudaStream_t stre
 cudaError_t launch_prefill_requant(uint8_t* h, float* factor, const PrefillRows& rows, int columns,
                                    cudaStream_t stream);
 
-// Bytes of workspace of a prefill, as dsv4_ops/ops/moe.py computes them.
+// Bytes of workspace of a prefill, as dsv4_ops/ops/moe_workspace.py computes them.
 int64_t prefill_workspace_size(int64_t pairs, int64_t experts, int64_t d, int64_t inner);
 
 // y [tokens, out] bf16 = x @ weight^T for FP4 weights, for many tokens.
