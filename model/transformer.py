@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dsv4_ops import ops
 from dsv4_ops.ops.rope import rope_table
-from model.block import Block
+from model.block import Block, Flow
 from model.config import ModelConfig
 from model.linear import Binding, parameter, quantise
 from model.state import CacheFormat, DecodeState, StateSizes
@@ -56,11 +56,12 @@ class DraftBlock(nn.Module):
         self.block = Block(name, config, "window", 0, False, storage, index_format)
         self.head = Head(f"{name}.", f"{name}.norm.weight", config, storage)
 
-    def streams(self, trunk: Tensor, embedded: Tensor) -> Tensor:
-        """trunk [B, S, n, d], embedded next tokens [B, S, d] -> the block's input: Wep e + Whp h_k in every stream."""
+    def inputs(self, trunk: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """trunk [B, S, n, d], embedded next tokens [B, S, d] -> Wep e [B, S, d] and Whp h_k [B, S, n, d]: the block
+        reads their sum in every stream."""
         e = self.e_proj(*quantise(ops.rms_norm(embedded, self.enorm, self.eps), self.e_proj.activation))
         h = self.h_proj(*quantise(ops.rms_norm(trunk, self.hnorm, self.eps), self.h_proj.activation))
-        return e.unsqueeze(-2) + h
+        return e, h
 
     def bindings(self) -> list[Binding]:
         return [
@@ -123,6 +124,9 @@ class DeepseekV4(nn.Module):
         free = torch.full((rows, config.num_experts_per_tok), -1, dtype=torch.int32, device=device)
         self.register_buffer("free_slots", free, persistent=False)  # the router chooses
         ones = torch.ones(rows, dtype=torch.float32, device=device)
+        eye = torch.eye(config.hc_mult, dtype=torch.float32, device=device)
+        self.register_buffer("enter_post", ones[:, None].repeat(1, config.hc_mult), persistent=False)
+        self.register_buffer("enter_comb", eye.repeat(rows, 1, 1), persistent=False)
         for block in (*self.blocks, *(draft.block for draft in self.drafts)):
             block.ffn.shared.ones = ones
 
@@ -132,15 +136,22 @@ class DeepseekV4(nn.Module):
         [B, S, n, d] after the last block. Writes the caches. B is the batch of the state (default: the model's whole
         state), S at most its chunk."""
         known = tokens.clamp_min(0)
-        streams = self.embed[known.unsqueeze(-1).expand(-1, -1, self.config.hc_mult)]
+        x = self.embed[known]
+        flow = self.enter(x, x.new_zeros(*tokens.shape, self.config.hc_mult, x.shape[-1]))
         tables = iter(self.hash_experts)
         layers = (self.state if state is None else state).layers
         for block, layer in zip(self.blocks, layers, strict=False):
             fixed = next(tables)[known] if block.ffn.hashed else self.free(tokens)
             table = self.window_rope if block.attn.kind == "window" else self.compressed_rope
-            self._mark_rows_dynamic(streams, positions, fixed)
-            streams = block(streams, positions, fixed, table, layer)
-        return streams
+            self._mark_rows_dynamic(*flow, positions, fixed)
+            flow = block(flow, positions, fixed, table, layer)
+        return flow.mixed()
+
+    def enter(self, x: Tensor, streams: Tensor) -> Flow:
+        """The flow into a first block that reads x [B, S, d] + streams [B, S, n, d]."""
+        rows = slice(x.shape[0] * x.shape[1])
+        post, comb = self.enter_post[rows], self.enter_comb[rows]
+        return Flow(x, streams, *(part.view(*x.shape[:2], *part.shape[1:]) for part in (post, comb)))
 
     def free(self, tokens: Tensor) -> Tensor:
         """fixed_ids of tokens [B, S] for which the router chooses all experts."""
@@ -155,9 +166,9 @@ class DeepseekV4(nn.Module):
         """Trunk streams at `positions` and the tokens that follow them -> logits of the tokens after those."""
         module = self.drafts[draft]
         layer = self.state.layers[len(self.blocks) + draft]
-        streams = module.streams(streams, self.embed[next_tokens.clamp_min(0)])
-        streams = module.block(streams, positions, self.free(positions), self.window_rope, layer)
-        return module.head(streams, self.vocabulary)
+        flow = self.enter(*module.inputs(streams, self.embed[next_tokens.clamp_min(0)]))
+        flow = module.block(flow, positions, self.free(positions), self.window_rope, layer)
+        return module.head(flow.mixed(), self.vocabulary)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 The rules match our own nodes, so they do not depend on how torch decomposes anything. A fused op's reference is the
 literal composition of its parts: rewriting changes no bit. Later rules see what earlier ones made, so
 
-    hc_post, hc_pre, rms_norm, quant_fp8  ->  hc_post, hc_pre, rms_norm_quant_fp8
-                                          ->  hc_post, hc_pre_rms_norm_quant_fp8  ->  hc_post_pre_rms_norm_quant_fp8
+    hc_post, hc_pre, rms_norm, quant_fp8  ->  hc_post, hc_pre_rms_norm, quant_fp8
+                                          ->  hc_post_pre_rms_norm, quant_fp8  ->  hc_post_pre_rms_norm_quant_fp8
 """
 
 import operator
@@ -20,37 +20,34 @@ from dsv4_ops.registry import TABLE
 
 @dataclass(frozen=True)
 class Rule:
-    """`consumer(producer(*a), *b)` becomes `fused(*a, *b)`.
+    """`consumer(producer(*a), *b)` becomes `fused(*a, *b)`; of an op with several results the consumer reads `y`.
 
-    keeps_producer: the fused op also returns the producer's result, so that may have other users.
+    keeps_producer: the fused op first returns what the producer did, so that may have other users.
     """
 
     producer: str
     consumer: str
     fused: str
-    keeps_producer: bool
+    keeps_producer: bool = True
 
 
+# The norm of hc_pre's y, which the fused op returns in its place.
+NORMED_STREAMS = (Rule("hc_pre", "rms_norm", "hc_pre_rms_norm", False),)
+# Across the boundary of two sub-layers.
+BOUNDARIES = tuple(
+    Rule("hc_post", consumer, consumer.replace("hc_", "hc_post_")) for consumer in ("hc_pre_rms_norm", "hc_pre")
+)
+NORMS = ("rms_norm", "hc_pre_rms_norm", "hc_post_pre_rms_norm")
 PAIRS = (
-    Rule("rms_norm", "quant_fp8", "rms_norm_quant_fp8", True),
-    Rule("rms_norm", "quant_mxfp4", "rms_norm_quant_mxfp4", True),
+    *(Rule(norm, "quant_fp8", f"{norm}_quant_fp8") for norm in NORMS),
+    Rule("rms_norm", "quant_mxfp4", "rms_norm_quant_mxfp4"),
     Rule("swiglu", "quant_fp8", "swiglu_quant_fp8", False),
     Rule("swiglu", "quant_mxfp4", "swiglu_quant_mxfp4", False),
 )
 # NVFP4 needs the row scale between norm and quantiser: quant_nvfp4(y, nvfp4_row_scale(y)).
 ROW_SCALED = (
-    Rule("rms_norm", "quant_nvfp4", "rms_norm_quant_nvfp4", True),
+    *(Rule(norm, "quant_nvfp4", f"{norm}_quant_nvfp4") for norm in NORMS),
     Rule("swiglu", "quant_nvfp4", "swiglu_quant_nvfp4", False),
-)
-# The norm of hc_pre's first result, with or without a quantiser.
-NORMED_STREAMS = tuple(
-    Rule("hc_pre", consumer, f"hc_pre_{consumer}", False)
-    for consumer in ("rms_norm_quant_fp8", "rms_norm_quant_nvfp4", "rms_norm")
-)
-# Across the boundary of two sub-layers.
-BOUNDARIES = tuple(
-    Rule("hc_post", consumer, consumer.replace("hc_", "hc_post_"), True)
-    for consumer in ("hc_pre_rms_norm_quant_fp8", "hc_pre_rms_norm_quant_nvfp4", "hc_pre_rms_norm", "hc_pre")
 )
 
 
@@ -58,10 +55,10 @@ def fuse(graph: Graph) -> Counter:
     """Apply every rule until none matches; returns how often each fused op was made."""
     counts = Counter()
     for rules, rewrite in (
-        (PAIRS, _fuse_pair),
-        (ROW_SCALED, _fuse_row_scaled),
         (NORMED_STREAMS, _fuse_normed_streams),
         (BOUNDARIES, _fuse_pair),
+        (PAIRS, _fuse_pair),
+        (ROW_SCALED, _fuse_row_scaled),
     ):
         for rule in rules:
             for node in list(graph.nodes):
@@ -71,29 +68,27 @@ def fuse(graph: Graph) -> Counter:
 
 
 def _fuse_pair(graph: Graph, rule: Rule, consumer: Node) -> bool:
-    producer, *others = consumer.args
-    if not _is(producer, rule.producer) or not (rule.keeps_producer or len(producer.users) == 1):
+    y, *others = consumer.args
+    producer = _producer(rule, y)
+    if producer is None or not (rule.keeps_producer or len(y.users) == 1):
         return False
     if not _computed_before(graph, others, producer):
         return False
     results = _insert(graph, rule.fused, producer, (*producer.args, *others))
-    if rule.keeps_producer:
-        producer.replace_all_uses_with(results(0))
-    _replace_results(consumer, results, offset=int(rule.keeps_producer))
+    _replace_results(consumer, results, offset=_keep_results(rule, producer, results))
     _erase(graph, consumer, producer)
     return True
 
 
 def _fuse_row_scaled(graph: Graph, rule: Rule, consumer: Node) -> bool:
-    producer, scale = consumer.args
-    if not (_is(producer, rule.producer) and _is(scale, "nvfp4_row_scale") and scale.args[0] is producer):
+    y, scale = consumer.args
+    producer = _producer(rule, y)
+    if producer is None or not (_is(scale, "nvfp4_row_scale") and scale.args[0] is y):
         return False
-    if not rule.keeps_producer and set(producer.users) != {scale, consumer}:
+    if not rule.keeps_producer and set(y.users) != {scale, consumer}:
         return False
     results = _insert(graph, rule.fused, producer, producer.args)
-    first = int(rule.keeps_producer)
-    if rule.keeps_producer:
-        producer.replace_all_uses_with(results(0))
+    first = _keep_results(rule, producer, results)
     scale.replace_all_uses_with(results(first + 2))
     _replace_results(consumer, results, offset=first)
     _erase(graph, consumer, scale, producer)
@@ -101,25 +96,40 @@ def _fuse_row_scaled(graph: Graph, rule: Rule, consumer: Node) -> bool:
 
 
 def _fuse_normed_streams(graph: Graph, rule: Rule, consumer: Node) -> bool:
-    """hc_pre(x, fn, scale, base, norm_eps, ...) -> y, post, comb, and rms_norm*(y, weight, eps, ...): y is read by
-    nothing else, and the fused op has one eps for both."""
-    y, weight, eps, *group = consumer.args
-    producer = y.args[0] if _is_result(y, 0) else None
-    if not _is(producer, rule.producer):
+    """hc_pre(x, fn, scale, base, norm_eps, ...) -> y, post, comb, and rms_norm(y, weight, eps): y is read by nothing
+    else, and the fused op has one eps for both."""
+    y, weight, eps = consumer.args
+    producer = _producer(rule, y)
+    if producer is None:
         return False
     mix, scalars = producer.args[:4], producer.args[4:]
     others = [user for user in producer.users if _is_result(user, 0) and user is not y]
     if others or len(y.users) > 1 or eps != scalars[0] or not _computed_before(graph, (weight,), producer):
         return False
-    results = _insert(graph, rule.fused, producer, (*mix, weight, *scalars, *group))
-    if len(TABLE[rule.consumer].outputs) == 1:
-        consumer.replace_all_uses_with(results(0))
-    else:  # the normed row, then, behind post and comb, codes and scales
-        _replace_results(consumer, lambda index: results(index and index + 2), offset=0)
+    results = _insert(graph, rule.fused, producer, (*mix, weight, *scalars))
+    consumer.replace_all_uses_with(results(0))
     _erase(graph, consumer, y)
     _replace_results(producer, results, offset=0)
     _erase(graph, producer)
     return True
+
+
+def _producer(rule: Rule, y) -> Node | None:
+    """The call of the rule's producer of which `y` is the result, or its result y."""
+    outputs = TABLE[rule.producer].outputs
+    if len(outputs) > 1:
+        y = y.args[0] if _is_result(y, outputs.index("y")) else None
+    return y if _is(y, rule.producer) else None
+
+
+def _keep_results(rule: Rule, producer: Node, results: Callable[[int], Node]) -> int:
+    """Let the fused op return what the producer did, if it does; how many results that are."""
+    outputs = len(TABLE[rule.producer].outputs) if rule.keeps_producer else 0
+    if outputs == 1:
+        producer.replace_all_uses_with(results(0))
+    elif outputs:
+        _replace_results(producer, results, offset=0)
+    return outputs
 
 
 def _insert(graph: Graph, fused: str, before: Node, arguments: tuple) -> Callable[[int], Node]:

@@ -22,7 +22,7 @@ def test_decode_step_makes_no_host_read(tmp_path, weight_format):
         tokens = model.decode_step()
     assert tokens.device.type == "meta" and tokens.shape == (3,)
     ran = {name for name in mode.calls if name.startswith("dsv4.")}
-    expected = {"sample", "gate", "hc_pre", "hc_post", "index_topk_fp4", "sparse_attention_selected"}
+    expected = {"sample", "gate", "hc_post_pre_rms_norm", "hc_post", "index_topk_fp4", "sparse_attention_selected"}
     assert {f"dsv4.{name}" for name in expected} <= ran
 
 
