@@ -16,6 +16,7 @@ from model.linear import (
     Parts,
     PlainLinear,
     SharedInput,
+    W8a16GroupedLinear,
 )
 from model.weight_formats import DENSE, F32, FP8, NVFP4, WeightFormats
 
@@ -61,8 +62,14 @@ class Storage:
         return PlainLinear(parts, columns, self)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
-        """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
-        kind = Nvfp4GroupedLinear if self.format_of(name) == NVFP4 else DenseGroupedLinear
+        """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8.
+
+        Weights with scales that are powers of two are exact in BF16 and stay as they are stored; those with other
+        scales would be rounded in every call, and are dequantised while loading.
+        """
+        kind = {FP8: W8a16GroupedLinear, NVFP4: Nvfp4GroupedLinear}.get(self.format_of(name), DenseGroupedLinear)
+        if kind is W8a16GroupedLinear and self.formats.fp8_scale == F32:
+            kind = DenseGroupedLinear
         return kind({name: groups * rank}, columns, self)
 
     def dense_binding(self, name: str, target: Tensor) -> Binding:

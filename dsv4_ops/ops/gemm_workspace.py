@@ -29,6 +29,12 @@ def room_for_fp8(x: Tensor, weight: Tensor, inner: int) -> Tensor:
     return room_for_sums(x, weight, inner, rows * columns if tokens > MOST_STREAM_ROWS else 0)
 
 
+def room_for_w8a16(x: Tensor, weight: Tensor, inner: int) -> Tensor:
+    """`room_for_sums`, or, of more than 64 rows of x, the weight in bf16 (csrc/gemm/large.h)."""
+    many = prod(x.shape[:-inner]) > MOST_STREAM_ROWS
+    return room_for_sums(x, weight, inner, -(-weight.numel() // 2) if many else 0)
+
+
 def room_for_fp4(x: Tensor, weight: Tensor) -> Tensor:
     """`room_for_sums`, or more than 64 rows of x in bf16, a multiple of 16 of them (csrc/moe/prefill.h)."""
     tokens, columns = prod(x.shape[:-1]), 2 * weight.shape[1]

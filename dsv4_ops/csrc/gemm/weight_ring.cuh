@@ -13,6 +13,7 @@ namespace dsv4 {
 template <Format kFormat, int kTiles, int kStages>
 class WeightRing {
   static constexpr FormatShape kShape = shape_of(kFormat);
+  static constexpr bool kBlockScales = kFormat == Format::kFp8 || kFormat == Format::kW8a16;
 
  public:
   static constexpr int kRows = kTiles * kTileRows;
@@ -126,7 +127,7 @@ class WeightRing {
   }
 
   __device__ __forceinline__ void start_scales(int tile) {
-    if constexpr (kFormat == Format::kFp8) {
+    if constexpr (kBlockScales) {
       scale_tile = tile;
       scale_piece = begin;
       const int block = (group_row + min(row_of(tile), static_cast<int>(p.rows) - 1)) / 128;
@@ -137,7 +138,7 @@ class WeightRing {
 
   // The bits of the scale of the next piece.
   __device__ __forceinline__ void load_block_scale() {
-    if constexpr (kFormat == Format::kFp8) {
+    if constexpr (kBlockScales) {
       if (scale_tile >= tile_end) return;
       if (p.fp32_weight_scale) {
         block_scale = *reinterpret_cast<const uint32_t*>(next_scales);
