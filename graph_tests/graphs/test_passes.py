@@ -97,7 +97,7 @@ rms_norm_quant_fp8
 linear_fp8
 qkv_norm_rope_append
 sparse_attention_window
-grouped_linear_w8a16
+grouped_linear_dense
 quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
@@ -127,7 +127,7 @@ linear_fp8
 index_query_fp4
 index_topk_fp4
 sparse_attention_selected
-grouped_linear_w8a16
+grouped_linear_dense
 quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
@@ -153,7 +153,7 @@ qkv_norm_rope_append
 linear_fp32
 hca_compress_append
 sparse_attention_compressed
-grouped_linear_w8a16
+grouped_linear_dense
 quant_fp8
 linear_fp8
 hc_post_pre_rms_norm_quant_fp8
