@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kConvertThreads) convert_w8a16_kernel(const __
   for (int at = threadIdx.x; at < units; at += kConvertThreads) {
     const __nv_bfloat162 factor = __float2bfloat162_rn(decode_ue8m0(scale));
     const auto in_order = [&](uint32_t word) -> uint2 {
-      const Bf16Pairs pairs = e4m3_bf16(word, factor);
+      const Bf16Pairs pairs = e4m3_bf16<true>(word, factor);  // of any scale
       return {__byte_perm(pairs.even, pairs.odd, 0x5410), __byte_perm(pairs.even, pairs.odd, 0x7632)};
     };
     const uint2 a = in_order(unit.x), b = in_order(unit.y), c = in_order(unit.z), d = in_order(unit.w);

@@ -1,9 +1,9 @@
 // E4M3 weights with UE8M0 scales as bf16, the format that they are multiplied in: what converting them beforehand gives,
 // bit for bit.
 //
-// A code's exponent and mantissa in the places of those of bf16 are the value times 2^-120, subnormals among them. The
-// product with 2^120 is exact and so is a normal one with the scale; a product with a scale that makes it subnormal in
-// bf16, infinite or NaN is rounded once, as the exact value is.
+// A code's exponent and mantissa in the places of those of bf16 are its value times 2^-120, subnormals among them. One
+// product with 2^120 times the scale rounds as the exact value does, where it is not exact: results below 2^-126 and
+// infinite ones. Of scales above 2^7 that factor is too large for bf16; there 2^120 comes first, which is exact.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,35 +14,46 @@
 
 namespace dsv4 {
 
-// A word's codes are taken apart in place: the even ones (0, 2) and the odd ones (1, 3) are a pair each.
+// What codes in the places of bf16 are multiplied with.
+struct Bf16Scale {
+  __nv_bfloat162 factor;
+  bool large;  // after 2^120
+
+  __device__ __forceinline__ explicit Bf16Scale(float scale)
+      : factor(__float2bfloat162_rn(scale <= 0x1p7f ? scale * 0x1p120f : scale)), large(!(scale <= 0x1p7f)) {}
+};
+
+// The even and the odd ones of a word's codes, (0, 2) and (1, 3), which are taken apart in place.
 struct Bf16Pairs {
   uint32_t even, odd;
 };
 
-// Code times 2^-120, sign included, of the codes in bits 8 .. 15 and 24 .. 31 of `high`; the same codes lie in bits
-// 4 .. 11 and 20 .. 27 of `low`.
+// Codes in bits 8 .. 15 and 24 .. 31 of `high`, and in bits 4 .. 11 and 20 .. 27 of `low` -> their bits in bf16's places.
 __device__ __forceinline__ uint32_t place_e4m3(uint32_t high, uint32_t low) {
   return (high & 0x80008000u) | (low & 0x07F007F0u);
 }
 
-__device__ __forceinline__ uint32_t scale_bf16(uint32_t placed, __nv_bfloat162 scale) {
-  constexpr uint32_t kUnit = 0x7B807B80u;  // 2^120
-  const __nv_bfloat162 values =
-      __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(placed), reinterpret_cast<const __nv_bfloat162&>(kUnit));
-  const __nv_bfloat162 scaled = __hmul2_rn(values, scale);
-  return reinterpret_cast<const uint32_t&>(scaled);
+template <bool kLargeScale>
+__device__ __forceinline__ uint32_t scale_placed(uint32_t placed, __nv_bfloat162 factor) {
+  __nv_bfloat162 values = reinterpret_cast<const __nv_bfloat162&>(placed);
+  if constexpr (kLargeScale) values = __hmul2_rn(values, __float2bfloat162_rn(0x1p120f));
+  values = __hmul2_rn(values, factor);
+  return reinterpret_cast<const uint32_t&>(values);
 }
 
 // Four codes times their scale.
-__device__ __forceinline__ Bf16Pairs e4m3_bf16(uint32_t codes, __nv_bfloat162 scale) {
-  return {scale_bf16(place_e4m3(codes << 8, codes << 4), scale), scale_bf16(place_e4m3(codes, codes >> 4), scale)};
+template <bool kLargeScale>
+__device__ __forceinline__ Bf16Pairs e4m3_bf16(uint32_t codes, __nv_bfloat162 factor) {
+  return {scale_placed<kLargeScale>(place_e4m3(codes << 8, codes << 4), factor),
+          scale_placed<kLargeScale>(place_e4m3(codes, codes >> 4), factor)};
 }
 
 // The words of one chunk (16 values of k) in rows row and row + 8, see weight_fragments.cuh -> a fragment, whose k are
 // the chunk's even values and then its odd ones.
+template <bool kLargeScale>
 __device__ __forceinline__ void e4m3_bf16_fragment(uint32_t (&a)[4], uint32_t upper, uint32_t lower,
-                                                   __nv_bfloat162 scale) {
-  const Bf16Pairs up = e4m3_bf16(upper, scale), low = e4m3_bf16(lower, scale);
+                                                   __nv_bfloat162 factor) {
+  const Bf16Pairs up = e4m3_bf16<kLargeScale>(upper, factor), low = e4m3_bf16<kLargeScale>(lower, factor);
   a[0] = up.even, a[1] = low.even, a[2] = up.odd, a[3] = low.odd;
 }
 

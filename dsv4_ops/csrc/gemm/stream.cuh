@@ -207,7 +207,12 @@ class StreamingProduct {
     } else if constexpr (kFormat == Format::kNvfp4) {
       multiply_nvfp4(stage, offset);
     } else if constexpr (kFormat == Format::kW8a16) {
-      multiply_w8a16(stage, __float2bfloat162_rn(ring.take_block_scale()), offset);
+      const Bf16Scale scale(ring.take_block_scale());
+      if (scale.large) {
+        multiply_w8a16<true>(stage, scale.factor, offset);
+      } else {
+        multiply_w8a16<false>(stage, scale.factor, offset);
+      }
     } else {
       multiply_dense(stage, offset);
     }
@@ -387,7 +392,8 @@ class StreamingProduct {
     if constexpr (kSplit) ring.advance();
   }
 
-  __device__ __forceinline__ void multiply_w8a16(int stage, __nv_bfloat162 scale, int offset) {
+  template <bool kLargeScale>
+  __device__ __forceinline__ void multiply_w8a16(int stage, __nv_bfloat162 factor, int offset) {
     Words all;
     load_all(all, stage);
 #pragma unroll
@@ -400,7 +406,7 @@ class StreamingProduct {
         uint32_t a[kTiles][4];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
-          e4m3_bf16_fragment(a[m], words[m][2 * step], words[m][2 * step + 1], scale);
+          e4m3_bf16_fragment<kLargeScale>(a[m], words[m][2 * step], words[m][2 * step + 1], factor);
         }
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {

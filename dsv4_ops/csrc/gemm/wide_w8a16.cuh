@@ -137,19 +137,28 @@ class WideW8a16Product {
     if (left == 0) return;
     --left;
     stage = ring.wait();
-    scale = __float2bfloat162_rn(ring.take_block_scale());
+    scale = Bf16Scale(ring.take_block_scale());
     convert(halves[0], 0, 0);
   }
 
   // Half `half` of tile m of the stage, as fragments.
   __device__ __forceinline__ void convert(Half& fragments, int m, int half) const {
+    if (scale.large) {
+      convert_as<true>(fragments, m, half);
+    } else {
+      convert_as<false>(fragments, m, half);
+    }
+  }
+
+  template <bool kLargeScale>
+  __device__ __forceinline__ void convert_as(Half& fragments, int m, int half) const {
 #pragma unroll
     for (int pair = 0; pair < kHalfSteps / 2; ++pair) {
       uint32_t words[4];
       const int chunk = half * kHalfSteps + 2 * pair;
       ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
-      e4m3_bf16_fragment(fragments[2 * pair], words[0], words[1], scale);
-      e4m3_bf16_fragment(fragments[2 * pair + 1], words[2], words[3], scale);
+      e4m3_bf16_fragment<kLargeScale>(fragments[2 * pair], words[0], words[1], scale.factor);
+      e4m3_bf16_fragment<kLargeScale>(fragments[2 * pair + 1], words[2], words[3], scale.factor);
     }
   }
 
@@ -203,7 +212,7 @@ class WideW8a16Product {
   Ring ring;
   int left;   // pieces of the warp that have not become fragments
   int stage;  // of the piece that becomes fragments
-  __nv_bfloat162 scale;  // and its scale
+  Bf16Scale scale = Bf16Scale(1.0f);  // and its scale
   Half halves[2];
   float total[kTiles][kTokens / 2];
 };
