@@ -8,6 +8,7 @@ from torch import Tensor
 MOST_RANGES, WIDE_ROWS = 8, 25600  # kMostRanges and kWideRows of csrc/gemm/plan.h
 FEW_ROWS = 8  # kFewTokens of csrc/gemm/gemm.h: no second launch up to there
 MOST_STREAM_ROWS = 64  # kTokensAtOnce of csrc/gemm/gemm.h
+LEAST_CONVERTED_ROWS = 193  # kLeastW8a16 of csrc/gemm/large.cpp
 FP8_BLOCK = 128
 
 
@@ -30,8 +31,8 @@ def room_for_fp8(x: Tensor, weight: Tensor, inner: int) -> Tensor:
 
 
 def room_for_w8a16(x: Tensor, weight: Tensor, inner: int) -> Tensor:
-    """`room_for_sums`, or, of more than 64 rows of x, the weight in bf16 (csrc/gemm/large.h)."""
-    many = prod(x.shape[:-inner]) > MOST_STREAM_ROWS
+    """`room_for_sums`, or, of so many rows of x that converting it pays, the weight in bf16 (csrc/gemm/large.h)."""
+    many = prod(x.shape[:-inner]) >= LEAST_CONVERTED_ROWS
     return room_for_sums(x, weight, inner, -(-weight.numel() // 2) if many else 0)
 
 

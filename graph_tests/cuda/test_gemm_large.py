@@ -101,7 +101,7 @@ def test_linear_dense_and_fp32(tokens):
     assert_fp32_sum(OPS.linear_fp32(x, weight), x64, weight64)
 
 
-@pytest.mark.parametrize("tokens", (65, 1000))
+@pytest.mark.parametrize("tokens", (65, 200, 1000))
 def test_w8a16(tokens):
     """A converted weight, bits and all; test_gemm.py compares them with those of the dense product."""
     arguments, x, weight = operands("w8a16", (tokens, 1040), 200)
@@ -112,7 +112,7 @@ def test_w8a16(tokens):
 
 @pytest.mark.sanitize
 def test_w8a16_of_many_tokens_converts_rows_longer_than_a_cta():
-    arguments, x, weight = operands("w8a16", (70, 4096 + 48), 24)
+    arguments, x, weight = operands("w8a16", (200, 4096 + 48), 24)
     assert_fp32_sum(OPS.linear_w8a16(*on_cuda(arguments)), x.cuda(), weight.cuda())
 
 

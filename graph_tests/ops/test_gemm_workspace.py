@@ -42,5 +42,6 @@ def test_w8a16_products_of_many_tokens_convert_the_weight_to_bf16():
     weight = meta(8 * 1024, 4096)
     assert room_for_w8a16(meta(8, 8, 4096), weight, 2).numel() == 0
     assert room_for_w8a16(meta(64, 8, 4096), weight, 2).numel() == 8 * 64 * 8192
-    assert room_for_w8a16(meta(65, 8, 4096), weight, 2).nbytes == 8192 * 4096 * 2
-    assert room_for_w8a16(meta(65, 512), meta(32768, 512), 1).nbytes == 32768 * 512 * 2
+    assert room_for_w8a16(meta(192, 8, 4096), weight, 2).numel() == 8 * 64 * 8192
+    assert room_for_w8a16(meta(193, 8, 4096), weight, 2).nbytes == 8192 * 4096 * 2
+    assert room_for_w8a16(meta(193, 512), meta(32768, 512), 1).nbytes == 32768 * 512 * 2

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kBlock = 128;            // of FP8 scales
 constexpr int64_t kLibraryGrain = 16;      // tokens: cuBLASLt wants scales at 16-byte distances, and more for speed
 constexpr int64_t kLeastGroupedFp8 = 512;  // tokens from which a launch for each group pays
+constexpr int64_t kLeastW8a16 = 193;       // tokens from which converting the weight pays: four streams
 constexpr int64_t kMostBlockColumns = 1 << 17;
 constexpr int kBlockScaling = 12090;  // the CUDA runtime whose cuBLASLt has scales of blocks
 
@@ -55,7 +56,7 @@ bool dense_serves(const Product& p) {
 }
 
 bool w8a16_serves(const Product& p) {
-  return dense_x_serves(p) && p.k % 16 == 0 && aligned(p.weight, p.weight_stride, 16);
+  return dense_x_serves(p) && p.tokens >= kLeastW8a16 && p.k % 16 == 0 && aligned(p.weight, p.weight_stride, 16);
 }
 
 LinearPrefill fp4_product(Format format, const Product& p) {

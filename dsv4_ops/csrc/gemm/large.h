@@ -2,7 +2,7 @@
 //
 //   FP8            cuBLASLt with fp32 scales of blocks, through aten::_scaled_mm; Hopper and CUDA 12.9
 //   bf16           aten::mm and aten::bmm
-//   W8A16          the same, with the weight converted to bf16 beforehand
+//   W8A16          the same from 193 tokens on, with the weight converted to bf16 beforehand
 //   MXFP4, NVFP4   the kernels of the experts (moe/prefill.h); Hopper
 //
 // Which products these are follows from the format, the widths, the number of tokens, how operands lie, and the GPU.
