@@ -1,9 +1,9 @@
 """Linear layers in the storage formats of the checkpoints, and how their inputs are quantised.
 
-A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of
-its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each. Where they can, layers
-with one input are one product: their weights lie below one another in one parameter, in whose rows the loader writes
-the checkpoint's tensors.
+A quantised layer multiplies quantised activations, but for W8A16. Several layers often share one input, so quantisation
+is a step of its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each. Where they
+can, layers with one input are one product: their weights lie below one another in one parameter, in whose rows the
+loader writes the checkpoint's tensors.
 """
 
 from __future__ import annotations
