@@ -5,9 +5,9 @@
 // before, and two stores.
 //
 // Floor: 3 bytes a value.
+#include "common/e4m3_bf16.cuh"
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
-#include "gemm/e4m3_bf16.cuh"
 #include "gemm/large.h"
 
 namespace dsv4 {
@@ -34,10 +34,11 @@ __global__ void __launch_bounds__(kConvertThreads) convert_w8a16_kernel(const __
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   for (int at = threadIdx.x; at < units; at += kConvertThreads) {
-    const __nv_bfloat162 factor = __float2bfloat162_rn(decode_ue8m0(scale));
+    const float value = decode_ue8m0(scale);
+    const uint32_t factor = pack_bf16x2(value, value);
     const auto in_order = [&](uint32_t word) -> uint2 {
-      const Bf16Pairs pairs = e4m3_bf16<true>(word, factor);  // of any scale
-      return {__byte_perm(pairs.even, pairs.odd, 0x5410), __byte_perm(pairs.even, pairs.odd, 0x7632)};
+      const uint32_t even = scale_e4m3<true>(word, 0, factor), odd = scale_e4m3<true>(word, 1, factor);
+      return {__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632)};
     };
     const uint2 a = in_order(unit.x), b = in_order(unit.y), c = in_order(unit.z), d = in_order(unit.w);
     out[2 * at] = {a.x, a.y, b.x, b.y};

@@ -1,10 +1,10 @@
 // x of a streaming product in shared memory, and how it gets there.
 #pragma once
 
+#include "common/e4m3_bf16.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/weight_fragments.cuh"
-#include "gemm/e4m3_bf16.cuh"
 #include "gemm/stream_plan.cuh"
 
 namespace dsv4 {

@@ -393,7 +393,7 @@ class StreamingProduct {
   }
 
   template <bool kLargeScale>
-  __device__ __forceinline__ void multiply_w8a16(int stage, __nv_bfloat162 factor, int offset) {
+  __device__ __forceinline__ void multiply_w8a16(int stage, uint32_t factor, int offset) {
     Words all;
     load_all(all, stage);
 #pragma unroll

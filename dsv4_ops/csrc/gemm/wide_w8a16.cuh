@@ -9,7 +9,7 @@
 // with any number of tokens.
 //
 //   CTA     one range of k (grid.y) of 256 rows (kTiles 2) or 128 rows (kTiles 1); of up to 32 tokens two fit an SM
-//   x       the even ones of 16 values, then the odd ones, as the weights' fragments have them (e4m3_bf16.cuh);
+//   x       the even ones of 16 values, then the odd ones, as the weights' fragments have them (common/e4m3_bf16.cuh);
 //           [64 values of k][token], 128-byte rows, swizzled
 //   memory  x (256 bytes a token and piece: 16 KiB a piece of 64 tokens) | rings (8 warps x stages x 2 or 4 KiB)
 //
@@ -17,6 +17,7 @@
 // are asked for before it: a thread has up to 16 of them under way.
 #pragma once
 
+#include "common/e4m3_bf16.cuh"
 #include "common/ptx_sm90_moe.cuh"
 #include "gemm/weight_ring.cuh"
 
