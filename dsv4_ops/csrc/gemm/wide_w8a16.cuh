@@ -54,42 +54,32 @@ class WideW8a16Product {
         warp(threadIdx.x / 32),
         begin(s.first_piece(blockIdx.y)),
         end(s.first_piece(blockIdx.y + 1)),
-        first_tile(blockIdx.x * s.tiles_of_cta),
-        tile_end(min(s.tiles, first_tile + s.tiles_of_cta)),
+        first_row((blockIdx.x * kWarps + warp) * Ring::kRows),
         load_lane(tile_offset(lane % kTileRows, lane / kTileRows)),
-        ring(s, shared, s.window * Shape::kPieceBytesOfX + warp * Ring::kBytes, lane, first_tile, tile_end,
-             Shape::kRowsOfCta, warp * Ring::kRows, begin, end) {}
+        ring(s, shared, s.window * Shape::kPieceBytesOfX + warp * Ring::kBytes, lane, 0, 1, 0, first_row, begin, end) {}
 
   // What does not depend on the kernels before: the first pieces of the weight and their scales.
   __device__ __forceinline__ void prefetch() { ring.fill(); }
 
   __device__ __forceinline__ void run() {
-    const int longest = (s.pieces + (1 << s.range_shift) - 1) >> s.range_shift;
-    const int windows = (longest + s.window - 1) / s.window;
-    left = (tile_end - first_tile) * (end - begin);
-    for (int tile = first_tile; tile < tile_end; ++tile) {
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
+    for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) total[m][i] = 0.0f;
-      }
-      for (int window = 0; window < windows; ++window) {
-        const int first = begin + window * s.window;
-        if (windows > 1 || tile == first_tile) {
-          if (windows > 1) __syncthreads();  // everyone is done with the window before
-          load_x(first);
-          ptx::fence_async_proxy();
-          __syncthreads();
-          if (tile == first_tile && window == 0) start_piece();
-        }
-        const int last = min(end, first + s.window);
-        for (int piece = first; piece < last; ++piece) multiply(piece - first);
-        finish_products();
-      }
-      using Sums = float[kTiles][kTokens / 8][4];
-      store_sums<Format::kW8a16>(s, reinterpret_cast<const Sums&>(total), (tile * kWarps + warp) * Ring::kRows,
-                                 s.range_shift > 0);
+      for (int i = 0; i < kTokens / 2; ++i) total[m][i] = 0.0f;
     }
+    left = end - begin;
+    for (int first = begin; first < end; first += s.window) {
+      if (first > begin) __syncthreads();  // everyone is done with the window before
+      load_x(first);
+      ptx::fence_async_proxy();
+      __syncthreads();
+      if (first == begin) start_piece();
+      const int last = min(end, first + s.window);
+      for (int piece = first; piece < last; ++piece) multiply(piece - first);
+      finish_products();
+    }
+    using Sums = float[kTiles][kTokens / 8][4];
+    store_sums<Format::kW8a16>(s, reinterpret_cast<const Sums&>(total), first_row, s.range_shift > 0);
     ptx::cp_async_wait<0>();
   }
 
@@ -207,9 +197,9 @@ class WideW8a16Product {
   const Product& p;
   uint8_t* shared;
   int lane, warp;
-  int begin, end;            // pieces of the range
-  int first_tile, tile_end;  // of the CTA
-  int load_lane;             // the lane's place in a tile
+  int begin, end;  // pieces of the range
+  int first_row;   // of the warp, in the group
+  int load_lane;   // its lane's place in a tile
   Ring ring;
   int left;   // pieces of the warp that have not become fragments
   int stage;  // of the piece that becomes fragments
@@ -228,17 +218,20 @@ int64_t whole_range_bytes_w8a16(const Product& product) {
   return WideW8a16Shape<kTokens, kTiles>::shared_bytes(static_cast<int>(pieces));
 }
 
-// Launch `kernel` for up to kTokens tokens.
+// Launch `kernel` for up to kTokens tokens: a CTA for each range of kRowsOfCta rows.
 template <int kTokens, int kTiles>
 cudaError_t launch_wide_w8a16(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
                               cudaStream_t stream) {
   using Shape = WideW8a16Shape<kTokens, kTiles>;
   Stream plan = plan_stream(Format::kW8a16, product, first_token, tokens);
   const int ranges = 1 << plan.range_shift;
-  plan.tiles = static_cast<int>(ceil_divide(product.rows, Shape::kRowsOfCta));
   plan.window = static_cast<int>(ceil_divide(plan.pieces, ranges));
   while (Shape::shared_bytes(plan.window) > kMostShared) plan.window = (plan.window + 1) / 2;
-  return launch_tiles(kernel, plan, ranges, Shape::shared_bytes(plan.window), Shape::kCtasOfAnSm, stream);
+  const dim3 grid(static_cast<unsigned>(ceil_divide(product.rows, Shape::kRowsOfCta)), ranges,
+                  static_cast<unsigned>(product.groups));
+  const auto shared = static_cast<size_t>(Shape::shared_bytes(plan.window));
+  const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  return status != cudaSuccess ? status : launch_kernel(kernel, {grid, dim3(kThreads), stream, shared}, plan);
 }
 
 }  // namespace dsv4
