@@ -13,8 +13,8 @@
 //           [64 values of k][token], 128-byte rows, swizzled
 //   memory  x (256 bytes a token and piece: 16 KiB a piece of 64 tokens) | rings (8 warps x stages x 2 or 4 KiB)
 //
-// Floor: the weights, once, from memory. The loads of x at the start hide behind the first pieces of the weight, which
-// are asked for before it: a thread has up to 16 of them under way.
+// Floor: the weights, once, from memory. The loads of x at the start should hide behind the first pieces of the weight,
+// which are asked for before them: a thread has up to 16 of them under way.
 #pragma once
 
 #include "common/e4m3_bf16.cuh"
