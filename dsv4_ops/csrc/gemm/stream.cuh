@@ -375,23 +375,6 @@ class StreamingProduct {
     if constexpr (kSplit) ring.advance();
   }
 
-  __device__ __forceinline__ void multiply_dense(int stage, int offset) {
-    Words all;
-    load_all(all, stage);
-#pragma unroll
-    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
-      uint32_t b[kTokenTiles][2];
-      load_x(b, offset * kTileChunks + 2 * pair);
-      const auto& words = words_of(all, stage, pair);
-#pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], words[m], b[n]);
-      }
-    }
-    if constexpr (kSplit) ring.advance();
-  }
-
   template <bool kLargeScale>
   __device__ __forceinline__ void multiply_w8a16(int stage, uint32_t factor, int offset) {
     Words all;
@@ -413,6 +396,23 @@ class StreamingProduct {
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], a[m], b[step][n]);
         }
+      }
+    }
+    if constexpr (kSplit) ring.advance();
+  }
+
+  __device__ __forceinline__ void multiply_dense(int stage, int offset) {
+    Words all;
+    load_all(all, stage);
+#pragma unroll
+    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
+      uint32_t b[kTokenTiles][2];
+      load_x(b, offset * kTileChunks + 2 * pair);
+      const auto& words = words_of(all, stage, pair);
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], words[m], b[n]);
       }
     }
     if constexpr (kSplit) ring.advance();
