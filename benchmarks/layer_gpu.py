@@ -43,7 +43,7 @@ def products(w: Widths, tokens: int, experts: str) -> list[Case]:
         linear("q_b"),
         gemm.fp32_linear("CSA compressors", tokens, *fp32["CSA compressors"]),
         linear("indexer q_b"),
-        gemm.grouped_linear("fp8", w, tokens),
+        gemm.grouped_linear(gemm.W8A16, w, tokens),
         linear("wo_b"),
         next(case for case in router.cases(w, tokens) if case.op_name == "gate"),
         linear("shared w1 + w3"),

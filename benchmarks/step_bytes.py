@@ -17,16 +17,12 @@ def distinct_experts(config: ModelConfig, batch: int) -> float:
 
 
 def weight_bytes(model: DeepseekV4, batch: int) -> int:
-    """Without the embedding and the tables of the hash layers, of which a step reads a row a token.
-
-    wo_a is stored in FP8, whatever the model holds it in.
-    """
+    """Without the embedding and the tables of the hash layers, of which a step reads a row a token."""
     share = distinct_experts(model.config, batch) / model.config.n_routed_experts
     total = 0.0
     for name, parameter in model.named_parameters():
-        stored = parameter.numel() if name.endswith("wo_a.weight") else parameter.nbytes
         if name not in ("embed", "hash_experts") and not name.startswith("drafts."):
-            total += stored * (share if ".experts." in name else 1)
+            total += parameter.nbytes * (share if ".experts." in name else 1)
     return round(total)
 
 

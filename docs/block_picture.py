@@ -177,7 +177,7 @@ def attention_output(c: Canvas) -> None:
         "one softmax over window entries and, in CSA and HCA, compressed entries; sink in the denominator; rope undone"
     )
     c.text(((LEFT + RIGHT) / 2, 735), note)
-    places = ((LEFT, 178, "grouped_linear_dense", PRODUCT, "wo_a"), (338, 110, "quant_fp8", GLUE, ""),
+    places = ((LEFT, 178, "grouped_linear_w8a16", PRODUCT, "wo_a"), (338, 110, "quant_fp8", GLUE, ""),
               (556, 130, "linear_fp8", PRODUCT, "wo_b"))  # fmt: skip
     c.line((LEFT + 89, 746), (LEFT + 89, 776))
     c.text((LEFT + 97, 764), "o [H, 512]", "shape", "start")
@@ -199,7 +199,7 @@ def formats(c: Canvas, y: float) -> None:
         anchor="start",
     )
     rows = (
-        ("bf16, fp32", "linear_dense, moe_dense"),
+        ("bf16, fp32", "linear_dense, grouped_linear_dense, moe_dense"),
         ("FP8 experts", "moe_fp8"),
         ("NVFP4", "nvfp4_row_scale, quant_nvfp4, linear_nvfp4,"),
         ("", "grouped_linear_nvfp4, moe_nvfp4"),
@@ -209,7 +209,7 @@ def formats(c: Canvas, y: float) -> None:
     for number, (label, names) in enumerate(rows):
         c.text((372, y + 18 + 15 * number), label, anchor="start")
         c.text((450, y + 18 + 15 * number), names, "variant", "start")
-    c.text((606, y + 18), "and no quantisers", anchor="start")
+    c.text((736, y + 18), "and no quantisers", anchor="start")
 
 
 def moe(c: Canvas, norm_bottom: float) -> None:

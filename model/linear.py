@@ -1,9 +1,9 @@
 """Linear layers in the storage formats of the checkpoints, and how their inputs are quantised.
 
-A quantised layer multiplies quantised activations. Several layers often share one input, so quantisation is a step of
-its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each. Where they can, layers
-with one input are one product: their weights lie below one another in one parameter, in whose rows the loader writes
-the checkpoint's tensors.
+A quantised layer multiplies quantised activations, but for W8A16. Several layers often share one input, so quantisation
+is a step of its own: `activation = quantise(x, layer.activation)` once, then `layer(*activation)` for each. Where they
+can, layers with one input are one product: their weights lie below one another in one parameter, in whose rows the
+loader writes the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        require_blocks(parts, columns, FP8_BLOCK)
+        if self.activation == "fp8":
+            require_blocks(parts, columns, FP8_BLOCK)
         self.names, self.rows = zip(*parts.items(), strict=True)
         rows = sum(self.rows)
         self.weight = parameter(rows, columns, dtype=torch.float8_e4m3fn, device=storage.device)
@@ -200,6 +201,15 @@ class DenseGroupedLinear(DenseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.grouped_linear_dense(x, self.weight)
+
+
+class W8a16GroupedLinear(Fp8Linear):
+    """The same with FP8 weights and activations as they are: the bits that dequantised weights give, half the bytes."""
+
+    activation = "dense"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.grouped_linear_w8a16(x, self.weight, self.weight_scale)
 
 
 class Nvfp4GroupedLinear(Nvfp4Linear):

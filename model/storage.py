@@ -16,10 +16,12 @@ from model.linear import (
     Parts,
     PlainLinear,
     SharedInput,
+    W8a16GroupedLinear,
 )
 from model.weight_formats import DENSE, F32, FP8, NVFP4, WeightFormats
 
 LINEARS = {DENSE: DenseLinear, FP8: Fp8Linear, NVFP4: Nvfp4Linear}
+GROUPED_LINEARS = {DENSE: DenseGroupedLinear, FP8: W8a16GroupedLinear, NVFP4: Nvfp4GroupedLinear}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,15 @@ class Storage:
         return PlainLinear(parts, columns, self)
 
     def grouped_linear(self, name: str, groups: int, rank: int, columns: int) -> nn.Module:
-        """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8."""
-        kind = Nvfp4GroupedLinear if self.format_of(name) == NVFP4 else DenseGroupedLinear
-        return kind({name: groups * rank}, columns, self)
+        """Output projection by groups of heads. The official code multiplies it in BF16 even where it is stored FP8.
+
+        FP8 weights whose scales are powers of two are exact in BF16: a GPU converts them while reading, a CPU would do
+        so in every call. With other scales the conversion rounds, and happens once, while loading.
+        """
+        kind = self.format_of(name)
+        if kind == FP8 and (self.device.type == "cpu" or self.formats.fp8_scale == F32):
+            kind = DENSE
+        return GROUPED_LINEARS[kind]({name: groups * rank}, columns, self)
 
     def dense_binding(self, name: str, target: Tensor) -> Binding:
         """Fill `target` with the linear's weight, dequantised if the checkpoint quantises it."""

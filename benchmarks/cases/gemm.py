@@ -14,6 +14,7 @@ from benchmarks.shapes import MOST_DECODE_ROWS, Widths
 
 TOKENS = (1, 16, 64, 4096)
 FORMATS = ("dense", "fp8", "mxfp4", "nvfp4")
+W8A16 = "w8a16"  # dense x and FP8 weights
 MOST_HEAD_ROWS = 64  # the head is multiplied with the last token of each sequence
 
 
@@ -26,11 +27,13 @@ def product(form: str, flops: int) -> Traffic:
 def weight_bytes(form: str, rows: int, columns: int) -> int:
     """A weight of this format with its scales."""
     elements = rows * columns
+    fp8 = elements + -(-rows // GROUP) * -(-columns // GROUP)
     return {
         "dense": 2 * elements,
-        "fp8": elements + -(-rows // GROUP) * -(-columns // GROUP),
+        "fp8": fp8,
         "mxfp4": mxfp4_bytes(elements),
         "nvfp4": nvfp4_bytes(elements) + 4,
+        W8A16: fp8,
     }[form]
 
 
@@ -38,11 +41,17 @@ def input_bytes(form: str, rows: int, columns: int) -> int:
     """Rows as a weight of this format multiplies them."""
     elements = rows * columns
     fp8 = fp8_bytes(elements)
-    return {"dense": 2 * elements, "fp8": fp8, "mxfp4": fp8, "nvfp4": nvfp4_bytes(elements) + 4 * rows}[form]
+    return {
+        "dense": 2 * elements,
+        "fp8": fp8,
+        "mxfp4": fp8,
+        "nvfp4": nvfp4_bytes(elements) + 4 * rows,
+        W8A16: 2 * elements,
+    }[form]
 
 
 def make_input(i: Inputs, form: str, *shape: int) -> tuple:
-    if form == "dense":
+    if form in ("dense", W8A16):
         return (i.normal(*shape),)
     return i.nvfp4(*shape) if form == "nvfp4" else i.fp8(*shape)
 
@@ -50,7 +59,7 @@ def make_input(i: Inputs, form: str, *shape: int) -> tuple:
 def make_weight(i: Inputs, form: str, *shape: int) -> tuple:
     if form == "dense":
         return (i.normal(*shape, scale=shape[-1] ** -0.5),)
-    return getattr(i, f"{form}_weight")(*shape)
+    return i.fp8_weight(*shape) if form == W8A16 else getattr(i, f"{form}_weight")(*shape)
 
 
 def fp8_products(w: Widths) -> Iterator[tuple[str, int, int]]:
@@ -109,7 +118,7 @@ def grouped_linear(form: str, w: Widths, tokens: int) -> Case:
 
 
 def cases(w: Widths, tokens: int) -> Iterator[Case]:
-    for form in FORMATS:
+    for form in (*FORMATS, W8A16):
         for name, rows, columns in fp8_products(w):
             if form == "fp8" or name == "q_b":
                 yield linear(form, name, tokens, rows, columns)

@@ -8,6 +8,7 @@ from torch import Tensor
 MOST_RANGES, WIDE_ROWS = 8, 25600  # kMostRanges and kWideRows of csrc/gemm/plan.h
 FEW_ROWS = 8  # kFewTokens of csrc/gemm/gemm.h: no second launch up to there
 MOST_STREAM_ROWS = 64  # kTokensAtOnce of csrc/gemm/gemm.h
+LEAST_CONVERTED_ROWS = 193  # kLeastW8a16 of csrc/gemm/large.cpp
 FP8_BLOCK = 128
 
 
@@ -27,6 +28,12 @@ def room_for_fp8(x: Tensor, weight: Tensor, inner: int) -> Tensor:
     tokens, columns = prod(x.shape[:-inner]), -(-x.shape[-1] // FP8_BLOCK)
     rows = prod(x.shape[:-1]) + -(-weight.shape[0] // FP8_BLOCK)
     return room_for_sums(x, weight, inner, rows * columns if tokens > MOST_STREAM_ROWS else 0)
+
+
+def room_for_w8a16(x: Tensor, weight: Tensor, inner: int) -> Tensor:
+    """`room_for_sums`, or, of so many rows of x that converting it pays, the weight in bf16 (csrc/gemm/large.h)."""
+    many = prod(x.shape[:-inner]) >= LEAST_CONVERTED_ROWS
+    return room_for_sums(x, weight, inner, -(-weight.numel() // 2) if many else 0)
 
 
 def room_for_fp4(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,19 +5,20 @@ import torch
 from torch import Tensor
 
 from dsv4_ops import ops
+from dsv4_ops.ops.gemm import dequantise_blocks
 from graph_tests.checks import assert_bits_equal, row_strided
 from graph_tests.cuda.kernel_checks import assert_rows_independent, bits, check_kernel, on_cuda
 from graph_tests.ops.operands import fp8_rows, fp8_weight, nvfp4
-from graph_tests.ops.test_gemm import FORMATS, assert_product, operands
+from graph_tests.ops.test_gemm import FORMATS, assert_product, every_e4m3_block, operands
 
 pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.dsv4
 BF16, F32 = torch.bfloat16, torch.float32
 ROWS = (0, 1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130)
-INPUTS = {"dense": 1, "fp8": 2, "mxfp4": 2, "nvfp4": 3}  # arguments that have a row for each token
+INPUTS = {"dense": 1, "fp8": 2, "mxfp4": 2, "nvfp4": 3, "w8a16": 1}  # arguments that have a row for each token
 # Widths for all paths of a kernel: several ranges of K, a last piece that is not full, rows that end inside a tile.
-WIDTHS = {"dense": (200, 520), "fp8": (200, 1056), "mxfp4": (200, 1152), "nvfp4": (200, 1088)}
+WIDTHS = {"dense": (200, 520), "fp8": (200, 1056), "mxfp4": (200, 1152), "nvfp4": (200, 1088), "w8a16": (200, 1040)}
 
 
 def of_rows(arguments: tuple, kind: str, rows: int) -> tuple:
@@ -49,7 +50,7 @@ def test_linear_of_few_rows(kind, rows):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_rows_and_scales_that_cannot_be_copied_in_pieces(kind):
     """k is no multiple of what the streaming kernels copy."""
-    k = {"dense": 77, "fp8": 96, "mxfp4": 96, "nvfp4": 80}[kind]
+    k = {"dense": 77, "fp8": 96, "mxfp4": 96, "nvfp4": 80, "w8a16": 72}[kind]
     arguments, x, weight = operands(kind, (5, k), 41, group=32)
     assert_product(product_on_gpu(f"linear_{kind}", arguments), x, weight)
 
@@ -132,6 +133,47 @@ def test_fp8_weight_with_fp32_scales_of_blocks_that_end_early(rows):
     x, x64 = fp8_rows((rows, 320), generator, False, 64)
     weight, weight64 = fp8_weight(136, 320, generator, False, fp32_scale=True)
     assert_product(product_on_gpu("linear_fp8", (*x, *weight)), x64, weight64)
+
+
+# Groups, rows of one and k: the output projections of V4-Flash and V4-Pro; a plain product with tiles of one range.
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16, 33, 64, 200])
+@pytest.mark.parametrize(("groups", "rows", "k"), [(8, 1024, 4096), (16, 1024, 4096), (1, 32768, 1024)])
+def test_w8a16_has_the_bits_of_the_dense_product_with_the_converted_weight(groups, rows, k, tokens):
+    generator = torch.Generator().manual_seed(4)
+    some, _ = fp8_weight(1024, k, generator, False)
+    x = torch.randn(tokens, groups, k, generator=generator).to(BF16)
+    x, name = (x, "grouped_linear") if groups > 1 else (x[:, 0].contiguous(), "linear")
+    x, weight, scale = repeated((x, *some), "w8a16", groups * rows // 1024)
+    dense = dequantise_blocks(weight, scale).to(BF16)
+    expected = getattr(OPS, f"{name}_dense")(x, dense)
+    assert torch.equal(getattr(OPS, f"{name}_w8a16")(x, weight, scale), expected)
+
+
+def test_w8a16_of_more_than_64_tokens_has_the_bits_of_its_parts():
+    """Up to 192 tokens streams of 64 are faster than converting the weight for a library's product."""
+    (x, *weight), _, _ = operands("w8a16", (192, 2, 2048), 128)
+    whole = product_on_gpu("grouped_linear_w8a16", (x, *weight))
+    parts = [product_on_gpu("grouped_linear_w8a16", (part, *weight)) for part in x.split(50)]
+    assert_bits_equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 200])
+def test_w8a16_multiplies_every_code_and_scale_rounded_to_bf16(tokens):
+    """Scales up to 2^118, 2^-133 for the smallest product: subnormals of bf16 as well. The rest would be infinite."""
+    weight, scale, values = every_e4m3_block()
+    finite = values.isfinite().all(-1)
+    columns = torch.arange(tokens) % 128
+    x = torch.eye(128, dtype=BF16)[columns]
+    y = product_on_gpu("linear_w8a16", (x, weight, scale))
+    assert torch.equal(y[:, finite], values[finite][:, columns].T)
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 200])
+def test_a_nan_scale_of_w8a16_makes_its_rows_nan(tokens):
+    (x, weight, scale), _, _ = operands("w8a16", (tokens, 256), 256)
+    scale[0, 1] = 255
+    y = product_on_gpu("linear_w8a16", (x, weight, scale))
+    assert y[:, :128].isnan().all() and y[:, 128:].isfinite().all()
 
 
 @pytest.mark.parametrize("x_global", [(1,), (6, 1)])

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from graph_tests.checks import assert_bits_equal
 from graph_tests.cuda.kernel_checks import on_cuda
 from graph_tests.ops.operands import fp8_rows, fp8_weight
-from graph_tests.ops.test_gemm import operands
+from graph_tests.ops.test_gemm import FORMATS, operands
 
 pytestmark = pytest.mark.cuda
 
@@ -101,6 +101,21 @@ def test_linear_dense_and_fp32(tokens):
     assert_fp32_sum(OPS.linear_fp32(x, weight), x64, weight64)
 
 
+@pytest.mark.parametrize("tokens", (65, 200, 1000))
+def test_w8a16(tokens):
+    """A converted weight, bits and all; test_gemm.py compares them with those of the dense product."""
+    arguments, x, weight = operands("w8a16", (tokens, 1040), 200)
+    assert_fp32_sum(OPS.linear_w8a16(*on_cuda(arguments)), x.cuda(), weight.cuda())
+    arguments, x, weight = operands("w8a16", (tokens, 3, 512), 3 * 128)
+    assert_fp32_sum(OPS.grouped_linear_w8a16(*on_cuda(arguments)), x.cuda(), weight.cuda())
+
+
+@pytest.mark.sanitize
+def test_w8a16_of_many_tokens_converts_rows_longer_than_a_cta():
+    arguments, x, weight = operands("w8a16", (200, 4096 + 48), 24)
+    assert_fp32_sum(OPS.linear_w8a16(*on_cuda(arguments)), x.cuda(), weight.cuda())
+
+
 @pytest.mark.parametrize("tokens", (65, 1000))
 def test_grouped_linear_dense(tokens):
     (x, weight), x64, weight64 = operands("dense", (tokens, 3, 512), 3 * 128)
@@ -136,7 +151,7 @@ def test_rows_that_are_views():
 
 
 @pytest.mark.parametrize("tokens", (65, 1000))
-@pytest.mark.parametrize("kind", ["dense", "fp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_runs_and_replays_give_the_same_bits(kind, tokens):
     """Twenty runs, and a graph whose inputs change between replays."""
     arguments = on_cuda(operands(kind, (tokens, 1024), 384, group=128)[0])
@@ -161,13 +176,17 @@ def test_runs_and_replays_give_the_same_bits(kind, tokens):
     assert_bits_equal(y.cpu(), op(*arguments).cpu())
 
 
-@pytest.mark.parametrize("kind", ["dense", "fp8", "mxfp4", "nvfp4"])
+# The argument and the byte that make a token NaN.
+SPOILT = {"dense": (0, 0xFF), "fp8": (1, 0xFF), "mxfp4": (1, 0xFF), "nvfp4": (1, 0x7F), "w8a16": (0, 0xFF)}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_no_token_reads_another(kind):
     """A token of NaN leaves the others' bits alone, in the library's part and in the rest."""
     arguments = list(on_cuda(operands(kind, (71, 512), 128, group=128)[0]))
     op = getattr(OPS, f"linear_{kind}")
     expected = op(*arguments)
-    spoilt, byte = {"dense": (0, 0xFF), "fp8": (1, 0xFF), "mxfp4": (1, 0xFF), "nvfp4": (1, 0x7F)}[kind]
+    spoilt, byte = SPOILT[kind]
     for token in (3, 70):
         arguments[spoilt].view(torch.uint8)[token] = byte
     torch.cuda.synchronize()

@@ -6,7 +6,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from graph_tests.decode.stored_formats import CONFIG, FORMATS, QUANTISED, dequantised, stored, write, write_formats
 from model import load
+from model.linear import DenseGroupedLinear, W8a16GroupedLinear
 from model.logits import compute_logits
+from model.storage import Storage
+from model.weight_formats import E8M0, F32, FP8, WeightFormats
 
 BATCH, LENGTH, PROMPT = 2, 40, 36
 # Relative L2 distance of the logits from fp32, in default mode. Measured: 0.14, 0.18, 0.23, 0.27, 0.37; most of it is
@@ -107,6 +110,35 @@ def test_index_keys_in_fp8_select_more_like_exact_mode_than_fp4(directories, tok
     assert 0.01 < near < far
     assert fp4.state.layers[1].index_pool.shape[1] == 64 * (32 + 2)
     assert fp8.state.layers[1].index_pool.shape[1] == 64 * (64 + 4)
+
+
+@pytest.mark.parametrize(
+    "device, scale, kind",
+    (("meta", E8M0, W8a16GroupedLinear), ("meta", F32, DenseGroupedLinear), ("cpu", E8M0, DenseGroupedLinear)),
+)
+def test_a_gpu_reads_output_projections_as_they_are_stored(device, scale, kind):
+    """Where conversion to bf16 is exact; its activations stay bf16 and need no whole blocks."""
+    storage = Storage(WeightFormats(linear=FP8, fp8_scale=scale), torch.device(device))
+    wo_a = storage.grouped_linear("layers.0.attn.wo_a", 2, 72, 192)
+    assert type(wo_a) is kind and wo_a.activation == "dense"
+    assert [key for binding in wo_a.bindings() for key in binding.keys] == [
+        "layers.0.attn.wo_a.weight",
+        "layers.0.attn.wo_a.scale",
+    ]
+
+
+@torch.no_grad()
+def test_output_projections_as_they_are_stored_have_the_bits_of_dequantised_ones(directories):
+    """What a GPU loads, on the CPU."""
+    model, tensors = make(directories["official"]), stored(directories["official"])
+    dequantised_form = model.blocks[1].attn.wo_a
+    rows, columns = dequantised_form.weight.shape
+    stored_form = W8a16GroupedLinear({"layers.1.attn.wo_a": rows}, columns, model.storage)
+    for binding in stored_form.bindings():
+        binding.target.copy_(binding.convert(tensors[binding.keys[0]]))
+    assert 2 * stored_form.weight.nbytes == dequantised_form.weight.nbytes
+    x = torch.randn(5, 2, columns, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert torch.equal(stored_form(x), dequantised_form(x))
 
 
 @pytest.mark.parametrize("name", FORMATS)

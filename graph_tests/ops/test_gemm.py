@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-import dsv4_ops.ops.gemm  # noqa: F401
+from dsv4_ops.ops.gemm import dequantise_blocks
 from graph_tests import checks
-from graph_tests.ops.operands import fp8_rows, fp8_weight, mxfp4_weight, nvfp4
+from graph_tests.ops.operands import E4M3, E4M3_CODES, fp8_rows, fp8_weight, mxfp4_weight, nvfp4
 
 OPS = torch.ops.dsv4
 F32, BF16 = torch.float32, torch.bfloat16
-FORMATS = ["dense", "fp8", "mxfp4", "nvfp4"]
+FORMATS = ["dense", "fp8", "mxfp4", "nvfp4", "w8a16"]
 GROUPED_SHAPES = [
     (2, 128),
     (3, 64),
@@ -25,6 +25,10 @@ def operands(kind: str, x_shape: tuple, n: int, *, exact: bool = False, group: i
         values = [torch.randn(shape, generator=generator) * (4 if exact else 1) for shape in (x_shape, (n, k))]
         x, weight = (value.round().to(dtype) if exact else value.to(dtype) for value in values)
         return (x, weight), x.double(), weight.double()
+    if kind == "w8a16":
+        (x, _), x64, _ = operands("dense", x_shape, 1, exact=exact)
+        weight, weight64 = fp8_weight(n, k, generator, exact)
+        return (x, *weight), x64, weight64
     if kind == "nvfp4":
         (x, x64) = nvfp4(x_shape, generator, exact, (*x_shape[:-1], 1))
         (weight, weight64) = nvfp4((n, k), generator, exact, (1,))
@@ -83,6 +87,23 @@ def test_fp8_weight_with_fp32_scales():
     assert_product(OPS.linear_fp8(*x, *weight), x64, weight64)
 
 
+def every_e4m3_block() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight [128 * 255, 128] with every finite code under every scale but NaN, and its values in bf16."""
+    codes = torch.tensor(E4M3_CODES, dtype=torch.uint8).repeat(65)[: 128 * 128].view(128, 128)
+    scale = torch.arange(255, dtype=torch.uint8)
+    values = E4M3[codes.long()] * 2.0 ** (scale.double().view(-1, 1, 1) - 127)
+    return codes.repeat(255, 1).view(torch.float8_e4m3fn), scale[:, None], values.flatten(0, 1).to(BF16)
+
+
+def test_w8a16_multiplies_the_weight_rounded_to_bf16():
+    """Exact but for scales that make values infinite, or too small for bf16: those are rounded once."""
+    weight, scale, values = every_e4m3_block()
+    assert torch.equal(dequantise_blocks(weight, scale).to(BF16), values)
+    rows = values.isfinite().all(-1) & (values.abs() >= 2.0**-126).logical_or(values == 0).all(-1)
+    y = OPS.linear_w8a16(torch.eye(128, dtype=BF16), weight, scale)  # a CPU's products of bf16 know no subnormals
+    assert rows.sum() > 128 * 200 and torch.equal(y[:, rows], values[rows].T)
+
+
 @pytest.mark.parametrize("x_global", [(1,), (6, 1)])
 @pytest.mark.parametrize("weight_global", [(), (1,)])
 def test_nvfp4_global_scales_of_tensor_and_row(x_global, weight_global):
@@ -115,7 +136,7 @@ def test_grouped_linear_is_a_loop_over_groups(kind, groups, rows):
 def test_leading_dimensions_are_rows(kind):
     for name, shape in (("linear", (2, 3, 64)), ("grouped_linear", (2, 3, 4, 64))):
         arguments, _, _ = operands(kind, shape, 32)
-        inputs = {"dense": 1, "fp8": 2, "mxfp4": 2, "nvfp4": 3}[kind]
+        inputs = {"dense": 1, "fp8": 2, "mxfp4": 2, "nvfp4": 3, "w8a16": 1}[kind]
         flat = tuple(a.flatten(0, 1) for a in arguments[:inputs])
         op = getattr(OPS, f"{name}_{kind}")
         checks.assert_bits_equal(op(*arguments), op(*flat, *arguments[inputs:]).unflatten(0, (2, 3)))
@@ -159,6 +180,8 @@ def test_wrong_arguments_are_named():
         OPS.linear_fp8(x, x_scale[:, :3], weight, weight_scale)
     with pytest.raises(ValueError, match="weight must be \\[N, 256\\]"):
         OPS.linear_dense(torch.zeros(3, 256), torch.zeros(5, 128))
+    with pytest.raises(ValueError, match="weight_scale must be uint8, powers of two, got \\[2, 2\\] float32"):
+        OPS.linear_w8a16(torch.zeros(3, 256, dtype=BF16), weight, torch.ones(2, 2))
     with pytest.raises(ValueError, match="weight \\[G\\*R, K\\]"):
         OPS.grouped_linear_dense(torch.zeros(3, 4, 8), torch.zeros(6, 8))
     (packed, scale, x_global, *weight), _, _ = operands("nvfp4", (3, 64), 8)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv4_ops.ops.gemm_workspace import room_for_fp4, room_for_fp8, room_for_sums
+from dsv4_ops.ops.gemm_workspace import room_for_fp4, room_for_fp8, room_for_sums, room_for_w8a16
 
 FP8 = torch.float8_e4m3fn
 
@@ -36,3 +36,12 @@ def test_fp4_products_of_many_tokens_spread_x_in_bf16():
     assert room_for_fp4(meta(64, 1024), weight).numel() == 0
     assert room_for_fp4(meta(65, 1024), weight).nbytes == 80 * 1024 * 2
     assert room_for_fp4(meta(65, 512, dtype=torch.uint8), weight).nbytes == 80 * 1024 * 2
+
+
+def test_w8a16_products_of_many_tokens_convert_the_weight_to_bf16():
+    weight = meta(8 * 1024, 4096)
+    assert room_for_w8a16(meta(8, 8, 4096), weight, 2).numel() == 0
+    assert room_for_w8a16(meta(64, 8, 4096), weight, 2).numel() == 8 * 64 * 8192
+    assert room_for_w8a16(meta(192, 8, 4096), weight, 2).numel() == 8 * 64 * 8192
+    assert room_for_w8a16(meta(193, 8, 4096), weight, 2).nbytes == 8192 * 4096 * 2
+    assert room_for_w8a16(meta(193, 512), meta(32768, 512), 1).nbytes == 32768 * 512 * 2

@@ -69,7 +69,8 @@ cudaError_t launch(const Product& product, int64_t first_token, int tokens, int 
 cudaError_t launch_add_ranges(Format format, const Product& product, int64_t first_token, int tokens, int ranges,
                               cudaStream_t stream) {
   switch (format) {
-    case Format::kDense: return launch<Format::kDense>(product, first_token, tokens, ranges, stream);
+    case Format::kDense:
+    case Format::kW8a16: return launch<Format::kDense>(product, first_token, tokens, ranges, stream);
     case Format::kFp8: return launch<Format::kFp8>(product, first_token, tokens, ranges, stream);
     case Format::kMxfp4: return launch<Format::kMxfp4>(product, first_token, tokens, ranges, stream);
     default: return launch<Format::kNvfp4>(product, first_token, tokens, ranges, stream);

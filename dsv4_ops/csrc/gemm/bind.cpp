@@ -22,17 +22,16 @@ class Operands {
   Operands(const char* op, bool grouped, const Tensor& x) : call_(op, x), op_(op), grouped_(grouped) {}
 
   // x [T, K] or, in a grouped product, [T, G, K]; weight [N, K] or [G * R, K]; `packing` values an element.
-  void set(const Tensor& x, const Tensor& weight, std::initializer_list<ScalarType> dtypes, int64_t x_packing,
-           int64_t weight_packing) {
-    call_.expect_rows("x", x, dtypes);
+  void set(const Tensor& x, const Tensor& weight, std::initializer_list<ScalarType> x_dtypes,
+           std::initializer_list<ScalarType> weight_dtypes, int64_t x_packing, int64_t weight_packing) {
+    call_.expect_rows("x", x, x_dtypes);
     call_.expect(x.dim() >= (grouped_ ? 3 : 1), "x", grouped_ ? "[T, G, K]" : "[T, K]", x);
     const int64_t last = x.dim() - 1;
     p.k = x.size(last) * x_packing;
     p.groups = grouped_ ? x.size(last - 1) : 1;
     call_.expect(p.k <= kMostColumns, "x", "[..., K] with K at most 2^28", x);
     call_.expect(p.groups <= kMostGroups, "x", "[T, G, K] with G at most 65535", x);
-    call_.expect_tensor("weight", weight, weight_packing == 2 ? std::initializer_list<ScalarType>{kUint8} : dtypes,
-                        {kAny, p.k / weight_packing});
+    call_.expect_tensor("weight", weight, weight_dtypes, {kAny, p.k / weight_packing});
     const bool whole = p.groups > 0 ? weight.size(0) % p.groups == 0 : weight.size(0) == 0;
     call_.expect(whole, "weight", "[G * R, K] with the G of x [T, G, K]", weight);
     p.rows = p.groups > 0 ? weight.size(0) / p.groups : 0;
@@ -128,7 +127,7 @@ class Operands {
 template <bool kGrouped>
 Tensor linear_dense(const Tensor& x, const Tensor& weight, Tensor y, Workspace workspace) {
   Operands operands(kGrouped ? "grouped_linear_dense" : "linear_dense", kGrouped, x);
-  operands.set(x, weight, {kBfloat16, kFloat32}, 1, 1);
+  operands.set(x, weight, {kBfloat16, kFloat32}, {kBfloat16, kFloat32}, 1, 1);
   operands.p.x_dtype = dtype_of(x);
   operands.p.weight_dtype = dtype_of(weight);
   return operands.launch(Format::kDense, x, y, x.scalar_type(), workspace);
@@ -136,7 +135,7 @@ Tensor linear_dense(const Tensor& x, const Tensor& weight, Tensor y, Workspace w
 
 Tensor linear_fp32(const Tensor& x, const Tensor& weight, Tensor y, Workspace workspace) {
   Operands operands("linear_fp32", false, x);
-  operands.set(x, weight, {kBfloat16, kFloat32}, 1, 1);
+  operands.set(x, weight, {kBfloat16, kFloat32}, {kBfloat16, kFloat32}, 1, 1);
   operands.p.x_dtype = dtype_of(x);
   operands.p.weight_dtype = dtype_of(weight);
   return operands.launch(Format::kDense, x, y, kFloat32, workspace);
@@ -146,17 +145,26 @@ template <bool kGrouped>
 Tensor linear_fp8(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale, Tensor y,
                   Workspace workspace) {
   Operands operands(kGrouped ? "grouped_linear_fp8" : "linear_fp8", kGrouped, x);
-  operands.set(x, weight, {kE4m3}, 1, 1);
+  operands.set(x, weight, {kE4m3}, {kE4m3}, 1, 1);
   operands.set_fp8_scale(x, x_scale);
   operands.set_weight_scale(weight_scale, {kUint8, kFloat32}, blocks(weight.size(0)), blocks(operands.p.k));
   return operands.launch(Format::kFp8, x, y, kBfloat16, workspace);
 }
 
 template <bool kGrouped>
+Tensor linear_w8a16(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, Tensor y, Workspace workspace) {
+  Operands operands(kGrouped ? "grouped_linear_w8a16" : "linear_w8a16", kGrouped, x);
+  operands.set(x, weight, {kBfloat16}, {kE4m3}, 1, 1);
+  operands.p.x_dtype = Dtype::kBf16;
+  operands.set_weight_scale(weight_scale, {kUint8}, blocks(weight.size(0)), blocks(operands.p.k));
+  return operands.launch(Format::kW8a16, x, y, kBfloat16, workspace);
+}
+
+template <bool kGrouped>
 Tensor linear_mxfp4(const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale, Tensor y,
                     Workspace workspace) {
   Operands operands(kGrouped ? "grouped_linear_mxfp4" : "linear_mxfp4", kGrouped, x);
-  operands.set(x, weight, {kE4m3}, 1, 2);
+  operands.set(x, weight, {kE4m3}, {kUint8}, 1, 2);
   operands.set_fp8_scale(x, x_scale);
   operands.set_weight_scale(weight_scale, {kUint8}, weight.size(0), operands.p.k / kMxfp4Group);
   return operands.launch(Format::kMxfp4, x, y, kBfloat16, workspace);
@@ -166,7 +174,7 @@ template <bool kGrouped>
 Tensor linear_nvfp4(const Tensor& x, const Tensor& x_scale, const Tensor& x_global, const Tensor& weight,
                     const Tensor& weight_scale, const Tensor& weight_global, Tensor y, Workspace workspace) {
   Operands operands(kGrouped ? "grouped_linear_nvfp4" : "linear_nvfp4", kGrouped, x);
-  operands.set(x, weight, {kUint8}, 2, 2);
+  operands.set(x, weight, {kUint8}, {kUint8}, 2, 2);
   operands.set_x_scale(x, x_scale, kE4m3, kNvfp4Group);
   operands.set_weight_scale(weight_scale, {kE4m3}, weight.size(0), operands.p.k / kNvfp4Group);
   operands.set_globals(x, x_global, weight_global);
@@ -179,10 +187,12 @@ STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, m) {
   m.impl("linear_fp8.out", TORCH_BOX(&linear_fp8<false>));
   m.impl("linear_mxfp4.out", TORCH_BOX(&linear_mxfp4<false>));
   m.impl("linear_nvfp4.out", TORCH_BOX(&linear_nvfp4<false>));
+  m.impl("linear_w8a16.out", TORCH_BOX(&linear_w8a16<false>));
   m.impl("grouped_linear_dense.out", TORCH_BOX(&linear_dense<true>));
   m.impl("grouped_linear_fp8.out", TORCH_BOX(&linear_fp8<true>));
   m.impl("grouped_linear_mxfp4.out", TORCH_BOX(&linear_mxfp4<true>));
   m.impl("grouped_linear_nvfp4.out", TORCH_BOX(&linear_nvfp4<true>));
+  m.impl("grouped_linear_w8a16.out", TORCH_BOX(&linear_w8a16<true>));
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 
 namespace dsv4 {
 
-enum class Format { kDense, kFp8, kMxfp4, kNvfp4 };
+// kW8a16: bf16 x and E4M3 weights.
+enum class Format { kDense, kFp8, kMxfp4, kNvfp4, kW8a16 };
 
 constexpr int kFewTokens = 8;      // up to so many tokens no product needs a workspace
 constexpr int kTokensAtOnce = 64;  // what one launch takes: more tokens are several launches
@@ -29,7 +30,7 @@ struct Product {
   int64_t weight_stride;
   const void* weight_scale;
   int64_t weight_scale_stride;
-  bool fp32_weight_scale;  // of FP8
+  bool fp32_weight_scale;  // of kFp8
   const float* weight_global;
   void* y;  // [tokens, groups * rows]
   Dtype y_dtype;
@@ -48,6 +49,7 @@ cudaError_t launch_stream_dense(const Product& product, int64_t first_token, int
 cudaError_t launch_stream_fp8(const Product& product, int64_t first_token, int tokens, cudaStream_t stream);
 cudaError_t launch_stream_mxfp4(const Product& product, int64_t first_token, int tokens, cudaStream_t stream);
 cudaError_t launch_stream_nvfp4(const Product& product, int64_t first_token, int tokens, cudaStream_t stream);
+cudaError_t launch_stream_w8a16(const Product& product, int64_t first_token, int tokens, cudaStream_t stream);
 // Any operands:
 cudaError_t launch_linear_plain(Format format, const Product& product, cudaStream_t stream);
 // Sums of ranges that a stream left in the workspace -> y:

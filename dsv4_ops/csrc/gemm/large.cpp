@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kBlock = 128;            // of FP8 scales
 constexpr int64_t kLibraryGrain = 16;      // tokens: cuBLASLt wants scales at 16-byte distances, and more for speed
 constexpr int64_t kLeastGroupedFp8 = 512;  // tokens from which a launch for each group pays
+constexpr int64_t kLeastW8a16 = 193;       // tokens from which converting the weight pays: four streams
 constexpr int64_t kMostBlockColumns = 1 << 17;
 constexpr int kBlockScaling = 12090;  // the CUDA runtime whose cuBLASLt has scales of blocks
 
@@ -43,11 +44,19 @@ bool fp8_serves(const Product& p) {
          p.weight_scale_stride == blocks && has_block_scaling();
 }
 
-bool dense_serves(const Product& p) {
+// What torch's product takes of bf16 operands, but for the weight.
+bool dense_x_serves(const Product& p) {
   const bool widths = p.k > 0 && p.k % 8 == 0 && p.rows % 8 == 0;
-  const bool bf16 = p.x_dtype == Dtype::kBf16 && p.weight_dtype == Dtype::kBf16;
-  return widths && bf16 && aligned(p.x, 2 * p.x_stride, 16) && aligned(p.weight, 2 * p.weight_stride, 16) &&
+  return widths && p.x_dtype == Dtype::kBf16 && aligned(p.x, 2 * p.x_stride, 16) &&
          (p.groups == 1 || p.y_dtype == Dtype::kBf16);
+}
+
+bool dense_serves(const Product& p) {
+  return dense_x_serves(p) && p.weight_dtype == Dtype::kBf16 && aligned(p.weight, 2 * p.weight_stride, 16);
+}
+
+bool w8a16_serves(const Product& p) {
+  return dense_x_serves(p) && p.tokens >= kLeastW8a16 && p.k % 16 == 0 && aligned(p.weight, p.weight_stride, 16);
 }
 
 LinearPrefill fp4_product(Format format, const Product& p) {
@@ -111,6 +120,17 @@ void multiply_dense(const Product& p, int device) {
        view<3>(p.y, y_dtype, {p.groups, p.tokens, p.rows}, {p.rows, columns, 1}, device));
 }
 
+cudaError_t launch_w8a16(const Product& p, int device, cudaStream_t stream) {
+  const cudaError_t status = launch_convert_w8a16(p, stream);
+  if (status != cudaSuccess) return status;
+  Product dense = p;
+  dense.weight = p.partials;
+  dense.weight_dtype = Dtype::kBf16;
+  dense.weight_stride = p.k;
+  multiply_dense(dense, device);
+  return cudaSuccess;
+}
+
 // The first `tokens` of the product; scales in fp32 as launch_fp8_scales leaves them.
 void multiply_fp8(const Product& p, int64_t tokens, const float* x_scale, const float* weight_scale, int device) {
   const int64_t blocks = p.k / kBlock, row_blocks = p.rows / kBlock, columns = p.groups * p.rows;
@@ -160,6 +180,7 @@ bool large_serves(Format format, const Product& product) {
   switch (format) {
     case Format::kDense: return dense_serves(product);
     case Format::kFp8: return fp8_serves(product);
+    case Format::kW8a16: return w8a16_serves(product);
     default: return product.groups == 1 && linear_prefill_serves(fp4_product(format, product));
   }
 }
@@ -167,6 +188,7 @@ bool large_serves(Format format, const Product& product) {
 int64_t large_floats(Format format, const Product& product) {
   switch (format) {
     case Format::kDense: return 0;
+    case Format::kW8a16: return product.groups * product.rows * product.k / 2;
     case Format::kFp8: {
       Product rest = product;
       rest.tokens -= of_library(product.tokens);
@@ -182,6 +204,7 @@ cudaError_t launch_large(Format format, const Product& product, int device, cuda
   switch (format) {
     case Format::kDense: multiply_dense(product, device); return cudaSuccess;
     case Format::kFp8: return launch_fp8(product, device, stream);
+    case Format::kW8a16: return launch_w8a16(product, device, stream);
     default: return launch_linear_fp4_prefill(fp4_product(format, product), stream);
   }
 }

@@ -2,6 +2,7 @@
 //
 //   FP8            cuBLASLt with fp32 scales of blocks, through aten::_scaled_mm; Hopper and CUDA 12.9
 //   bf16           aten::mm and aten::bmm
+//   W8A16          the same from 193 tokens on, with the weight converted to bf16 beforehand
 //   MXFP4, NVFP4   the kernels of the experts (moe/prefill.h); Hopper
 //
 // Which products these are follows from the format, the widths, the number of tokens, how operands lie, and the GPU.
@@ -27,6 +28,10 @@ struct Fp8Scales {
 };
 
 cudaError_t launch_fp8_scales(const Fp8Scales& scales, cudaStream_t stream);
+
+// The weight of a W8A16 product -> bf16 [groups * rows, k] at `partials`; k a multiple of 16, rows at multiples of 16
+// bytes.
+cudaError_t launch_convert_w8a16(const Product& product, cudaStream_t stream);
 
 // Whether launch_large takes the product.
 bool large_serves(Format format, const Product& product);

@@ -12,6 +12,7 @@ cudaError_t launch_stream(Format format, const Product& product, int64_t first_t
     case Format::kDense: return launch_stream_dense(product, first_token, tokens, stream);
     case Format::kFp8: return launch_stream_fp8(product, first_token, tokens, stream);
     case Format::kMxfp4: return launch_stream_mxfp4(product, first_token, tokens, stream);
+    case Format::kW8a16: return launch_stream_w8a16(product, first_token, tokens, stream);
     default: return launch_stream_nvfp4(product, first_token, tokens, stream);
   }
 }

@@ -24,7 +24,7 @@ __device__ __forceinline__ float packed_value(const void* values, int64_t row, i
 // Value k of row `row` of x, without the global scale.
 template <Format kFormat>
 __device__ __forceinline__ float x_value(const Product& p, int64_t row, int64_t k) {
-  if constexpr (kFormat == Format::kDense) {
+  if constexpr (kFormat == Format::kDense || kFormat == Format::kW8a16) {
     return dense_value(p.x, p.x_dtype, row * p.x_stride + k);
   } else if constexpr (kFormat == Format::kNvfp4) {
     const float scale = decode_e4m3(p.x_scale[row * p.x_scale_stride + k / 16]);
@@ -41,11 +41,12 @@ __device__ __forceinline__ float weight_value(const Product& p, int64_t row, int
   const auto* const scales = static_cast<const uint8_t*>(p.weight_scale);
   if constexpr (kFormat == Format::kDense) {
     return dense_value(p.weight, p.weight_dtype, row * p.weight_stride + k);
-  } else if constexpr (kFormat == Format::kFp8) {
+  } else if constexpr (kFormat == Format::kFp8 || kFormat == Format::kW8a16) {
     const int64_t block = row / 128 * p.weight_scale_stride + k / 128;
     const float scale =
         p.fp32_weight_scale ? static_cast<const float*>(p.weight_scale)[block] : decode_ue8m0(scales[block]);
-    return __fmul_rn(decode_e4m3(static_cast<const uint8_t*>(p.weight)[row * p.weight_stride + k]), scale);
+    const float value = __fmul_rn(decode_e4m3(static_cast<const uint8_t*>(p.weight)[row * p.weight_stride + k]), scale);
+    return kFormat == Format::kFp8 ? value : __bfloat162float(__float2bfloat16_rn(value));
   } else if constexpr (kFormat == Format::kMxfp4) {
     const float scale = decode_ue8m0(scales[row * p.weight_scale_stride + k / 32]);
     return __fmul_rn(packed_value(p.weight, row * p.weight_stride, k), scale);
@@ -90,6 +91,7 @@ cudaError_t launch_linear_plain(Format format, const Product& product, cudaStrea
     case Format::kDense: return launch_kernel(linear_plain_kernel<Format::kDense>, at, product);
     case Format::kFp8: return launch_kernel(linear_plain_kernel<Format::kFp8>, at, product);
     case Format::kMxfp4: return launch_kernel(linear_plain_kernel<Format::kMxfp4>, at, product);
+    case Format::kW8a16: return launch_kernel(linear_plain_kernel<Format::kW8a16>, at, product);
     default: return launch_kernel(linear_plain_kernel<Format::kNvfp4>, at, product);
   }
 }

@@ -26,9 +26,14 @@ constexpr FormatShape shape_of(Format format) {
     case Format::kDense: return {64, 128, 0, 8};
     case Format::kFp8: return {128, 128, 0, 32};
     case Format::kMxfp4: return {256, 256, 8, 128};
+    case Format::kW8a16: return {128, 256, 0, 16};
     default: return {256, 512, 16, 64};
   }
 }
+
+// Bytes of an element of x and of the weight, as they are stored.
+constexpr int64_t x_bytes(Format format) { return format == Format::kDense || format == Format::kW8a16 ? 2 : 1; }
+constexpr int64_t weight_bytes(Format format) { return format == Format::kDense ? 2 : 1; }
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -50,19 +55,19 @@ inline int ranges_of(Format format, const Product& product) {
 
 // Whether the kernels of stream.cuh take the operands: 16 bytes of a row are copied at a time, 4 of FP4 scales.
 inline bool can_stream(Format format, const Product& p) {
-  const int64_t bytes = format == Format::kDense ? 2 : 1;
+  const int64_t of_x = x_bytes(format), of_weight = weight_bytes(format);
   const auto aligned = [](const void* data, int64_t distance, int64_t to) {
     return reinterpret_cast<uintptr_t>(data) % to == 0 && distance % to == 0;
   };
   if (p.k == 0 || p.k % shape_of(format).weight_align != 0) return false;
   // Rows, and the distances between them, are 32-bit numbers.
   const int64_t longest =
-      std::max({p.weight_stride * bytes, p.x_stride * p.groups * bytes, p.x_scale_stride * p.groups});
+      std::max({p.weight_stride * of_weight, p.x_stride * p.groups * of_x, p.x_scale_stride * p.groups});
   if (longest > INT32_MAX || p.groups * p.rows > INT32_MAX) return false;
-  if (!aligned(p.x, p.x_stride * bytes, 16) || !aligned(p.weight, p.weight_stride * bytes, 16)) return false;
+  if (!aligned(p.x, p.x_stride * of_x, 16) || !aligned(p.weight, p.weight_stride * of_weight, 16)) return false;
   if (format == Format::kDense) return p.x_dtype == Dtype::kBf16 && p.weight_dtype == Dtype::kBf16;
   // A warp's rows, 16 or 32 of a group, lie in one block of FP8 scales.
-  if (format == Format::kFp8) return p.groups == 1 || p.rows % 32 == 0;
+  if (format == Format::kFp8 || format == Format::kW8a16) return p.groups == 1 || p.rows % 32 == 0;
   return aligned(p.weight_scale, p.weight_scale_stride, 4);
 }
 

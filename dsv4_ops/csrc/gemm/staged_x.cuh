@@ -1,6 +1,7 @@
 // x of a streaming product in shared memory, and how it gets there.
 #pragma once
 
+#include "common/e4m3_bf16.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/weight_fragments.cuh"
@@ -15,7 +16,8 @@ class StagedX {
   static constexpr FormatShape kShape = shape_of(kFormat);
   static constexpr bool kHasScales = kFormat == Format::kFp8 || kFormat == Format::kMxfp4;
   static constexpr bool kPacked = kFormat == Format::kNvfp4;
-  static constexpr int kUnitValues = kPacked ? 32 : kFormat == Format::kDense ? 8 : 16;
+  static constexpr int kBytes = x_bytes(kFormat);
+  static constexpr int kUnitValues = (kPacked ? 32 : 16) / kBytes;
   static constexpr int kBatch = 4;  // loads of a thread that are under way together
 
  public:
@@ -30,7 +32,6 @@ class StagedX {
     const int k = piece * kShape.piece_values;
     const int units = static_cast<int>(s.units.value()), all = s.tokens * units;
     const int there = min((end - piece) * kUnits, (static_cast<int>(p.k) - k + kUnitValues - 1) / kUnitValues);
-    constexpr int kBytes = kFormat == Format::kDense ? 2 : 1;
     const uint8_t* const source =
         static_cast<const uint8_t*>(p.x) + (x_row * p.x_stride + (kPacked ? k / 2 : k)) * kBytes;
     const uint8_t* const scale_source = p.x_scale + x_row * p.x_scale_stride + (kPacked ? k / 16 : 0);
@@ -90,6 +91,12 @@ class StagedX {
       for (int j = 0; j < 4; ++j) {
         *reinterpret_cast<uint4*>(row + unit * 64 + j * 16) = {pairs[0][j], pairs[1][j], pairs[2][j], pairs[3][j]};
       }
+    } else if constexpr (kFormat == Format::kW8a16) {
+      uint2 even, odd;
+      split_even_odd(even, odd, codes);
+      uint8_t* const half = row + unit / 2 * 32 + unit % 2 * 8;
+      *reinterpret_cast<uint2*>(half) = even;
+      *reinterpret_cast<uint2*>(half + 16) = odd;
     } else {
       *reinterpret_cast<uint4*>(row + unit * 16) = codes;
     }

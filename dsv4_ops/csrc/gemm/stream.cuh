@@ -161,11 +161,16 @@ class StreamingProduct {
     }
   }
 
-  // The same of one tile of tokens and chunks `chunk` .. chunk + 3.
-  __device__ __forceinline__ void load_x_twice(uint32_t (&words)[2][1][2], int chunk) const {
-    uint32_t four[4];
-    ptx::ldmatrix_x4(four, shared + x_lanes[0] + chunk * 16);
-    words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
+  // The same of chunks `chunk` .. chunk + 3: of two steps of k.
+  __device__ __forceinline__ void load_x_twice(uint32_t (&words)[2][kTokenTiles][2], int chunk) const {
+    if constexpr (kTokenTiles == 1) {
+      uint32_t four[4];
+      ptx::ldmatrix_x4(four, shared + x_lanes[0] + chunk * 16);
+      words[0][0][0] = four[0], words[0][0][1] = four[1], words[1][0][0] = four[2], words[1][0][1] = four[3];
+    } else {
+      load_x(words[0], chunk);
+      load_x(words[1], chunk + 2);
+    }
   }
 
   // total += part * (weight scale * x scale) with the weight scales of the lane's rows and group `group` of x.
@@ -201,6 +206,13 @@ class StreamingProduct {
       multiply_mxfp4(stage, offset);
     } else if constexpr (kFormat == Format::kNvfp4) {
       multiply_nvfp4(stage, offset);
+    } else if constexpr (kFormat == Format::kW8a16) {
+      const Bf16Scale scale(ring.take_block_scale());
+      if (scale.large) {
+        multiply_w8a16<true>(stage, scale.factor, offset);
+      } else {
+        multiply_w8a16<false>(stage, scale.factor, offset);
+      }
     } else {
       multiply_dense(stage, offset);
     }
@@ -349,12 +361,7 @@ class StreamingProduct {
           nvfp4_halves(low, words[m][2 * j + 1], factor(factors[m][1]));
           fp4_fragments(a[m], up, low);
         }
-        if constexpr (kTokenTiles == 1) {
-          load_x_twice(b, 4 * chunk);
-        } else {
-          load_x(b[0], 4 * chunk);
-          load_x(b[1], 4 * chunk + 2);
-        }
+        load_x_twice(b, 4 * chunk);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -362,6 +369,32 @@ class StreamingProduct {
 #pragma unroll
             for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_f16(total[m][n], a[m][half], b[half][n]);
           }
+        }
+      }
+    }
+    if constexpr (kSplit) ring.advance();
+  }
+
+  template <bool kLargeScale>
+  __device__ __forceinline__ void multiply_w8a16(int stage, uint32_t factor, int offset) {
+    Words all;
+    load_all(all, stage);
+#pragma unroll
+    for (int pair = 0; pair < kTileChunks / 2; ++pair) {
+      const auto& words = words_of(all, stage, pair);
+      uint32_t b[2][kTokenTiles][2];
+      load_x_twice(b, 2 * (offset * kTileChunks + 2 * pair));
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {  // a chunk of the weight, two of x
+        uint32_t a[kTiles][4];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          e4m3_bf16_fragment<kLargeScale>(a[m], words[m][2 * step], words[m][2 * step + 1], factor);
+        }
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) ptx::mma_m16n8k16_bf16(total[m][n], a[m], b[step][n]);
         }
       }
     }

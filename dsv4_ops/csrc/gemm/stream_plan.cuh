@@ -46,11 +46,11 @@ inline Stream plan_stream(Format format, const Product& product, int64_t first_t
   const int ranges = ranges_of(format, product);
   while (1 << plan.range_shift < ranges) ++plan.range_shift;
   plan.pieces = pieces_of(format, product);
-  const int64_t bytes = format == Format::kDense ? 2 : 1;
+  const int64_t bytes = weight_bytes(format);
   plan.row_bytes = static_cast<int>(format == Format::kMxfp4 || format == Format::kNvfp4 ? product.k / 2
                                                                                          : product.k * bytes);
   plan.row_pitch = static_cast<int>(product.weight_stride * bytes);
-  plan.x_step = static_cast<int>(product.groups * product.x_stride * bytes);
+  plan.x_step = static_cast<int>(product.groups * product.x_stride * x_bytes(format));
   plan.x_scale_step = static_cast<int>(product.groups * product.x_scale_stride);
   plan.scale_tokens = (tokens + 1) / 2 * 2;
   plan.scale_tokens_divisor = Divisor(plan.scale_tokens);

@@ -13,6 +13,7 @@ namespace dsv4 {
 template <Format kFormat, int kTiles, int kStages>
 class WeightRing {
   static constexpr FormatShape kShape = shape_of(kFormat);
+  static constexpr bool kBlockScales = kFormat == Format::kFp8 || kFormat == Format::kW8a16;
 
  public:
   static constexpr int kRows = kTiles * kTileRows;
@@ -63,12 +64,14 @@ class WeightRing {
 
   // The scale of the FP8 block of the next piece; call once a piece.
   __device__ __forceinline__ float take_block_scale() {
-    const float scale = p.fp32_weight_scale ? __uint_as_float(block_scale) : decode_ue8m0(block_scale);
+    const float scale = has_fp32_scales() ? __uint_as_float(block_scale) : decode_ue8m0(block_scale);
     load_block_scale();
     return scale;
   }
 
  private:
+  __device__ __forceinline__ bool has_fp32_scales() const { return kFormat == Format::kFp8 && p.fp32_weight_scale; }
+
   __device__ __forceinline__ int row_of(int tile) const { return tile * tile_stride + first_row; }
 
   // The first piece of a tile is the next to copy.
@@ -126,20 +129,20 @@ class WeightRing {
   }
 
   __device__ __forceinline__ void start_scales(int tile) {
-    if constexpr (kFormat == Format::kFp8) {
+    if constexpr (kBlockScales) {
       scale_tile = tile;
       scale_piece = begin;
       const int block = (group_row + min(row_of(tile), static_cast<int>(p.rows) - 1)) / 128;
       next_scales = static_cast<const uint8_t*>(p.weight_scale) +
-                    (block * p.weight_scale_stride + begin) * (p.fp32_weight_scale ? 4 : 1);
+                    (block * p.weight_scale_stride + begin) * (has_fp32_scales() ? 4 : 1);
     }
   }
 
   // The bits of the scale of the next piece.
   __device__ __forceinline__ void load_block_scale() {
-    if constexpr (kFormat == Format::kFp8) {
+    if constexpr (kBlockScales) {
       if (scale_tile >= tile_end) return;
-      if (p.fp32_weight_scale) {
+      if (has_fp32_scales()) {
         block_scale = *reinterpret_cast<const uint32_t*>(next_scales);
         next_scales += 4;
       } else {

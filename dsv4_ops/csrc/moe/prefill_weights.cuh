@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 
+#include "common/e4m3_bf16.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx_sm90_moe.cuh"
 #include "common/reduce.cuh"
@@ -142,13 +143,6 @@ class Factors<MoeFormat::kDense> {
 __device__ __forceinline__ uint32_t place_e2m1(uint32_t word, int i) {
   const uint32_t codes = (i < 2 ? word : word >> 8) & (i % 2 == 0 ? 0x000F000Fu : 0x00F000F0u);
   return codes * (i % 2 == 0 ? (1u << 12) + (1u << 6) : (1u << 8) + (1u << 2)) & 0x81C081C0u;
-}
-
-// Codes i and i + 2 of four E4M3 codes as bf16, each times 2^-120.
-__device__ __forceinline__ uint32_t place_e4m3(uint32_t word, int i) {
-  const uint32_t sign = (i == 0 ? word << 8 : word) & 0x80008000u;
-  const uint32_t moved = i == 0 ? word << 4 : word >> 4;
-  return sign | (moved & 0x07F007F0u);
 }
 
 // The first operand of `step` for the rows of matrix `matrix`, from what a thread loaded of the stage.
