@@ -14,14 +14,18 @@
 //   HBM -> (cp.async, ring of 3 stages of 2 KiB a warp) -> ldmatrix -> codes to f16 in registers -> mma.sync
 //   x, h -> (8-bit codes, f16 or bf16 in shared memory, once for several groups) -> B operand
 //
-// Shared memory: ring 102 KiB (MXFP4; 108 NVFP4, 96 otherwise) | sums of the warps, four times 8 KiB | rows of x |
+// Shared memory: ring 114 KiB (MXFP4; 120 NVFP4, 108 otherwise) | sums of the warps, four times 8 KiB | rows of x |
 // their scales | row facts | block scales of an FP8 expert | groups of pairs. The ids are older than the first kernel,
 // so the second one starts to stream w2 on every SM that the first has left, before it waits.
 //
 // Floor: the bytes of the chosen experts (MXFP4 17/32 of a byte a weight, NVFP4 9/16) over the memory's speed. Next is
-// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 350
-// instructions with up to 8 pairs (430 with up to 16), 180 of which are integer instructions that issue every other
-// cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence four.
+// the issue of instructions: at that speed an SM gets 18 bytes, 34 codes, a cycle. 4096 of them are a warp's 310
+// instructions with up to 4 pairs (330 with up to 8, 400 with up to 16), 145 of which are integer instructions that
+// issue every other cycle: a scheduler has 484 cycles for them. Two warps a scheduler reach half of its slots, hence
+// four. Up to 4 pairs leave every other column of a fragment free, so that each lane scales the sums of one pair only.
+//
+// What comes before the first product is a quarter of the first kernel at one token, and mostly waiting: so the groups
+// of up to 32 pairs are found with one barrier, and the rows of x are asked for before the weights.
 //
 // H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.0 (17.1), 7168 x 3072 75.5 (44.8), NVFP4 41.9
 // (18.1) and 80.4 (47.4); MXFP4, 16 tokens on 256 experts 395 (273), 64 on 32 experts 217 (91). What was tried: 8 warps
@@ -29,6 +33,7 @@
 // 3 to 7 % at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed
 // nothing.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "common/ptx_sm90.cuh"
@@ -48,6 +53,7 @@ namespace {
 using bf16 = __nv_bfloat16;
 
 constexpr int kSumsBytes = kWarps * 2 * kWarp * 16;  // of a team: a unit and 8 pairs
+constexpr int kFewRows = 4;  // pairs of a pass that take every other column of a fragment
 constexpr int kSharedMost = 227 * 1024;
 constexpr int kRowsInHalves = 12;
 
@@ -65,18 +71,42 @@ struct Cta {
   }
 };
 
-// Sums of rows lane / 4 and lane / 4 + 8 of fragment m of a unit -> h of two pairs, or results of two pairs.
-template <typename Format, bool kFirst>
+// What a lane has of a unit's fragment: rows lane / 4 and lane / 4 + 8 of one or two pairs.
+template <bool kFew>
+using LaneSums = std::conditional_t<kFew, float2, float4>;
+
+template <bool kFew>
+__device__ __forceinline__ LaneSums<kFew> lane_sums(const float (&sum)[4]) {
+  if constexpr (kFew) {
+    return {sum[0], sum[2]};
+  } else {
+    return {sum[0], sum[1], sum[2], sum[3]};
+  }
+}
+
+__device__ __forceinline__ float2 operator+(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+// Sum i of a lane's pairs: gate and up, or two rows of w2.
+__device__ __forceinline__ float2 of_pair(float2 sum, int) { return sum; }
+__device__ __forceinline__ float2 of_pair(float4 sum, int i) {
+  return i == 0 ? float2{sum.x, sum.z} : float2{sum.y, sum.w};
+}
+
+// Sums of fragment m of a unit -> h of the lane's pairs, or results of them.
+template <typename Format, bool kFirst, bool kFew>
 __device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk, int m, int first_row, int end_row,
-                                       float4 sum) {
+                                       LaneSums<kFew> sum) {
+  constexpr int kPairs = kFew ? 1 : 2;
   const int lane = threadIdx.x % kWarp;
   const RowFacts facts = rows.facts();
-  const float sums[2][2] = {{sum.x, sum.z}, {sum.y, sum.w}};  // of a pair: gate and up, or two rows of w2
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = first_row + lane % 4 * 2 + i;
+  for (int i = 0; i < kPairs; ++i) {
+    const int row = first_row + lane % 4 * kPairs + i;
     if (row >= end_row) continue;
-    float upper = sums[i][0], lower = sums[i][1];
+    float upper = of_pair(sum, i).x, lower = of_pair(sum, i).y;
     if constexpr (Format::kFormat == MoeFormat::kNvfp4) {
       upper *= facts.gate_factor[row];
       lower *= kFirst ? facts.up_factor[row] : facts.gate_factor[row];
@@ -100,17 +130,20 @@ __device__ __forceinline__ void finish(const StagedRows& rows, const Walk& walk,
   }
 }
 
-// One pass over a unit: the rows of x from `first_row` to `end_row`, at most 8 * kTiles.
-template <typename Format, bool kFirst, int kTiles>
+// One pass over a unit: the rows of x from `first_row` to `end_row`, at most 8 * kTiles. kFew: at most kFewRows, which
+// take the columns 0, 2, 4 and 6 of the products, so that a lane has sums of one of them. The columns between are the
+// same again, and nothing is done with them.
+template <typename Format, bool kFirst, int kTiles, bool kFew = false>
 __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>& stream, const StagedRows& rows,
                                          const Walk& walk, int first_row, int end_row) {
   const int warp = threadIdx.x / kWarp % kWarps, lane = threadIdx.x % kWarp;
   LaneRows<kTiles> x{};
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    x.rows[tile] = rows.x(min(first_row + 8 * tile + lane / 4, end_row - 1)) + lane % 4 * 16;
+    const int column = lane / 4;
+    x.rows[tile] = rows.x(min(first_row + 8 * tile + (kFew ? column / 2 : column), end_row - 1)) + lane % 4 * 16;
   }
-  x.scales = rows.x_scales() + first_row + lane % 4 * 2;
+  x.scales = rows.x_scales() + first_row + lane % 4 * (kFew ? 1 : 2);
   x.scale_stride = cta.plan.scale_slots();
   if constexpr (Format::kFormat == MoeFormat::kFp8) {
     const int blocks = cta.plan.width / kMoeWidth, unit_rows = kFirst ? kStageRows / 2 : kStageRows;
@@ -124,24 +157,18 @@ __device__ __forceinline__ void multiply(Cta& cta, WeightStream<Format, kFirst>&
   }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    float4* const of_warps = cta.sums(cta.turn % 2) + lane;
+    auto* const of_warps = reinterpret_cast<LaneSums<kFew>*>(cta.sums(cta.turn % 2)) + lane;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      const float(&sum)[4] = sums[tile][m];
-      of_warps[(warp * 2 + m) * kWarp] = {sum[0], sum[1], sum[2], sum[3]};
-    }
+    for (int m = 0; m < 2; ++m) of_warps[(warp * 2 + m) * kWarp] = lane_sums<kFew>(sums[tile][m]);
     // One barrier is enough: who writes to this buffer again has passed the barrier of the other one, and who reads it
     // now comes to that barrier afterwards.
     ptx::named_barrier(1 + threadIdx.x / kTeamThreads, kTeamThreads);
     if (warp / 2 == cta.turn % (kWarps / 2)) {
       const int m = warp % 2;
-      float4 total = of_warps[m * kWarp];
+      LaneSums<kFew> total = of_warps[m * kWarp];
 #pragma unroll
-      for (int other = 1; other < kWarps; ++other) {
-        const float4 sum = of_warps[(other * 2 + m) * kWarp];
-        total = {total.x + sum.x, total.y + sum.y, total.z + sum.z, total.w + sum.w};
-      }
-      finish<Format, kFirst>(rows, walk, m, first_row + 8 * tile, end_row, total);
+      for (int other = 1; other < kWarps; ++other) total = total + of_warps[(other * 2 + m) * kWarp];
+      finish<Format, kFirst, kFew>(rows, walk, m, first_row + 8 * tile, end_row, total);
     }
     ++cta.turn;
   }
@@ -154,10 +181,13 @@ __device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFir
   const DecodePlan& plan = cta.plan;
   const int last_group = plan.row_tiles.divide(max(share.end - 1, 0));
   for (int first = share.begin; first < share.end;) {
-    __syncthreads();  // nobody reads the rows before any more
+    if (first > share.begin) __syncthreads();  // nobody reads the rows before any more
     rows.choose(plan.row_tiles.divide(first), last_group, Format::kFormat == MoeFormat::kFp8);  // block scales of one
     if constexpr (kFirst) {
-      fill_from_x<Format>(rows);
+      // Behind the loads of x, which would come late if they queued behind weights.
+      fill_from_x<Format>(rows, [&] {
+        if (first == share.begin) stream.start();
+      });
     } else {
       fill_from_h<Format>(rows);
     }
@@ -166,7 +196,9 @@ __device__ __forceinline__ void multiply_all(Cta& cta, WeightStream<Format, kFir
     while (walk.unit < end) {
       const int first_row = rows.groups.place_of(walk.group) - rows.place + walk.pass * kPassRows;
       const int end_row = min(rows.groups.place_of(walk.group + 1) - rows.place, first_row + kPassRows);
-      if (end_row - first_row <= 8) {
+      if (end_row - first_row <= kFewRows) {
+        multiply<Format, kFirst, 1, true>(cta, stream, rows, walk, first_row, end_row);
+      } else if (end_row - first_row <= 8) {
         multiply<Format, kFirst, 1>(cta, stream, rows, walk, first_row, end_row);
       } else {
         multiply<Format, kFirst, 2>(cta, stream, rows, walk, first_row, end_row);
@@ -220,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Share share(plan, groups);
   const Walk walk(plan, groups, share);
   WeightStream<Format, false> stream(moe, plan, groups, walk, shared);
+  stream.start();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_all(cta, stream, rows, share, walk);

@@ -70,13 +70,15 @@ struct StagedRows {
 
 constexpr int kBatch = 4;  // loads of a thread that are under way together
 
-// store(row, j, load(row, j)) for every eight values j of every row, some loads at a time. kWhole: all lanes of a warp
-// call `store` together, those without a value with zeros and `inside` false.
-template <bool kWhole, typename Load, typename Store>
-__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store) {
+// store(row, j, load(row, j)) for every eight values j of every row, some loads at a time; meanwhile(), once in every
+// thread, while the first of them are under way. kWhole: all lanes of a warp call `store` together, those without a
+// value with zeros and `inside` false.
+template <bool kWhole, typename Load, typename Store, typename Meanwhile>
+__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store, Meanwhile meanwhile) {
   const int eighths = static_cast<int>(rows.plan.eighths.value()), count = rows.count * eighths;
-  for (int first = threadIdx.x; (kWhole ? first - static_cast<int>(threadIdx.x % kWarp) : first) < count;
-       first += kBatch * kThreads) {
+  const int of_warp = threadIdx.x % kWarp;
+  int first = threadIdx.x;
+  do {
     decltype(load(0, 0)) values[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -84,6 +86,7 @@ __device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, S
       values[i] = {};
       if (at < count) values[i] = load(row, at - row * eighths);
     }
+    if (first == threadIdx.x) meanwhile();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int at = first + i * kThreads;
@@ -91,7 +94,13 @@ __device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, S
       const int row = inside ? rows.plan.eighths.divide(at) : 0;
       if (kWhole || inside) store(row, inside ? at - row * eighths : 0, values[i], inside);
     }
-  }
+    first += kBatch * kThreads;
+  } while (first - of_warp < count);
+}
+
+template <bool kWhole, typename Load, typename Store>
+__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store) {
+  for_eighths<kWhole>(rows, load, store, [] {});
 }
 
 // 0 for the slots behind the last row, which belong to no pair.
@@ -162,8 +171,9 @@ struct RowLoads {
 
 // ---- rows of x, for w1 and w3 ----
 
-template <typename Format>
-__device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
+// meanwhile(), once in every thread, while the loads are under way.
+template <typename Format, typename Meanwhile>
+__device__ __forceinline__ void fill_from_x(const StagedRows& rows, Meanwhile meanwhile) {
   fill_pairs(rows);
   const RowLoads loads(rows);
   const auto source = [&](int row) {
@@ -184,12 +194,12 @@ __device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
         [&](int row, int j) {
           return uint2{*reinterpret_cast<const uint32_t*>(source(row) + 4 * j), scales(row)[j / 2]};
         },
-        [&](int row, int j, uint2 value, bool) { Nvfp4::store(rows.x(row), j, value.x, value.y); });
+        [&](int row, int j, uint2 value, bool) { Nvfp4::store(rows.x(row), j, value.x, value.y); }, meanwhile);
   } else {
     using Eight = std::conditional_t<Format::kFormat == MoeFormat::kDense, uint4, uint2>;
     for_eighths<false>(
         rows, [&](int row, int j) { return *reinterpret_cast<const Eight*>(source(row) + sizeof(Eight) * j); },
-        [&](int row, int j, Eight value, bool) { Format::store(rows.x(row), j, value); });
+        [&](int row, int j, Eight value, bool) { Format::store(rows.x(row), j, value); }, meanwhile);
   }
   loads.store(rows);
   if constexpr (Format::kBlockScales) fill_x_scales(rows, Format::kUnit, first_scale, x_scale);
