@@ -70,6 +70,8 @@ struct StagedRows {
 
 constexpr int kBatch = 4;  // loads of a thread that are under way together
 
+__device__ __forceinline__ int threads() { return static_cast<int>(blockDim.x); }
+
 // store(row, j, load(row, j)) for every eight values j of every row, some loads at a time; meanwhile(), once in every
 // thread, while the first of them are under way. kWhole: all lanes of a warp call `store` together, those without a
 // value with zeros and `inside` false.
@@ -82,19 +84,19 @@ __device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, S
     decltype(load(0, 0)) values[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kThreads, row = rows.plan.eighths.divide(at);
+      const int at = first + i * threads(), row = rows.plan.eighths.divide(at);
       values[i] = {};
       if (at < count) values[i] = load(row, at - row * eighths);
     }
     if (first == threadIdx.x) meanwhile();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kThreads;
+      const int at = first + i * threads();
       const bool inside = at < count;
       const int row = inside ? rows.plan.eighths.divide(at) : 0;
       if (kWhole || inside) store(row, inside ? at - row * eighths : 0, values[i], inside);
     }
-    first += kBatch * kThreads;
+    first += kBatch * threads();
   } while (first - of_warp < count);
 }
 
@@ -106,7 +108,7 @@ __device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, S
 // 0 for the slots behind the last row, which belong to no pair.
 __device__ __forceinline__ void clear_x_scales(const StagedRows& rows) {
   const int slots = rows.plan.scale_slots(), behind = slots - rows.count, blocks = rows.plan.width / kMoeWidth;
-  for (int i = threadIdx.x; i < behind * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < behind * blocks; i += threads()) {
     const int block = i / behind;
     rows.x_scales()[block * slots + rows.count + i - block * behind] = 0.0f;
   }
@@ -116,7 +118,7 @@ __device__ __forceinline__ void clear_x_scales(const StagedRows& rows) {
 template <typename Scale>
 __device__ __forceinline__ void fill_x_scales(const StagedRows& rows, float unit, float first, Scale scale) {
   const int slots = rows.plan.scale_slots(), blocks = rows.plan.width / kMoeWidth;
-  for (int i = threadIdx.x; i < rows.count * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < rows.count * blocks; i += threads()) {
     const int row = i / blocks, block = i - row * blocks;
     const float value = i == threadIdx.x ? first : scale(row, block);
     rows.x_scales()[block * slots + row] = value * unit;
@@ -130,7 +132,7 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
   const int unit_rows = kFirst ? kStageRows / 2 : kStageRows;
   const int blocks = rows.plan.row_tiles.value() * unit_rows / kMoeWidth * (rows.plan.width / kMoeWidth);
   const int64_t first = static_cast<int64_t>(rows.expert(0)) * blocks;
-  for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += threads()) {
     const MoeWeight& weight = !kFirst ? rows.moe.w2 : i < blocks ? rows.moe.w1 : rows.moe.w3;
     const int64_t at = first + i % blocks;
     const bool fp32 = weight.dtype == Dtype::kFp32;
@@ -140,7 +142,7 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
 }
 
 __device__ __forceinline__ void fill_pairs(const StagedRows& rows) {
-  static_assert(kMostRows <= kThreads, "a thread a row");
+  static_assert(kMostRows <= kTeamThreads, "a thread a row");
   if (threadIdx.x < rows.count) rows.facts().pair[threadIdx.x] = static_cast<int>(rows.pair(threadIdx.x));
 }
 
@@ -237,7 +239,7 @@ __device__ __forceinline__ void fill_fp8(const StagedRows& rows, Load load) {
 template <typename Load>
 __device__ __forceinline__ void fill_nvfp4(const StagedRows& rows, Load load) {
   const RowFacts facts = rows.facts();
-  for (int row = threadIdx.x; row < rows.count; row += kThreads) facts.amax[row] = 0;
+  for (int row = threadIdx.x; row < rows.count; row += threads()) facts.amax[row] = 0;
   __syncthreads();
   for_eighths<true>(rows, load, [&](int row, int j, uint4 packed, bool inside) {
     float values[8];

@@ -49,8 +49,8 @@ struct Walk {
   __device__ __forceinline__ bool advance(const DecodePlan& plan, const PairGroups& groups) {
     if (++pass < passes) return false;
     pass = 0;
-    unit += kTeams;
-    tile += kTeams;
+    unit += plan.teams;
+    tile += plan.teams;
     if (tile >= static_cast<int>(plan.row_tiles.value())) {
       tile -= static_cast<int>(plan.row_tiles.value());
       ++group;
@@ -151,7 +151,7 @@ class WeightStream {
     const int group = walk_.group;
     const bool another_unit = walk_.advance(plan_, groups_);
     if (walk_.group != group) return locate();
-    const int64_t rows = another_unit ? kTeams * kUnitRows : 0;
+    const int64_t rows = another_unit ? plan_.teams * kUnitRows : 0;
     upper_ += rows * plan_.row_bytes;
     lower_ += rows * plan_.row_bytes;
     scales_ += rows * plan_.steps * Format::kScaleBytes;

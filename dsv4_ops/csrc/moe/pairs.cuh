@@ -36,13 +36,12 @@ class PairGroups {
         order_(reinterpret_cast<uint16_t*>(keys_ + padded(most_pairs))),
         heads_(order_ + most_pairs) {}
 
-  // The pairs first .. first + pairs - 1. Called by kThreads threads together; ends with a barrier.
-  template <int kThreads>
+  // The pairs first .. first + pairs - 1. Called by all threads of a CTA together; ends with a barrier.
   __device__ __forceinline__ void find(const PairIds& in, int64_t first_token, int pairs) {
     if (pairs <= kWarp) {
       find_few(in, first_token, pairs);
     } else {
-      find_many<kThreads>(in, first_token, pairs);
+      find_many(in, first_token, pairs);
     }
   }
 
@@ -93,13 +92,13 @@ class PairGroups {
     __syncthreads();
   }
 
-  template <int kThreads>
   __device__ __forceinline__ void find_many(const PairIds& in, int64_t first_token, int pairs) {
-    for (int pair = threadIdx.x; pair < padded(pairs); pair += kThreads) {
+    const int threads = static_cast<int>(blockDim.x);
+    for (int pair = threadIdx.x; pair < padded(pairs); pair += threads) {
       keys_[pair] = pair < pairs ? key_of(in, first_token, pair) : ~0u;
     }
     __syncthreads();
-    for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
+    for (int pair = threadIdx.x; pair < pairs; pair += threads) {
       const uint32_t key = keys_[pair], expert = key >> kPairBits << kPairBits;
       int rank = 0, others = 0;  // as in find_few
       for (int i = 0; i < padded(pairs); i += 4) {
@@ -119,7 +118,7 @@ class PairGroups {
       const uint16_t entry = place < pairs ? order_[place] : kNoPair;
       const bool head = entry != kNoPair && (entry & kHead) != 0;
       const uint32_t heads = __ballot_sync(kAllLanes, head);
-      if (head && word % (kThreads / kWarp) == warp) heads_[groups_ + __popc(heads & ((1u << lane) - 1))] = place;
+      if (head && word % (threads / kWarp) == warp) heads_[groups_ + __popc(heads & ((1u << lane) - 1))] = place;
       groups_ += __popc(heads);
       valid += __popc(__ballot_sync(kAllLanes, entry != kNoPair));
     }
