@@ -79,6 +79,15 @@ def test_all_tokens_on_one_expert(kind, rows):
     check_kernel(f"moe_{kind}", make(kind, torch.full((rows, 3), 2, dtype=torch.int32), *SMALL, 4), near)
 
 
+@pytest.mark.parametrize("rows", [5, 24])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_expert_of_many_has_most_pairs(kind, rows):
+    """Experts have few pairs on average, so groups hold up to four: one expert fills several, and is read for each."""
+    ids = choose(rows, 40, 2)
+    ids[: rows - 1, 0] = 3
+    check_kernel(f"moe_{kind}", make(kind, ids, *SMALL, 40), near)
+
+
 @pytest.mark.parametrize("rows", [2, 30])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_ids_that_are_no_experts_add_nothing(kind, rows):

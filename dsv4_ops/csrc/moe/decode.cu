@@ -270,6 +270,7 @@ DecodePlan plan_of(const Moe& moe) {
   DecodePlan plan{};
   plan.teams = kTeams<kFew>;
   plan.sums = kSumsBytes<kFew>;
+  plan.pass_rows = kFew ? kFewRows : kPassRows;
   plan.width = kFirst ? moe.d : moe.inner;
   plan.steps = plan.width / Format::kStep;
   plan.row_bytes = plan.steps * kStageRowBytes;
@@ -289,7 +290,7 @@ DecodePlan plan_of(const Moe& moe) {
     plan.groups = (plan.weight_scales + (Format::kFormat == MoeFormat::kFp8 ? expert_blocks * 4 : 0) + 15) / 16 * 16;
     plan.size = plan.groups + PairGroups::shared_bytes(plan.block_tokens * moe.k);
   };
-  int capacity = wanted_capacity(moe);
+  int capacity = std::min(wanted_capacity(moe), kFew ? kFewRows : kMostRows);
   for (lay_out(capacity); capacity > 1 && plan.size > kSharedMost;) lay_out(--capacity);
   return plan;
 }
@@ -313,18 +314,27 @@ cudaError_t launch_teams(const Moe& moe, cudaStream_t stream) {
   return launch_kernel(kernel, at, moe, plan, ids);
 }
 
-// Three teams where an expert has few pairs and the rows fit beside a third ring: then groups are as large as with two.
+// Whether three teams serve: their groups have at most `capacity` pairs, so an expert with more is read again for each
+// group. For FP4, whose instructions weigh most, that is worth it where experts have half as many on average: few have
+// more, and those who have took them from others.
+template <typename Format, bool kFirst>
+bool few_pairs(const Moe& moe) {
+  constexpr bool kFp4 = Format::kFormat == MoeFormat::kMxfp4 || Format::kFormat == MoeFormat::kNvfp4;
+  const int64_t capacity = plan_of<Format, kFirst, true>(moe).capacity, pairs = moe.tokens * moe.k;
+  return capacity >= wanted_capacity(moe) || (kFp4 && capacity >= 2 && 2 * pairs <= capacity * moe.experts);
+}
+
 template <typename Format, bool kFirst>
 cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
-  const int wanted = wanted_capacity(moe);
-  const bool few = wanted <= kFewRows && plan_of<Format, kFirst, true>(moe).capacity == wanted;
-  return few ? launch_teams<Format, kFirst, true>(moe, stream) : launch_teams<Format, kFirst, false>(moe, stream);
+  return few_pairs<Format, kFirst>(moe) ? launch_teams<Format, kFirst, true>(moe, stream)
+                                        : launch_teams<Format, kFirst, false>(moe, stream);
 }
 
 // x as f16 where enough of its rows fit so that hardly an expert has more.
 template <bool kFirst>
 cudaError_t launch_mxfp4(const Moe& moe, cudaStream_t stream) {
   const bool fits =
+      few_pairs<Mxfp4<true>, kFirst>(moe) ||
       plan_of<Mxfp4<true>, kFirst, false>(moe).capacity >= std::min<int64_t>(moe.tokens, kRowsInHalves);
   return fits ? launch_product<Mxfp4<true>, kFirst>(moe, stream) : launch_product<Mxfp4<false>, kFirst>(moe, stream);
 }

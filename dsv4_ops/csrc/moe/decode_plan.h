@@ -23,6 +23,7 @@ struct DecodePlan {
   int steps;         // stages of a row
   int row_bytes;     // of the weight
   int teams;         // of a CTA
+  int pass_rows;     // rows of x that a stage meets at once, at most
   int block_tokens;  // whose pairs are sorted together
   int capacity;      // rows of x in shared memory
   Divisor row_tiles{1};  // units of 32 weight rows of an expert
@@ -36,7 +37,7 @@ struct DecodePlan {
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int scale_slots() const { return capacity + kPassRows - 1; }
+  int scale_slots() const { return capacity + pass_rows - 1; }
 };
 
 }  // namespace dsv4::moe
