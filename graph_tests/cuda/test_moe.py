@@ -80,7 +80,7 @@ def test_all_tokens_on_one_expert(kind, rows, experts):
     check_kernel(f"moe_{kind}", make(kind, torch.full((rows, 3), 2, dtype=torch.int32), *SMALL, experts), near)
 
 
-@pytest.mark.parametrize("rows", [2, 30])
+@pytest.mark.parametrize("rows", [2, pytest.param(30, marks=pytest.mark.sanitize)])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_ids_that_are_no_experts_add_nothing(kind, rows):
     ids = torch.randint(-3, 9, (rows, 4), generator=torch.Generator().manual_seed(8), dtype=torch.int32)
