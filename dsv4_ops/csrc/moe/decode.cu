@@ -321,7 +321,7 @@ template <typename Format, bool kFirst>
 bool few_pairs(const Moe& moe) {
   constexpr bool kFp4 = Format::kFormat == MoeFormat::kMxfp4 || Format::kFormat == MoeFormat::kNvfp4;
   const int64_t capacity = plan_of<Format, kFirst, true>(moe).capacity, pairs = moe.tokens * moe.k;
-  return capacity >= wanted_capacity(moe) || (kFp4 && capacity >= 2 && 2 * pairs <= capacity * moe.experts);
+  return capacity >= moe.tokens || (kFp4 && capacity >= 2 && 2 * pairs <= capacity * moe.experts);
 }
 
 template <typename Format, bool kFirst>
