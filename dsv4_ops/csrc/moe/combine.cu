@@ -3,7 +3,8 @@
 //
 // One thread adds neighbouring columns of a token: eight, or two where a decode step has so few that its threads would
 // fill a few CTAs only (one, where d is no multiple of eight). All loads of a thread are under way together. Floor: a
-// launch and one read; the results, 12 d bytes a token with 6 slots, lie in L2.
+// launch and one read; the results, 12 d bytes a token with 6 slots, lie in L2. In a decode step its CTAs have room for
+// their registers beside the last of the experts' kernels, and wait there for its end.
 #include <type_traits>
 
 #include "common/divisor.cuh"
@@ -17,6 +18,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kSlotsAtOnce = 8;  // whose loads are under way together
 constexpr int kSms = 132;        // of an H200
+constexpr int kCtasOfFew = 16;   // on an SM, where a thread has few columns: 32 registers each
 
 struct Combine {
   const uint8_t* results;
@@ -31,7 +33,8 @@ struct Combine {
 };
 
 template <typename T, int kCount, bool kShared>
-__global__ void __launch_bounds__(kThreads) moe_combine_kernel(const __grid_constant__ Combine in) {
+__global__ void __launch_bounds__(kThreads, kCount < 8 ? kCtasOfFew : 1)
+    moe_combine_kernel(const __grid_constant__ Combine in) {
   using Output = std::conditional_t<kShared, T, float>;
   ptx::wait_for_predecessors();
   ptx::launch_dependents();

@@ -1,9 +1,10 @@
 // What a warp does with a stage of weights, for each format: products with 8 or 16 rows of x.
 //
-// A stage is 32 rows of a weight by 64 bytes: 128 values of E2M1, 64 of E4M3, 32 of bf16. Rows 0..15 lie in the chunks
-// 0..3 of a tile of weight_fragments.cuh and rows 16..31 in its chunks 4..7, so that the stage is two fragments high
-// (m = 0, 1); behind the tile lie the scales of each row. Weights are the M of the products and rows of x their N,
-// eight of them a tile of x. All operands are exact in f16 (or bf16), all sums are fp32:
+// A stage is 32 rows of a weight by 64 bytes: 128 values of E2M1, 64 of E4M3, 32 of bf16. In shared memory it is 16
+// rows of eight 16-byte chunks and one more of padding, so that eight rows of a chunk lie in different banks and every
+// chunk is a constant away: rows 0..15 of the weight in the chunks 0..3, rows 16..31 in the chunks 4..7. The stage is
+// thus two fragments high (m = 0, 1); behind it lie the scales of each row. Weights are the M of the products and rows
+// of x their N, eight of them a tile of x. All operands are exact in f16 (or bf16), all sums are fp32:
 //
 //   MXFP4   codes; the sum of 32 products is scaled by the weight's scale, the sum of 128 by that of x
 //   NVFP4   codes times block scales; global scales in the end
@@ -29,8 +30,15 @@ constexpr int kStageRows = 32, kStageRowBytes = 64;
 constexpr int kStageChunks = kStageRowBytes / 16;
 constexpr int kPartBytes = 64;  // of a row of x
 
+constexpr int kStagePitch = kTileRowBytes + 16, kStageScales = kTileRows * kStagePitch;  // where the scales start
+
 template <typename Format>
-constexpr int kStageBytes = kTileBytes + kStageRows * Format::kScaleBytes;
+constexpr int kStageBytes = kStageScales + kStageRows * Format::kScaleBytes;
+
+// Chunks `chunk` (even) and chunk + 1 of all rows: what load_chunks of weight_fragments.cuh gives.
+__device__ __forceinline__ void load_stage(uint32_t (&words)[4], const uint8_t* stage, int chunk, int lane) {
+  ptx::ldmatrix_x4(words, stage + lane % kTileRows * kStagePitch + lane / kTileRows * 16 + chunk * 16);
+}
 
 // What a lane multiplies with: its part of the rows lane / 4 of each tile of x, and the scales of a 128 of k.
 template <int kTiles>
@@ -88,7 +96,7 @@ struct Mxfp4 {
   static __device__ __forceinline__ void step(Sums<kTiles>& sums, const uint8_t* stage, const LaneRows<kTiles>& x,
                                               int step, int lane) {
     uint32_t scales[2][2];
-    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kTileBytes) + lane / 4;
+    const auto* const words = reinterpret_cast<const uint32_t*>(stage + kStageScales) + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) scales[i / 2][i % 2] = words[8 * i];
     Sums<kTiles> of_128 = {};
@@ -100,7 +108,7 @@ struct Mxfp4 {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         uint32_t codes[4];
-        load_chunks(codes, stage, kStageChunks * m + 2 * part, lane);
+        load_stage(codes, stage, kStageChunks * m + 2 * part, lane);
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           uint32_t upper[4], lower[4], a[2][4];
@@ -179,7 +187,7 @@ struct Nvfp4 {
   static __device__ __forceinline__ void step(Sums<kTiles>& sums, const uint8_t* stage, const LaneRows<kTiles>& x,
                                               int step, int lane) {
     __half2 factors[2][2][4];  // of fragment m, its rows lane / 4 and lane / 4 + 8, and each chunk
-    const auto* const scales = reinterpret_cast<const uint2*>(stage + kTileBytes) + lane / 4;
+    const auto* const scales = reinterpret_cast<const uint2*>(stage + kStageScales) + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) find_factors(factors[i / 2][i % 2], scales[8 * i], lane);
 #pragma unroll
@@ -195,7 +203,7 @@ struct Nvfp4 {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         uint32_t codes[4];
-        load_chunks(codes, stage, kStageChunks * m + 2 * part, lane);
+        load_stage(codes, stage, kStageChunks * m + 2 * part, lane);
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           uint32_t upper[4], lower[4], a[2][4];
@@ -264,7 +272,7 @@ struct Fp8 {
 #pragma unroll
       for (int first = 0; first < kStageChunks; first += 2) {
         uint32_t codes[4];
-        load_chunks(codes, stage, kStageChunks * m + first, lane);
+        load_stage(codes, stage, kStageChunks * m + first, lane);
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk) {
           uint32_t a[4];
@@ -316,8 +324,8 @@ struct Dense {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       uint32_t first[4], second[4];
-      load_chunks(first, stage, kStageChunks * m, lane);
-      load_chunks(second, stage, kStageChunks * m + 2, lane);
+      load_stage(first, stage, kStageChunks * m, lane);
+      load_stage(second, stage, kStageChunks * m + 2, lane);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         ptx::mma_m16n8k16_bf16(sums[tile][m], first, {b[tile].x, b[tile].y});

@@ -70,34 +70,45 @@ struct StagedRows {
 
 constexpr int kBatch = 4;  // loads of a thread that are under way together
 
-// store(row, j, load(row, j)) for every eight values j of every row, some loads at a time. kWhole: all lanes of a warp
-// call `store` together, those without a value with zeros and `inside` false.
-template <bool kWhole, typename Load, typename Store>
-__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store) {
+__device__ __forceinline__ int threads() { return static_cast<int>(blockDim.x); }
+
+// store(row, j, load(row, j)) for every eight values j of every row, some loads at a time; meanwhile(), once in every
+// thread, while the first of them are under way. kWhole: all lanes of a warp call `store` together, those without a
+// value with zeros and `inside` false.
+template <bool kWhole, typename Load, typename Store, typename Meanwhile>
+__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store, Meanwhile meanwhile) {
   const int eighths = static_cast<int>(rows.plan.eighths.value()), count = rows.count * eighths;
-  for (int first = threadIdx.x; (kWhole ? first - static_cast<int>(threadIdx.x % kWarp) : first) < count;
-       first += kBatch * kThreads) {
+  const int of_warp = threadIdx.x % kWarp;
+  int first = threadIdx.x;
+  do {
     decltype(load(0, 0)) values[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kThreads, row = rows.plan.eighths.divide(at);
+      const int at = first + i * threads(), row = rows.plan.eighths.divide(at);
       values[i] = {};
       if (at < count) values[i] = load(row, at - row * eighths);
     }
+    if (first == threadIdx.x) meanwhile();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = first + i * kThreads;
+      const int at = first + i * threads();
       const bool inside = at < count;
       const int row = inside ? rows.plan.eighths.divide(at) : 0;
       if (kWhole || inside) store(row, inside ? at - row * eighths : 0, values[i], inside);
     }
-  }
+    first += kBatch * threads();
+  } while (first - of_warp < count);
+}
+
+template <bool kWhole, typename Load, typename Store>
+__device__ __forceinline__ void for_eighths(const StagedRows& rows, Load load, Store store) {
+  for_eighths<kWhole>(rows, load, store, [] {});
 }
 
 // 0 for the slots behind the last row, which belong to no pair.
 __device__ __forceinline__ void clear_x_scales(const StagedRows& rows) {
   const int slots = rows.plan.scale_slots(), behind = slots - rows.count, blocks = rows.plan.width / kMoeWidth;
-  for (int i = threadIdx.x; i < behind * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < behind * blocks; i += threads()) {
     const int block = i / behind;
     rows.x_scales()[block * slots + rows.count + i - block * behind] = 0.0f;
   }
@@ -107,7 +118,7 @@ __device__ __forceinline__ void clear_x_scales(const StagedRows& rows) {
 template <typename Scale>
 __device__ __forceinline__ void fill_x_scales(const StagedRows& rows, float unit, float first, Scale scale) {
   const int slots = rows.plan.scale_slots(), blocks = rows.plan.width / kMoeWidth;
-  for (int i = threadIdx.x; i < rows.count * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < rows.count * blocks; i += threads()) {
     const int row = i / blocks, block = i - row * blocks;
     const float value = i == threadIdx.x ? first : scale(row, block);
     rows.x_scales()[block * slots + row] = value * unit;
@@ -121,7 +132,7 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
   const int unit_rows = kFirst ? kStageRows / 2 : kStageRows;
   const int blocks = rows.plan.row_tiles.value() * unit_rows / kMoeWidth * (rows.plan.width / kMoeWidth);
   const int64_t first = static_cast<int64_t>(rows.expert(0)) * blocks;
-  for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < (kFirst ? 2 : 1) * blocks; i += threads()) {
     const MoeWeight& weight = !kFirst ? rows.moe.w2 : i < blocks ? rows.moe.w1 : rows.moe.w3;
     const int64_t at = first + i % blocks;
     const bool fp32 = weight.dtype == Dtype::kFp32;
@@ -131,7 +142,7 @@ __device__ __forceinline__ void fill_weight_scales(const StagedRows& rows) {
 }
 
 __device__ __forceinline__ void fill_pairs(const StagedRows& rows) {
-  static_assert(kMostRows <= kThreads, "a thread a row");
+  static_assert(kMostRows <= kTeamThreads, "a thread a row");
   if (threadIdx.x < rows.count) rows.facts().pair[threadIdx.x] = static_cast<int>(rows.pair(threadIdx.x));
 }
 
@@ -162,8 +173,9 @@ struct RowLoads {
 
 // ---- rows of x, for w1 and w3 ----
 
-template <typename Format>
-__device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
+// meanwhile(), once in every thread, while the loads are under way.
+template <typename Format, typename Meanwhile>
+__device__ __forceinline__ void fill_from_x(const StagedRows& rows, Meanwhile meanwhile) {
   fill_pairs(rows);
   const RowLoads loads(rows);
   const auto source = [&](int row) {
@@ -184,12 +196,12 @@ __device__ __forceinline__ void fill_from_x(const StagedRows& rows) {
         [&](int row, int j) {
           return uint2{*reinterpret_cast<const uint32_t*>(source(row) + 4 * j), scales(row)[j / 2]};
         },
-        [&](int row, int j, uint2 value, bool) { Nvfp4::store(rows.x(row), j, value.x, value.y); });
+        [&](int row, int j, uint2 value, bool) { Nvfp4::store(rows.x(row), j, value.x, value.y); }, meanwhile);
   } else {
     using Eight = std::conditional_t<Format::kFormat == MoeFormat::kDense, uint4, uint2>;
     for_eighths<false>(
         rows, [&](int row, int j) { return *reinterpret_cast<const Eight*>(source(row) + sizeof(Eight) * j); },
-        [&](int row, int j, Eight value, bool) { Format::store(rows.x(row), j, value); });
+        [&](int row, int j, Eight value, bool) { Format::store(rows.x(row), j, value); }, meanwhile);
   }
   loads.store(rows);
   if constexpr (Format::kBlockScales) fill_x_scales(rows, Format::kUnit, first_scale, x_scale);
@@ -227,7 +239,7 @@ __device__ __forceinline__ void fill_fp8(const StagedRows& rows, Load load) {
 template <typename Load>
 __device__ __forceinline__ void fill_nvfp4(const StagedRows& rows, Load load) {
   const RowFacts facts = rows.facts();
-  for (int row = threadIdx.x; row < rows.count; row += kThreads) facts.amax[row] = 0;
+  for (int row = threadIdx.x; row < rows.count; row += threads()) facts.amax[row] = 0;
   __syncthreads();
   for_eighths<true>(rows, load, [&](int row, int j, uint4 packed, bool inside) {
     float values[8];

@@ -49,8 +49,8 @@ struct Walk {
   __device__ __forceinline__ bool advance(const DecodePlan& plan, const PairGroups& groups) {
     if (++pass < passes) return false;
     pass = 0;
-    unit += kTeams;
-    tile += kTeams;
+    unit += plan.teams;
+    tile += plan.teams;
     if (tile >= static_cast<int>(plan.row_tiles.value())) {
       tile -= static_cast<int>(plan.row_tiles.value());
       ++group;
@@ -68,7 +68,7 @@ struct Walk {
 template <typename Format, bool kFirst>
 class WeightStream {
  public:
-  // `ring` has the stages of all warps.
+  // `ring` has the stages of all warps; the stream begins where the team stands.
   __device__ __forceinline__ WeightStream(const Moe& moe, const DecodePlan& plan, const PairGroups& groups,
                                           const Walk& walk, uint8_t* ring)
       : moe_(moe), plan_(plan), groups_(groups), walk_(walk) {
@@ -79,8 +79,12 @@ class WeightStream {
     step_ = first_step_;
     if (first_step_ == end_step_) walk_.unit = walk_.end;
     locate();
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy_next(ring_ + i * kBytes);
+  }
+
+  // The first copies are under way. Once, before the first stage is asked for.
+  __device__ __forceinline__ void start() {
+#pragma unroll 1  // code that runs once is slow to come
+    for (int i = 0; i < kStages - 1; ++i) copy_next(i * kBytes);
   }
 
   __device__ __forceinline__ int first_step() const { return first_step_; }
@@ -90,7 +94,7 @@ class WeightStream {
   __device__ __forceinline__ const uint8_t* next() {
     ptx::cp_async_wait<kStages - 2>();
     __syncwarp();
-    copy_next(ring_ + written_);
+    copy_next(written_);
     written_ = read_;
     read_ = read_ == (kStages - 1) * kBytes ? 0 : read_ + kBytes;
     return ring_ + written_;
@@ -101,58 +105,56 @@ class WeightStream {
   static constexpr int kUnitRows = kFirst ? kStageRows / 2 : kStageRows;  // of each weight that is read
   static constexpr int kFragmentRows = kUnitRows / 2;                     // from fragment 0 of a stage to fragment 1
 
-  // Addresses of this lane in the current unit: its row (lane / 4) of the upper and of the lower half of a fragment,
-  // and the scales of its row (lane) of the stage.
+  // Addresses of this lane in the current unit at step 0: its row (lane / 4) of the upper and of the lower half of a
+  // fragment, and the scales of its row (lane) of the stage.
   __device__ __forceinline__ void locate() {
     if (walk_.done()) return;
     const int lane = threadIdx.x % kWarp, row = lane / 4, half = lane / 8 % 2, expert = groups_.expert_of(walk_.group);
     const int64_t first = (static_cast<int64_t>(expert) * plan_.row_tiles.value() + walk_.tile) * kUnitRows;
     const MoeWeight& above = kFirst ? moe_.w1 : moe_.w2;
     const MoeWeight& below = kFirst ? moe_.w3 : moe_.w2;
-    const int column = lane % kStageChunks * 16 + step_ * kStageRowBytes;
+    const int column = lane % kStageChunks * 16;
     upper_ = static_cast<const uint8_t*>(above.weight) + (first + row) * plan_.row_bytes + column;
     lower_ = static_cast<const uint8_t*>(below.weight) + (first + row + (kFirst ? 0 : 8)) * plan_.row_bytes + column;
     if constexpr (Format::kScaleBytes > 0) {
       const int64_t scale_row = first + lane / 16 * kFragmentRows + lane % 8 + (kFirst ? 0 : half * 8);
       const auto* const scales = static_cast<const uint8_t*>((kFirst && half == 1 ? below : above).scale);
-      scales_ = scales + (scale_row * plan_.steps + step_) * Format::kScaleBytes;
+      scales_ = scales + scale_row * plan_.steps * Format::kScaleBytes;
     }
   }
 
-  __device__ __forceinline__ void copy_next(uint8_t* stage) {
+  // To the stage at `at` of the warp's ring. Addresses are products of the step with a constant, of one instruction
+  // each: they need no pointers that move.
+  __device__ __forceinline__ void copy_next(int at) {
     if (!walk_.done()) {
       const int lane = threadIdx.x % kWarp;
-      const int first = tile_offset(lane / 4, lane % kStageChunks), second = first ^ kStageRowBytes;  // of fragment 1
-      static_assert(kStageChunks * 16 == kStageRowBytes && kTileRowBytes == 2 * kStageRowBytes, "four chunks further");
+      const int64_t column = static_cast<int64_t>(step_) * kStageRowBytes;
       const int64_t fragment = static_cast<int64_t>(kFragmentRows) * plan_.row_bytes;
-      ptx::cp_async_16(stage + first, upper_, 16);
-      ptx::cp_async_16(stage + first + 8 * kTileRowBytes, lower_, 16);
-      ptx::cp_async_16(stage + second, upper_ + fragment, 16);
-      ptx::cp_async_16(stage + second + 8 * kTileRowBytes, lower_ + fragment, 16);
-      uint8_t* const scale = stage + kTileBytes + lane * Format::kScaleBytes;
-      if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(scale, scales_, 4);
-      if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(scale, scales_);
-      advance();
+      const uint8_t *const upper = upper_ + column, *const lower = lower_ + column;
+      uint8_t* const stage = ring_ + at;
+      uint8_t* const to = stage + lane / 4 * kStagePitch + lane % kStageChunks * 16;
+      ptx::cp_async_16(to, upper, 16);
+      ptx::cp_async_16(to + 8 * kStagePitch, lower, 16);
+      ptx::cp_async_16(to + kStageRowBytes, upper + fragment, 16);
+      ptx::cp_async_16(to + 8 * kStagePitch + kStageRowBytes, lower + fragment, 16);
+      uint8_t* const scale = stage + kStageScales + lane * Format::kScaleBytes;
+      const uint8_t* const scales = scales_ + static_cast<int64_t>(step_) * Format::kScaleBytes;
+      if constexpr (Format::kScaleBytes == 4) ptx::cp_async_4(scale, scales, 4);
+      if constexpr (Format::kScaleBytes == 8) ptx::cp_async_8(scale, scales);
+      if (++step_ == end_step_) advance_pass();
     }
     ptx::cp_async_commit();
   }
 
-  __device__ __forceinline__ void advance() {
-    upper_ += kStageRowBytes;
-    lower_ += kStageRowBytes;
-    scales_ += Format::kScaleBytes;
-    if (++step_ == end_step_) advance_pass();
-  }
-
   __device__ __forceinline__ void advance_pass() {
     step_ = first_step_;
-    const int group = walk_.group, steps = end_step_ - first_step_;
+    const int group = walk_.group;
     const bool another_unit = walk_.advance(plan_, groups_);
     if (walk_.group != group) return locate();
-    const int64_t rows = another_unit ? kTeams * kUnitRows : 0;
-    upper_ += rows * plan_.row_bytes - steps * kStageRowBytes;
-    lower_ += rows * plan_.row_bytes - steps * kStageRowBytes;
-    scales_ += (rows * plan_.steps - steps) * Format::kScaleBytes;
+    const int64_t rows = another_unit ? plan_.teams * kUnitRows : 0;
+    upper_ += rows * plan_.row_bytes;
+    lower_ += rows * plan_.row_bytes;
+    scales_ += rows * plan_.steps * Format::kScaleBytes;
   }
 
   const Moe& moe_;

@@ -36,22 +36,71 @@ class PairGroups {
         order_(reinterpret_cast<uint16_t*>(keys_ + padded(most_pairs))),
         heads_(order_ + most_pairs) {}
 
-  // The pairs first .. first + pairs - 1. Called by kThreads threads together; ends with a barrier.
-  template <int kThreads>
+  // The pairs first .. first + pairs - 1. Called by all threads of a CTA together; ends with a barrier.
   __device__ __forceinline__ void find(const PairIds& in, int64_t first_token, int pairs) {
-    for (int pair = threadIdx.x; pair < padded(pairs); pair += kThreads) {
-      uint32_t key = ~0u;
-      if (pair < pairs) {
-        const int token = in.k.divide(pair), slot = pair - token * static_cast<int>(in.k.value());
-        const int id = ptx::load_relaxed(in.ids + (first_token + token) * in.stride + slot);
-        key = (id >= 0 && id < in.experts ? static_cast<uint32_t>(id) << kPairBits : kNobody) | pair;
+    if (pairs <= kWarp) {
+      find_few(in, first_token, pairs);
+    } else {
+      find_many(in, first_token, pairs);
+    }
+  }
+
+  __device__ __forceinline__ int count() const { return groups_; }
+  __device__ __forceinline__ int pairs_of(int group) const { return heads_[group + 1] - heads_[group]; }
+  __device__ __forceinline__ int expert_of(int group) const { return expert_at(place_of(group)); }
+  // Where a group starts in the order; the group `count()` would start behind all pairs that have an expert.
+  __device__ __forceinline__ int place_of(int group) const { return heads_[group]; }
+  // Number in the block of the pair at a place, and its expert.
+  __device__ __forceinline__ int pair_at(int place) const { return order_[place] & ~kHead; }
+  __device__ __forceinline__ int expert_at(int place) const { return keys_[pair_at(place)] >> kPairBits; }
+
+ private:
+  static constexpr int kPairBits = 11;
+  static constexpr uint32_t kNobody = 1u << 31;  // above every expert
+  static constexpr uint16_t kHead = 1u << 15, kNoPair = 0xFFFF;
+  static_assert(kBlockPairs == 1 << kPairBits && (int64_t{kExpertsMost} << kPairBits) <= kNobody, "keys of 32 bits");
+
+  static __device__ __forceinline__ uint32_t key_of(const PairIds& in, int64_t first_token, int pair) {
+    const int token = in.k.divide(pair), slot = pair - token * static_cast<int>(in.k.value());
+    const int id = ptx::load_relaxed(in.ids + (first_token + token) * in.stride + slot);
+    return (id >= 0 && id < in.experts ? static_cast<uint32_t>(id) << kPairBits : kNobody) | pair;
+  }
+
+  // A pair a lane: every warp finds all groups, so that one barrier is enough, and the first writes them down.
+  __device__ __forceinline__ void find_few(const PairIds& in, int64_t first_token, int pairs) {
+    const int lane = threadIdx.x % kWarp;
+    const uint32_t key = lane < pairs ? key_of(in, first_token, lane) : ~0u;
+    const uint32_t expert = key >> kPairBits << kPairBits;
+    int rank = 0, others = 0;  // pairs in front of this one, and those of them with another expert
+    for (int i = 0; i < pairs; ++i) {
+      const uint32_t other = __shfl_sync(kAllLanes, key, i);
+      rank += other < key;
+      others += other < expert;
+    }
+    const bool valid = key < kNobody, head = valid && (rank - others) % in.capacity == 0;
+    const uint32_t heads = __reduce_or_sync(kAllLanes, head ? 1u << rank : 0);  // of places
+    const int all_valid = __popc(__ballot_sync(kAllLanes, valid));
+    groups_ = __popc(heads);
+    if (threadIdx.x < kWarp) {
+      if (lane < pairs) {
+        keys_[lane] = key;
+        order_[rank] = valid ? static_cast<uint16_t>(lane | (head ? kHead : 0)) : kNoPair;
       }
-      keys_[pair] = key;
+      if (head) heads_[__popc(heads & ((1u << rank) - 1))] = rank;
+      if (lane == 0) heads_[groups_] = all_valid;
     }
     __syncthreads();
-    for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
+  }
+
+  __device__ __forceinline__ void find_many(const PairIds& in, int64_t first_token, int pairs) {
+    const int threads = static_cast<int>(blockDim.x);
+    for (int pair = threadIdx.x; pair < padded(pairs); pair += threads) {
+      keys_[pair] = pair < pairs ? key_of(in, first_token, pair) : ~0u;
+    }
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < pairs; pair += threads) {
       const uint32_t key = keys_[pair], expert = key >> kPairBits << kPairBits;
-      int rank = 0, others = 0;  // pairs in front of this one, and those of them with another expert
+      int rank = 0, others = 0;  // as in find_few
       for (int i = 0; i < padded(pairs); i += 4) {
         const uint4 four = *reinterpret_cast<const uint4*>(keys_ + i);
         rank += (four.x < key) + (four.y < key) + (four.z < key) + (four.w < key);
@@ -69,28 +118,13 @@ class PairGroups {
       const uint16_t entry = place < pairs ? order_[place] : kNoPair;
       const bool head = entry != kNoPair && (entry & kHead) != 0;
       const uint32_t heads = __ballot_sync(kAllLanes, head);
-      if (head && word % (kThreads / kWarp) == warp) heads_[groups_ + __popc(heads & ((1u << lane) - 1))] = place;
+      if (head && word % (threads / kWarp) == warp) heads_[groups_ + __popc(heads & ((1u << lane) - 1))] = place;
       groups_ += __popc(heads);
       valid += __popc(__ballot_sync(kAllLanes, entry != kNoPair));
     }
     if (threadIdx.x == 0) heads_[groups_] = valid;
     __syncthreads();
   }
-
-  __device__ __forceinline__ int count() const { return groups_; }
-  __device__ __forceinline__ int pairs_of(int group) const { return heads_[group + 1] - heads_[group]; }
-  __device__ __forceinline__ int expert_of(int group) const { return expert_at(place_of(group)); }
-  // Where a group starts in the order; the group `count()` would start behind all pairs that have an expert.
-  __device__ __forceinline__ int place_of(int group) const { return heads_[group]; }
-  // Number in the block of the pair at a place, and its expert.
-  __device__ __forceinline__ int pair_at(int place) const { return order_[place] & ~kHead; }
-  __device__ __forceinline__ int expert_at(int place) const { return keys_[pair_at(place)] >> kPairBits; }
-
- private:
-  static constexpr int kPairBits = 11;
-  static constexpr uint32_t kNobody = 1u << 31;  // above every expert
-  static constexpr uint16_t kHead = 1u << 15, kNoPair = 0xFFFF;
-  static_assert(kBlockPairs == 1 << kPairBits && (int64_t{kExpertsMost} << kPairBits) <= kNobody, "keys of 32 bits");
 
   __host__ __device__ static int padded(int count) { return (count + 7) / 8 * 8; }
 
