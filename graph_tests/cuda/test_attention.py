@@ -207,6 +207,16 @@ def test_more_keys_than_stages(heads):
         assert_bits_equal(another.cpu(), one.cpu())
 
 
+@pytest.mark.parametrize(
+    ("rows", "heads", "keys"), [pytest.param(2, 64, 40, marks=pytest.mark.sanitize), (16, 64, 500), (8, 128, 1100)]
+)
+def test_several_units_of_a_row_for_a_cta(rows, heads, keys):
+    """The first of the two kernels has more units than SMs: parts of a unit take the place of the last one's."""
+    arguments = on_cuda(full("compressed", [[keys - row] for row in range(rows)], ratio=1, heads=heads))
+    for one, another in zip(run("compressed", arguments), without_workspace("compressed", arguments), strict=True):
+        assert_bits_equal(another.cpu(), one.cpu())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [0, 3])
 def test_strided_rows_and_empty_batches(kind, batch):

@@ -36,8 +36,8 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
   ptx::cp_async_wait<0>();
 }
 
-// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; under
-// way until waited for
+// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; `keys`
+// are those of slab kFirst. Under way until waited for.
 template <int kHeads, int kFirst, int kLast>
 __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
@@ -47,7 +47,7 @@ __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, fl
 #pragma unroll
   for (int step = kFirst * 4; step < kLast * 4; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
-    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
+    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, (slab - kFirst) * kSlabBytes + inside),
                                      ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();

@@ -133,6 +133,21 @@ struct Steps {
     }
     rescale = __any_sync(kAllLanes, rescale);
   }
+
+  // From a warp's lanes, of which lane l has the step of head l % kHeads.
+  __device__ __forceinline__ explicit Steps(const Step& own) {
+    take_columns(own.unit, unit);
+    rescale = __any_sync(kAllLanes, own.before != 1.0f);
+    if (rescale) take_columns(own.before, before);
+  }
+
+ private:
+  __device__ __forceinline__ static void take_columns(float own, float (&values)[kColumns<kHeads>]) {
+#pragma unroll
+    for (int column = 0; column < kColumns<kHeads>; ++column) {
+      values[column] = __shfl_sync(kAllLanes, own, head_of_column(column, threadIdx.x % kWarp));
+    }
+  }
 };
 
 // Make room for a unit in the output sums (kHeads / 2 values of a thread in 64 rows); needed where steps.rescale.

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = threadIdx.x / kWarp - 4;
     const WarpKeys<kProducerWarps> own(0, units, 1, warp);
     const FirstLookups lookups(attention.keys, keys, own);
-    produce<kProducerWarps, kRing<kHeads>, 1>(attention.keys, keys, tiles, own, lookups);
+    produce<kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, own, lookups);
     return;
   }
   ptx::take_registers<kConsumerRegisters>();
