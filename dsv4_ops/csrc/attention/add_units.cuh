@@ -125,10 +125,9 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   }
 }
 
-// A consuming warpgroup: the fold over all units. Every warp has the totals of all heads, head l % kHeads in lane l,
-// and its lanes give each other the steps: were each to compute those of its columns, that would be most of what it
-// does. Products of kTogether units are under way while steps are computed; where fewer are left, the last one is
-// multiplied again, and not added: a branch around products would make ptxas serialise them all.
+// A consuming warpgroup: the fold over all units. Every warp has the totals of all heads, head l % kHeads in lane l.
+// Products of kTogether units are under way while steps are computed; where fewer are left, the last one is multiplied
+// again, and not added: a branch around products would make ptxas serialise them all.
 template <int kHeads, int kTogether, typename Memory>
 __device__ __forceinline__ void fold_units(Memory& memory, int units, int group, float (&output)[kHeads / 2],
                                            Total& total) {

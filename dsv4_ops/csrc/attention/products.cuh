@@ -100,11 +100,10 @@ struct Exchange {
 };
 
 // Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
-// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the
-// total of, keep(column, largest) takes those of its columns.
-template <int kHeads, int kStride = kWeightBytes, typename Keep>
-__device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
-                                      float& own_largest, Keep keep) {
+// after the caller's barrier and, by wgmma, its fence. The largest score of head number thread % kHeads.
+template <int kHeads, int kStride = kWeightBytes>
+__device__ __forceinline__ float weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory,
+                                       int barrier) {
   const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   float values[kColumns<kHeads>];
   if (valid != ~uint64_t{0}) {
@@ -119,7 +118,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
   }
   reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
   ptx::named_barrier(barrier, kWarpgroup);
-  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * kScoreScale;
+  const float own_largest = combine_warps<kHeads>(memory.largest, thread % kHeads, Larger()) * kScoreScale;
 #pragma unroll
   for (int column = 0; column < kColumns<kHeads>; column += 2) {
     const float2 pair = combine_warps_pair<kHeads>(memory.largest, column, Larger());
@@ -128,7 +127,6 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
       const float largest = (j == 0 ? pair.x : pair.y) * kScoreScale;
       const float offset = largest == -INFINITY ? 0.0f : -largest;
       const int i = column / 2 * 4 + j;
-      keep(column + j, largest);
       scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
       scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
       values[column + j] = __fadd_rn(scores[i], scores[i + 2]);
@@ -140,6 +138,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
     *reinterpret_cast<uint32_t*>(memory.weights + place) = pack_bf16(scores[i], scores[i + 1]);
   }
   reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
+  return own_largest;
 }
 
 }  // namespace dsv4

@@ -115,29 +115,16 @@ struct Total {
   }
 };
 
-// The steps of a thread's columns.
+// The steps of a thread's columns, from the lanes of its warp, of which lane l has the step of head l % kHeads: were
+// each thread to compute those of its columns, that would be more instructions than all else that adds a unit.
 template <int kHeads>
 struct Steps {
+  static_assert(kHeads <= kWarp);
+  bool rescale;  // `before` is not 1 everywhere in this warp; else it is not set
   float before[kColumns<kHeads>], unit[kColumns<kHeads>];
-  bool rescale = false;  // `before` is not 1 everywhere in this warp
 
-  Steps() = default;
-
-  __device__ __forceinline__ Steps(float (&references)[kColumns<kHeads>], const float (&largest)[kColumns<kHeads>]) {
-#pragma unroll
-    for (int column = 0; column < kColumns<kHeads>; ++column) {
-      const Step step = raise_reference(references[column], largest[column]);
-      before[column] = step.before;
-      unit[column] = step.unit;
-      rescale = rescale || step.before != 1.0f;
-    }
-    rescale = __any_sync(kAllLanes, rescale);
-  }
-
-  // From a warp's lanes, of which lane l has the step of head l % kHeads.
-  __device__ __forceinline__ explicit Steps(const Step& own) {
+  __device__ __forceinline__ explicit Steps(const Step& own) : rescale(__any_sync(kAllLanes, own.before != 1.0f)) {
     take_columns(own.unit, unit);
-    rescale = __any_sync(kAllLanes, own.before != 1.0f);
     if (rescale) take_columns(own.before, before);
   }
 

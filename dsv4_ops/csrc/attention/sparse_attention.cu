@@ -22,9 +22,8 @@
 //   warpgroups 1, 2  producers: gather, unpack, write tiles (producer.cuh)
 //
 // Shared memory: tiles of keys of 64 KB, 3 for up to 16 heads and 2 for 32; queries kHeads KB, in the end the staged
-// output; weights kHeads x 128 bytes; largest scores and sums of each warp. With three tiles, the scores of a unit are
-// computed while the one before is weighed and a third is written; with two, the consumers would hold both while
-// producers idle, so they take one unit at a time.
+// output; weights kHeads x 128 bytes; largest scores and sums of each warp. Scores of a unit are not computed while the
+// one before is weighed: ptxas waits for products that are under way from one turn of a loop to the next.
 //
 // Cost of a unit in cycles of an SM for kHeads = 16 (32). L1's data pipe, which shared memory is part of, bounds it:
 //
@@ -58,7 +57,7 @@ struct SharedMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The result of one warpgroup: output sums, and in thread t < kHeads the total of head t.
+// The result of one warpgroup: output sums, and in thread t the total of head t % kHeads.
 template <int kHeads>
 struct Result {
   float output[kSlabs][kHeads / 2];
@@ -70,10 +69,6 @@ template <int kHeads, int kDepth>
 __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>& memory, int units,
                                         Result<kHeads>& result) {
   constexpr int kCount = kRing<kHeads>;
-  constexpr bool kAhead = kCount > 2;  // scores of the next unit while this one's are turned into weights
-  float references[kColumns<kHeads>];
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -83,31 +78,22 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
   const uint32_t tile = ptx::shared_address(tiles.keys);
   const Exchange exchange{memory.weights, memory.largest, memory.sum};
   const int thread = threadIdx.x % kWarpgroup;
-  float ahead[kHeads / 2], parts[kDepth][kHeads / 2];
-  const auto start_scores = [&](int unit) {
-    ptx::mbarrier_wait(tiles.full_barrier(unit % kCount), unit / kCount & 1);
-    multiply_queries<kHeads>(tile + unit % kCount * kTileBytes, query, ahead);
-  };
-  if (kAhead && units > 0) start_scores(0);
+  float parts[kDepth][kHeads / 2];
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kCount;
     const uint32_t keys = tile + stage * kTileBytes;
-    if (!kAhead) start_scores(unit);
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(ahead);
-#pragma unroll
-    for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
-    if (kAhead && unit + 1 < units) start_scores(unit + 1);
+    ptx::mbarrier_wait(tiles.full_barrier(stage), unit / kCount & 1);
+    multiply_queries<kHeads>(keys, query, parts[0]);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
-    float largest[kColumns<kHeads>], own_largest = -INFINITY;
-    weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
-                  [&](int column, float value) { largest[column] = value; });
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(parts[0]);
+    const float own_largest = weigh<kHeads>(parts[0], valid, exchange, kBarrier);
     ptx::fence_async_proxy();
     ptx::named_barrier(kBarrier, kWarpgroup);
 #pragma unroll
     for (int slab = 0; slab < kDepth; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
-    if (thread < kHeads) result.total.add(own_largest, combine_warps<kHeads>(memory.sum, thread, Sum()));
-    const Steps<kHeads> steps(references, largest);
+    const float sum = combine_warps<kHeads>(memory.sum, thread % kHeads, Sum());
+    const Steps<kHeads> steps(result.total.add(own_largest, sum));
     if (steps.rescale) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) rescale_output<kHeads>(result.output[slab], steps);

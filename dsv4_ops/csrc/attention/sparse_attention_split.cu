@@ -14,8 +14,8 @@
 //
 // Both keep to half of the registers of an SM and share its memory, so that an SM has one CTA of each at a time
 // (launch_add), and the second kernel is all there, its keys gathered, when the first ends. Positions are guessed
-// in front of the wait of the first; after it the first lookups do not wait for the real ones. Its CTA has one unit, or,
-// where those of all rows would be more than SMs, as few as makes up for that.
+// in front of the wait of the first; after it the first lookups do not wait for the real ones. Its CTA has one unit,
+// or, where those of all rows would be more than SMs, as few as makes up for that.
 //
 // What bounds it is latency and, in the second kernel, the instructions of the fold; not bytes or flops. In the order
 // of time, with what is under way at once in one step:
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   ptx::fence_async_proxy();
   ptx::named_barrier(kBarrier, kWarpgroup);
   for (int unit = first, count = 0; unit < row_units; unit += step, ++count) {
-    float scores[kHeads / 2], own_largest = -INFINITY;
+    float scores[kHeads / 2];
     score_parts<kHeads>(memory, count, scores);
     const uint64_t valid = memory.valid[count % 2];
     const HandedUnit handed(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
     uint8_t* const weights = handed.of_heads(first_head);
-    weigh<kHeads, kHandedBytes>(scores, valid, Exchange{weights, memory.largest, memory.sum}, kBarrier, own_largest,
-                                [](int, float) {});
+    const Exchange exchange{weights, memory.largest, memory.sum};
+    const float own_largest = weigh<kHeads, kHandedBytes>(scores, valid, exchange, kBarrier);
     ptx::named_barrier(kBarrier, kWarpgroup);
     if (thread < kHeads) {
       *totals_of(weights, thread) = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
