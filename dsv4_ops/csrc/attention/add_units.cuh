@@ -49,78 +49,107 @@ struct WeighedUnits {
   }
 };
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of 8 as in producer.cuh. Lane l has key l / 4
-// of a block and quarter l % 4 of its dimensions. It loads 128 bytes at once, of eight blocks or four of the rope slab;
-// while those are handed over nothing is under way but the lookups of what follows (see producer.cuh).
-// Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
+// Four blocks of eight keys that a producing warp writes to their stages and hands over at once: its instructions wait
+// for each other wherever it waits or fences. Lane l has key l / 4 of a block and quarter l % 4 of the slab's
+// dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is filled again, the wait for the weights
+// has returned, and one thread has those copied too.
+template <bool kRope, typename Memory, int kBatch, int kPieces>
+__device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& weighed,
+                                            const uint4 (&parts)[kBatch][kPieces], uint32_t scale, int first,
+                                            int blocks, int warp) {
+  constexpr int kBlocks = WarpKeys<Memory::kGatherWarps>::kBlocks;
+  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
+  const auto stage_of = [&](int i) { return (first + i) / kBlocks % Memory::kDepth; };
+  const auto chunk_of = [&](int i, int chunk) {
+    const int key = (i % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
+    return reinterpret_cast<uint4*>(memory.stages[stage_of(i)].keys + chunk_offset(key, 2 * quarter + chunk));
+  };
+#pragma unroll
+  for (int i = 0; i < kBatch; i += kBlocks) {
+    const int unit = (first + i) / kBlocks, use = unit / Memory::kDepth;
+    if (first + i >= blocks || use == 0) continue;
+    ptx::mbarrier_wait(ptx::shared_address(memory.empty + stage_of(i)), (use - 1) & 1);
+    if (warp == 0 && lane == 0) weighed.copy(memory, unit);
+  }
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    uint4 a, b;
+    if constexpr (kRope) {
+      a = parts[i][0];
+      b = parts[i][1];
+      split_pairs(a, b);
+    } else {
+      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
+      unpack_e4m3(parts[i][0], first_factor(min(of_key, kLargestScale)), a, b);
+    }
+    if (first + i >= blocks) continue;
+    *chunk_of(i, 0) = a;
+    *chunk_of(i, 1) = b;
+  }
+  if (!kRope && __any_sync(kAllLanes, scale > kLargestScale)) {
+    for (int i = 0; i < kBatch; ++i) {
+      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
+      if (first + i >= blocks || of_key <= kLargestScale) continue;
+      multiply_chunk(*chunk_of(i, 0), second_factor(of_key));
+      multiply_chunk(*chunk_of(i, 1), second_factor(of_key));
+    }
+  }
+  ptx::fence_async_proxy();
+#pragma unroll
+  for (int i = 0; i < kBatch; i += kBlocks) {
+    if (first + i < blocks) ptx::mbarrier_arrive(ptx::shared_address(memory.full + stage_of(i)));
+  }
+}
+
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in producer.cuh.
+// A lane loads 128 bytes at once, of two batches or one of the rope slab; while those are handed over nothing is under
+// way but the lookups of what follows.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
   using Keys = WarpKeys<Memory::kGatherWarps>;
-  constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
-  constexpr int kLookups = kRope ? 1 : 2, kUnderWay = kLookups * kBatch, kPieces = kRope ? 2 : 1;
+  constexpr int kBatch = Keys::kBatch, kBatches = kRope ? 1 : 2, kPieces = kRope ? 2 : 1;
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
+  const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
   const Keys own(0, units, 1, warp);
-  Lookup upcoming[kLookups], later[kLookups];
-  KeyPlace places[kLookups];
-  int batches = 0;  // looked up
-  const auto find_entries = [&](Lookup(&found)[kLookups]) {
+  Lookup upcoming[kBatches], later[kBatches];
+  int found = 0;  // batches
+  const auto find_entries = [&](Lookup(&lookups)[kBatches]) {
 #pragma unroll
-    for (int i = 0; i < kLookups; ++i) found[i] = own.find_entry(sources, row, batches++);
+    for (int i = 0; i < kBatches; ++i) lookups[i] = own.find_entry(sources, row, found++);
   };
   const auto find_pages = [&] {
 #pragma unroll
-    for (int i = 0; i < kLookups; ++i) find_page(sources, row, upcoming[i]);
+    for (int i = 0; i < kBatches; ++i) find_page(sources, row, upcoming[i]);
   };
-  uint4 parts[kUnderWay][kPieces];
-  uint32_t scales[kUnderWay];
   find_entries(upcoming);
   find_entries(later);
   find_pages();
-  for (int first = 0; first < own.blocks; first += kUnderWay) {
+  for (int first = 0; first < own.blocks; first += kBatches * kBatch) {
+    uint4 parts[kBatches][kBatch][kPieces];
+    uint32_t scales[kBatches];
+    KeyPlace places[kBatches];
 #pragma unroll
-    for (int i = 0; i < kLookups; ++i) {
+    for (int i = 0; i < kBatches; ++i) {
       places[i] = place_of(sources, row, upcoming[i]);
       upcoming[i] = later[i];
+      scales[i] = kRope ? 0 : places[i].scales[slab];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatches; ++i) {
+#pragma unroll
+      for (int block = 0; block < kBatch; ++block) {
+        const uint8_t* const data = from_lane(places[i].data, block * kBlock + column) + offset;
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) parts[i][block][piece] = ptx::load_once(data + piece * 16);
+      }
     }
     find_pages();
     find_entries(later);
-#pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      const KeyPlace& place = places[i / kBatch];
-      const int source = i % kBatch * kBlock + column;
-      const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
-      const uint8_t* const data = from_lane(place.data, source) + offset;
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) parts[i][piece] = ptx::load_once(data + piece * 16);
-      scales[i] = kRope ? 0 : from_lane(place.scales, source)[slab];
-    }
     __syncwarp();  // keeps ptxas from moving the loads to where they are used
 #pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      const int block = first + i, unit = block / kBlocks, stage = unit % Memory::kDepth, use = unit / Memory::kDepth;
-      if (block >= own.blocks) break;
-      if (block % kBlocks == 0 && use > 0) {
-        ptx::mbarrier_wait(empty + 8 * stage, (use - 1) & 1);
-        if (warp == 0 && lane == 0) weighed.copy(memory, unit);
-      }
-      uint4 a, b;
-      if constexpr (kRope) {
-        a = parts[i][0];
-        b = parts[i][1];
-        split_pairs(a, b);
-      } else {
-        unpack_group(parts[i][0], scales[i], a, b);
-      }
-      const int key = (block % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
-      uint8_t* const keys = memory.stages[stage].keys;
-      *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter)) = a;
-      *reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + 1)) = b;
-      if (block % kBlocks == kBlocks - 1) {
-        ptx::fence_async_proxy();
-        ptx::mbarrier_arrive(full + 8 * stage);
-      }
+    for (int i = 0; i < kBatches; ++i) {
+      write_batch<kRope>(memory, weighed, parts[i], scales[i], first + i * kBatch, own.blocks, warp);
     }
   }
 }
