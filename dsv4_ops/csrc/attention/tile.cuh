@@ -90,12 +90,4 @@ __device__ __forceinline__ void multiply_chunk(uint4& chunk, uint32_t factor) {
            multiply_bf16x2(chunk.w, factor)};
 }
 
-// Sixteen codes of a group of any scale.
-__device__ __forceinline__ void unpack_group(uint4 codes, uint32_t scale, uint4& first, uint4& second) {
-  unpack_e4m3(codes, first_factor(min(scale, kLargestScale)), first, second);
-  if (scale <= kLargestScale) return;
-  multiply_chunk(first, second_factor(scale));
-  multiply_chunk(second, second_factor(scale));
-}
-
 }  // namespace dsv4

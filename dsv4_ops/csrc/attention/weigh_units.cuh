@@ -57,16 +57,21 @@ __device__ __forceinline__ void produce_parts(const KeySources& sources, const R
     if (place == 0) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
-      upcoming = later;
-      find_page(sources, row, upcoming);
-      later = own.find_entry(sources, row, unit / kBatch + 2);
     }
     const KeyPlace from{from_lane(ready.data, place + column), from_lane(ready.scales, place + column)};
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) loaded[i] = load_part(from, i, quarter);
-    const uint2 scales = *reinterpret_cast<const uint2*>(from.scales);
+    uint2 scales = *reinterpret_cast<const uint2*>(from.scales);
+    if (place == 0 && unit + kBatch < own.blocks) {
+      upcoming = later;
+      find_page(sources, row, upcoming);
+      later = own.find_entry(sources, row, unit / kBatch + 2);
+    }
     __syncwarp();  // keeps ptxas from moving the loads to where they are used
+    scales.y &= 0xFFFFFFu;  // seven groups
+    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y)) != 0);
+    const auto scale_of = [&](int slab) { return __byte_perm(scales.x, scales.y, 0x4440 + slab) & 0xFF; };
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int slot = part % kSlots, uses = uses_before<kSlots>(unit, part);
@@ -79,7 +84,7 @@ __device__ __forceinline__ void produce_parts(const KeySources& sources, const R
         const int slab = part * kPartSlabs + i;
         uint4 a, b;
         if (slab < kSlabs - 1) {
-          unpack_group(loaded[slab], (slab < 4 ? scales.x : scales.y) >> slab % 4 * 8 & 0xFF, a, b);
+          unpack_e4m3(loaded[slab], first_factor(min(scale_of(slab), kLargestScale)), a, b);
         } else {
           a = loaded[kLoads - 2];
           b = loaded[kLoads - 1];
@@ -88,6 +93,15 @@ __device__ __forceinline__ void produce_parts(const KeySources& sources, const R
         uint8_t* const keys = memory.keys[slot] + i * kSlabBytes;
         *reinterpret_cast<uint4*>(keys + first_chunk) = a;
         *reinterpret_cast<uint4*>(keys + second_chunk) = b;
+      }
+      if (large) {
+        for (int i = 0; i < kPartSlabs; ++i) {
+          const uint32_t scale = scale_of(part * kPartSlabs + i);
+          if (scale <= kLargestScale) continue;
+          uint8_t* const keys = memory.keys[slot] + i * kSlabBytes;
+          multiply_chunk(*reinterpret_cast<uint4*>(keys + first_chunk), second_factor(scale));
+          multiply_chunk(*reinterpret_cast<uint4*>(keys + second_chunk), second_factor(scale));
+        }
       }
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive(full + 8 * slot);
