@@ -49,10 +49,10 @@ struct WeighedUnits {
   }
 };
 
-// Four blocks of eight keys that a producing warp writes to their stages and hands over at once: its instructions wait
-// for each other wherever it waits or fences. Lane l has key l / 4 of a block and quarter l % 4 of the slab's
-// dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is filled again, the wait for the weights
-// has returned, and one thread has those copied too.
+// Four blocks of eight keys that a producing warp writes to their stages and hands over at once: no instruction passes
+// a wait or a fence, so with one of each for every block hardly any two run at the same time. Lane l has key l / 4 of a
+// block and quarter l % 4 of the slab's dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is
+// filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory, int kBatch, int kPieces>
 __device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& weighed,
                                             const uint4 (&parts)[kBatch][kPieces], uint32_t scale, int first,
@@ -101,9 +101,9 @@ __device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& 
   }
 }
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in producer.cuh.
-// A lane loads 128 bytes at once, of two batches or one of the rope slab; while those are handed over nothing is under
-// way but the lookups of what follows.
+// A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in
+// producer.cuh. A lane loads 128 bytes at once, of two batches or one of the rope slab; while those are handed over
+// nothing is under way but the lookups of what follows.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
