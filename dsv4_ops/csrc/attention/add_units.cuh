@@ -11,11 +11,13 @@
 
 namespace dsv4 {
 
+constexpr int kAddThreads = 3 * kWarpgroup;
+
 // kHeads of a consuming warpgroup, kGroups of those.
 template <int kHeads, int kGroups>
 struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
-  static constexpr int kGatherWarps = kSplitThreads / 32 - 4 * kGroups;
+  static constexpr int kGatherWarps = kAddThreads / 32 - 4 * kGroups;
   static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
   static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
   struct Stage {

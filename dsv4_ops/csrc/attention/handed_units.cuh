@@ -7,7 +7,6 @@
 
 namespace dsv4 {
 
-constexpr int kSplitThreads = 3 * kWarpgroup;                      // of a CTA of either
 constexpr int kHandedWeights = kUnit * 8 * 2;                      // bytes of weights of 8 heads
 constexpr int kHandedBytes = kHandedWeights + 8 * sizeof(float2);  // and their totals
 

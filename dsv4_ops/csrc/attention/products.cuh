@@ -9,6 +9,13 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4 {
 
+// Of each thread of this warpgroup from here on; before it had kBefore.
+template <int kBefore, int kRegisters>
+__device__ __forceinline__ void change_registers() {
+  if constexpr (kRegisters > kBefore) ptx::take_registers<kRegisters>();
+  if constexpr (kRegisters < kBefore) ptx::give_registers<kRegisters>();
+}
+
 // The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads. All
 // that a thread copies is under way at once.
 template <int kHeads>
@@ -37,8 +44,8 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
 }
 
 // scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; `keys`
-// are those of slab kFirst. Under way until waited for.
-template <int kHeads, int kFirst, int kLast>
+// are those of slab kFirst, a slab of queries has kRows heads. Under way until waited for.
+template <int kHeads, int kFirst, int kLast, int kRows = kHeads>
 __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
   const uint64_t b = ptx::wgmma_descriptor(query, 16, 1024, true);
@@ -48,7 +55,7 @@ __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, fl
   for (int step = kFirst * 4; step < kLast * 4; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
     ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, (slab - kFirst) * kSlabBytes + inside),
-                                     ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
+                                     ptx::advance_descriptor(b, slab * kRows * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();
 }

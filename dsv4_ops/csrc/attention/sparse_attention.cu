@@ -75,15 +75,6 @@ struct SharedMemory {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int kBefore, int kRegisters>
-__device__ __forceinline__ void change_registers() {
-  if constexpr (kRegisters > kBefore) {
-    ptx::take_registers<kRegisters>();
-  } else {
-    ptx::give_registers<kRegisters>();
-  }
-}
-
 // A scoring warpgroup: its units of a row's keys, as the producers deliver them.
 template <int kHeads>
 __device__ __forceinline__ void score_units(const Tiles& tiles, SharedMemory<kHeads>& memory, int units, int scorer) {

@@ -37,7 +37,8 @@
 namespace dsv4 {
 namespace {
 
-[[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
+// Named barriers: of the first consuming warpgroup, the next has the next; and of both for the queries.
+[[maybe_unused]] constexpr int kBarrier = 1, kQueryBarrier = 3;
 
 // Heads for which a unit is handed on: as many as any choice of tiles reaches.
 int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
@@ -49,17 +50,16 @@ int units_of(const SparseAttention& attention) {
 }
 
 template <int kHeads>
-__global__ void __launch_bounds__(kSplitThreads, 2)
+__global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
     weigh_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<WeighMemory<kHeads>*>(memory_start);
-  constexpr int kProducerWarps = 8;
-  const int thread = threadIdx.x;
-  if (thread == 0) {
+  using Role = WeighRoles<kHeads>;
+  if (threadIdx.x == 0) {
     for (int slot = 0; slot < WeighMemory<kHeads>::kSlots; ++slot) {
-      ptx::mbarrier_init(ptx::shared_address(memory.full + slot), kProducerWarps * kWarp);
-      ptx::mbarrier_init(ptx::shared_address(memory.empty + slot), kWarpgroup);
+      ptx::mbarrier_init(ptx::shared_address(memory.full + slot), Role::kProducerWarps * kWarp);
+      ptx::mbarrier_init(ptx::shared_address(memory.empty + slot), Role::kGroups * kWarpgroup);
     }
   }
   __syncthreads();
@@ -68,42 +68,46 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
   const int first = blockIdx.y, step = gridDim.y;
   const int32_t* const position = position_of(attention.rope, row);
   const int guess = guess_position(attention.rope, position);
-  const bool producer = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0;  // known to be the same in all lanes
+  const int group = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);  // known to be the same in all lanes
   RowKeys keys = keys_of_row(attention.keys, attention.rope, row, guess);
-  WarpKeys<kProducerWarps> own(first, units_of_row(keys), step, threadIdx.x / kWarp - 4);
+  WarpKeys<Role::kProducerWarps> own(first, units_of_row(keys), step, threadIdx.x / kWarp - 4 * Role::kGroups);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
-  if (producer) {
+  if (group >= Role::kGroups) {
+    change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
     const int actual = ptx::load_relaxed(position);
     FirstLookups lookups(attention.keys, keys, own);
     if (actual != guess) {
       keys = keys_of_row(attention.keys, attention.rope, row, actual);
-      own = WarpKeys<kProducerWarps>(first, units_of_row(keys), step, own.warp);
+      own = WarpKeys<Role::kProducerWarps>(first, units_of_row(keys), step, own.warp);
       lookups = FirstLookups(attention.keys, keys, own);
     }
     produce_parts(attention.keys, keys, memory, own, lookups);
     return;
   }
+  change_registers<Role::kFirstRegisters, Role::kConsumerRegisters>();
   const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row));
   if (first >= row_units) return;
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
-                       attention.heads - first_head, memory.query, thread, kWarpgroup);
+                       attention.heads - first_head, memory.query, threadIdx.x, Role::kGroups * kWarpgroup);
   ptx::fence_async_proxy();
-  ptx::named_barrier(kBarrier, kWarpgroup);
+  ptx::named_barrier(kQueryBarrier, Role::kGroups * kWarpgroup);
+  constexpr int kOwn = Role::kHeadsOfGroup;
+  const uint32_t query = ptx::shared_address(memory.query) + group * (kOwn * kRowBytes);
+  float* const sums = memory.sum + group * 4 * kOwn;
+  const int thread = threadIdx.x % kWarpgroup;
   for (int unit = first, count = 0; unit < row_units; unit += step, ++count) {
-    float scores[kHeads / 2];
-    score_parts<kHeads>(memory, count, scores);
+    float scores[kOwn / 2];
+    score_parts<kHeads>(memory, query, count, scores);
     const uint64_t valid = memory.valid[count % 2];
     const HandedUnit handed(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
-    uint8_t* const weights = handed.of_heads(first_head);
-    const Exchange exchange{weights, memory.largest, memory.sum};
-    const float own_largest = weigh<kHeads, kHandedBytes>(scores, valid, exchange, kBarrier);
-    ptx::named_barrier(kBarrier, kWarpgroup);
-    if (thread < kHeads) {
-      *totals_of(weights, thread) = float2{own_largest, combine_warps<kHeads>(memory.sum, thread, Sum())};
-    }
+    uint8_t* const weights = handed.of_heads(first_head + group * kOwn);
+    const Exchange exchange{weights, memory.largest + group * 4 * kOwn, sums};
+    const float own_largest = weigh<kOwn, kHandedBytes>(scores, valid, exchange, kBarrier + group);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    if (thread < kOwn) *totals_of(weights, thread) = float2{own_largest, combine_warps<kOwn>(sums, thread, Sum())};
   }
 #else
   ptx::wait_for_predecessors();
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kSplitThreads, 2)
 }
 
 template <int kHeads, int kGroups>
-__global__ void __launch_bounds__(kSplitThreads, 2)
+__global__ void __launch_bounds__(kAddThreads, 2)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
@@ -202,7 +206,7 @@ cudaError_t launch_weigh(const SparseAttention& attention, int units, int proces
   // No more CTAs than the largest number of units of one asks for.
   const int most = static_cast<int>(std::max<int64_t>(processors / tiles, 1)), rounds = (units + most - 1) / most;
   const auto groups = static_cast<unsigned>((units + rounds - 1) / rounds);
-  const Launch at{dim3(tiles, groups), dim3(kSplitThreads), stream, sizeof(WeighMemory<kHeads>)};
+  const Launch at{dim3(tiles, groups), dim3(WeighRoles<kHeads>::kThreads), stream, sizeof(WeighMemory<kHeads>)};
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
@@ -214,7 +218,7 @@ cudaError_t launch_add(const SparseAttention& attention, int units, int processo
   static_assert(sizeof(Memory) <= kHalfOfShared && kHalfOfShared + 16 + sizeof(WeighMemory<64>) <= kSharedOfTwo);
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
   const bool alone = static_cast<int64_t>(tiles) * kSlabs <= processors;
-  const Launch at{dim3(tiles, kSlabs), dim3(kSplitThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory)};
+  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory)};
   return launch_in_turn(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
 }
 

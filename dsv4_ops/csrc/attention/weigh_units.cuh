@@ -1,10 +1,11 @@
 // The first of the two kernels of sparse_attention_split.cu: the weights of units of keys.
 //
-// A CTA owns a tile of kHeads heads and some units of a row. 384 threads: warpgroup 0 has queries, scores and weights;
-// the others are producers, eight keys of a unit each (as in producer.cuh). A unit passes in parts of two slabs through
-// a ring of kSlots, so that the scores of a part are computed while the next one is unpacked, and so that a CTA takes
-// less than half of an SM, with room for one of the second kernel: its registers, too, are half of what there is, which
-// is one block of keys on the way to a producer, loaded when the one before is unpacked, while that is weighed.
+// A CTA owns a tile of kHeads heads and some units of a row. The first warpgroup, or two of them with half of the heads
+// each, has scores and weights; the last two are producers, each warp with eight keys of a unit (as in producer.cuh). A
+// unit passes in parts of two slabs through a ring of kSlots, so that the scores of a part are computed while the next
+// one is unpacked, and so that a CTA takes less than half of an SM, with room for one of the second kernel: its
+// registers, too, are half of what there is, which is one block of keys on the way to a producer, loaded when the one
+// before is unpacked, while that is weighed.
 //
 // Shared memory: a ring of 2 parts of 16 KB for 64 heads, else of 4; queries kHeads KB; 32 bytes a head of what warps
 // exchange.
@@ -18,6 +19,16 @@ namespace dsv4 {
 constexpr int kPartSlabs = 2;
 constexpr int kParts = kSlabs / kPartSlabs;  // of a unit
 constexpr int kPartBytes = kPartSlabs * kSlabBytes;
+
+template <int kHeads>
+struct WeighRoles {
+  static constexpr int kGroups = kHeads == 8 ? 1 : 2, kHeadsOfGroup = kHeads / kGroups;
+  static constexpr int kThreads = (kGroups + 2) * kWarpgroup, kProducerWarps = 8;
+  static constexpr int kFirstRegisters = 65536 / (2 * kThreads) / 8 * 8;  // at the start of the kernel
+  static constexpr int kConsumerRegisters = kGroups == 1 ? kFirstRegisters : 56;
+  static constexpr int kProducerRegisters = kGroups == 1 ? kFirstRegisters : 72;
+  static_assert(kGroups * kConsumerRegisters + 2 * kProducerRegisters <= (kGroups + 2) * kFirstRegisters);
+};
 
 template <int kHeads>
 struct WeighMemory {
@@ -109,21 +120,22 @@ __device__ __forceinline__ void produce_parts(const KeySources& sources, const R
   }
 }
 
-// The consuming warpgroup: scores of a unit, number `unit` of this CTA. The slot of a part is handed back when the
-// products of the next are under way.
-template <int kHeads, int kPart = 0>
-__device__ __forceinline__ void score_parts(WeighMemory<kHeads>& memory, int unit, float (&scores)[kHeads / 2]) {
+// A consuming warpgroup: scores of a unit, number `unit` of this CTA, and the heads whose queries start at `query`. The
+// slot of a part is handed back when the products of the next are under way.
+template <int kHeads, int kCount, int kPart = 0>
+__device__ __forceinline__ void score_parts(WeighMemory<kHeads>& memory, uint32_t query, int unit,
+                                            float (&scores)[kCount]) {
   constexpr int kSlots = WeighMemory<kHeads>::kSlots, kSlot = kPart % kSlots;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   ptx::mbarrier_wait(full + 8 * kSlot, uses_before<kSlots>(unit, kPart) & 1);
-  multiply_slabs<kHeads, kPart * kPartSlabs, (kPart + 1) * kPartSlabs>(ptx::shared_address(memory.keys[kSlot]),
-                                                                       ptx::shared_address(memory.query), scores);
+  multiply_slabs<2 * kCount, kPart * kPartSlabs, (kPart + 1) * kPartSlabs, kHeads>(
+      ptx::shared_address(memory.keys[kSlot]), query, scores);
   if constexpr (kPart > 0) {
     ptx::wgmma_wait<1>();
     ptx::mbarrier_arrive(empty + 8 * ((kPart - 1) % kSlots));
   }
   if constexpr (kPart < kParts - 1) {
-    score_parts<kHeads, kPart + 1>(memory, unit, scores);
+    score_parts<kHeads, kCount, kPart + 1>(memory, query, unit, scores);
   } else {
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
