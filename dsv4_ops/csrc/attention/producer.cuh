@@ -169,18 +169,21 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   uint32_t present = 0;  // of the keys in `ready`
   const auto load = [&](int unit, KeyBlock& block, bool may_start_batch) {
     const int place = unit % kBatch * kBlock;
-    if (may_start_batch && place == 0) {
+    const bool starts_batch = may_start_batch && place == 0;
+    if (starts_batch) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
-      upcoming = later;
-      find_page(sources, row, upcoming);
-      later = own.find_entry(sources, row, unit / kBatch + 2);
     }
     const KeyPlace key{from_lane(ready.data, place + column), from_lane(ready.scales, place + column)};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) block.parts[i] = load_part(key, i, quarter);
     block.scales = *reinterpret_cast<const uint2*>(key.scales);
     block.valid = present >> place & 0xFF;
+    if (starts_batch) {
+      upcoming = later;
+      find_page(sources, row, upcoming);
+      later = own.find_entry(sources, row, unit / kBatch + 2);
+    }
     __syncwarp();  // keeps ptxas from moving the loads to where they are used
   };
   const int key = own.warp * kBlock + column;

@@ -122,6 +122,9 @@ __global__ void __launch_bounds__(kAddThreads, 2)
   extern __shared__ __align__(1024) uint8_t memory_start[];
   using Memory = AddMemory<kHeads, kGroups>;
   auto& memory = *reinterpret_cast<Memory*>(memory_start);
+  const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
+  const uint32_t row = blockIdx.x / head_tiles;
+  const int position = ptx::load_relaxed(position_of(attention.rope, row));
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Memory::kDepth; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
@@ -129,18 +132,17 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     }
     ptx::fence_async_proxy();  // bulk copies arrive there
   }
+  // No wait does this for what is read in front of it: L1 may still hold what earlier kernels read. One thread does it
+  // for all of the SM.
+  if (threadIdx.x == kWarp) ptx::fence_gpu();
   __syncthreads();
-  const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
-  const uint32_t row = blockIdx.x / head_tiles;
   const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
-  const int position = ptx::load_relaxed(position_of(attention.rope, row));
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
-    ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
     if (slab == kSlabs - 1) {
       gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
     } else {
@@ -154,7 +156,9 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     ptx::wait_for_predecessors();
     ptx::launch_dependents();
 
-    if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
+    if (threadIdx.x % kWarp == 0) {  // the lanes of one warp would take turns
+      for (int unit = warp; unit < min(row_units, Memory::kDepth); unit += 4 * kGroups) weighed.copy(memory, unit);
+    }
     constexpr int kTogether = kHeads == 32 ? 2 : 4;  // as many as registers allow
     float output[kHeads / 2];
     Total total;
