@@ -167,7 +167,7 @@ def test_twenty_runs_give_the_same_bits(kind):
 
 @pytest.mark.parametrize(("rows", "heads"), [(1, 64), (16, 64), (9, 128)])
 def test_calls_behind_each_other_do_not_mix(rows, heads):
-    """Calls in a graph have the same workspace, and the kernels of one may start before those of the last have ended."""
+    """Calls in a graph have the same workspace; the kernels of one may start before those of the last have ended."""
     q, *rest = on_cuda(full("selected", [[500 + row] for row in range(rows)], heads=heads))
     queries = (q, -q)
     expected = [OPS.sparse_attention_selected(one, *rest) for one in queries]
