@@ -102,8 +102,8 @@ __device__ __forceinline__ void wait_for_slab(int pending) {
 // Where the warps of a warpgroup exchange what they find about a unit.
 struct Exchange {
   uint8_t* weights;  // [kHeads / 8] times kWeightBytes, kStride bytes apart
-  float* largest;    // [4][kHeads], of each warp
-  float* sum;        // [4][kHeads]
+  float* largest;    // [kHeads][4], of each warp
+  float* sum;        // [kHeads][4]
 };
 
 // Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
@@ -123,28 +123,24 @@ __device__ __forceinline__ float weigh(float (&scores)[kHeads / 2], uint64_t val
     const int i = column / 2 * 4 + column % 2;
     values[column] = fmaxf(scores[i], scores[i + 2]);
   }
-  reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
+  reduce_columns<kHeads>(values, memory.largest, Larger());
   ptx::named_barrier(barrier, kWarpgroup);
-  const float own_largest = combine_warps<kHeads>(memory.largest, thread % kHeads, Larger()) * kScoreScale;
+  const float own_largest = combine_warps(memory.largest, thread % kHeads, Larger()) * kScoreScale;
 #pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; column += 2) {
-    const float2 pair = combine_warps_pair<kHeads>(memory.largest, column, Larger());
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float largest = (j == 0 ? pair.x : pair.y) * kScoreScale;
-      const float offset = largest == -INFINITY ? 0.0f : -largest;
-      const int i = column / 2 * 4 + j;
-      scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
-      scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
-      values[column + j] = __fadd_rn(scores[i], scores[i + 2]);
-    }
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    const float largest = combine_warps(memory.largest, head_of_column(column, lane), Larger()) * kScoreScale;
+    const float offset = largest == -INFINITY ? 0.0f : -largest;
+    const int i = column / 2 * 4 + column % 2;
+    scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
+    scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
+    values[column] = __fadd_rn(scores[i], scores[i + 2]);
   }
 #pragma unroll
   for (int i = 0; i < kHeads / 2; i += 2) {
     const int place = i / 4 * kStride + (2 * warp + i / 2 % 2) * 128 + lane * 4;
     *reinterpret_cast<uint32_t*>(memory.weights + place) = pack_bf16(scores[i], scores[i + 1]);
   }
-  reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
+  reduce_columns<kHeads>(values, memory.sum, Sum());
   return own_largest;
 }
 

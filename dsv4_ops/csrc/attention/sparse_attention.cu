@@ -67,8 +67,8 @@ struct SharedMemory {
   alignas(1024) uint8_t query[kQueryBytes];  // 8 slabs of [kHeads][128 bytes]; in the end the output as [kHeads][512]
   alignas(128) uint8_t weights[kRing<kHeads>][kHeads * kUnit * 2];
   float2 totals[kRing<kHeads>][kHeads];  // largest score and sum
-  float largest[Roles<kHeads>::kScorers][4 * kHeads];
-  float sum[Roles<kHeads>::kScorers][4 * kHeads];
+  alignas(16) float largest[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
+  alignas(16) float sum[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
   float reciprocals[kHeads];
   uint64_t weighed[kRing<kHeads>];  // mbarriers: weights and totals of the tile are written
 };
@@ -94,7 +94,7 @@ __device__ __forceinline__ void score_units(const Tiles& tiles, SharedMemory<kHe
     ptx::fence_async_proxy();
     ptx::named_barrier(kScorerBarrier + scorer, kWarpgroup);
     if (thread < kHeads) {
-      memory.totals[stage][thread] = {own_largest, combine_warps<kHeads>(memory.sum[scorer], thread, Sum())};
+      memory.totals[stage][thread] = {own_largest, combine_warps(memory.sum[scorer], thread, Sum())};
     }
     ptx::mbarrier_arrive(ptx::shared_address(memory.weighed + stage));
   }

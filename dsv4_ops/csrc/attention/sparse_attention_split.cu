@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
   ptx::named_barrier(kQueryBarrier, Role::kGroups * kWarpgroup);
   constexpr int kOwn = Role::kHeadsOfGroup;
   const uint32_t query = ptx::shared_address(memory.query) + group * (kOwn * kRowBytes);
-  float* const sums = memory.sum + group * 4 * kOwn;
+  float* const sums = memory.sum + group * kOwn * kWarpsOfGroup;
   const int thread = threadIdx.x % kWarpgroup;
   for (int unit = first, count = 0; unit < row_units; unit += step, ++count) {
     float scores[kOwn / 2];
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
     const uint64_t valid = memory.valid[count % 2];
     const HandedUnit handed(attention.partials, padded, static_cast<int64_t>(row) * units + unit);
     uint8_t* const weights = handed.of_heads(first_head + group * kOwn);
-    const Exchange exchange{weights, memory.largest + group * 4 * kOwn, sums};
+    const Exchange exchange{weights, memory.largest + group * kOwn * kWarpsOfGroup, sums};
     const float own_largest = weigh<kOwn, kHandedBytes>(scores, valid, exchange, kBarrier + group);
     ptx::named_barrier(kBarrier + group, kWarpgroup);
-    if (thread < kOwn) *totals_of(weights, thread) = float2{own_largest, combine_warps<kOwn>(sums, thread, Sum())};
+    if (thread < kOwn) *totals_of(weights, thread) = float2{own_largest, combine_warps(sums, thread, Sum())};
   }
 #else
   ptx::wait_for_predecessors();

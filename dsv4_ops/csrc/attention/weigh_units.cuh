@@ -36,8 +36,8 @@ struct WeighMemory {
   static_assert(kParts % kSlots == 0, "a part has the same slot in every unit");
   alignas(1024) uint8_t keys[kSlots][kPartBytes];
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
-  float largest[4 * kHeads];
-  float sum[4 * kHeads];
+  alignas(16) float largest[kHeads * kWarpsOfGroup];
+  alignas(16) float sum[kHeads * kWarpsOfGroup];
   alignas(8) uint64_t full[kSlots];  // mbarriers: the part is written
   uint64_t empty[kSlots];            // the part has been used
   uint64_t valid[2];                 // a bit for each key, of every other unit
