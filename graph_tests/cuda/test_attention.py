@@ -165,6 +165,22 @@ def test_twenty_runs_give_the_same_bits(kind):
             assert_bits_equal(another.cpu(), one.cpu())
 
 
+@pytest.mark.parametrize(("rows", "heads"), [(1, 64), (16, 64), (9, 128)])
+def test_calls_behind_each_other_do_not_mix(rows, heads):
+    """Calls in a graph have the same workspace; the kernels of one may start before those of the last have ended."""
+    q, *rest = on_cuda(full("selected", [[500 + row] for row in range(rows)], heads=heads))
+    queries = (q, -q)
+    expected = [OPS.sparse_attention_selected(one, *rest) for one in queries]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [OPS.sparse_attention_selected(queries[call % 2], *rest) for call in range(20)]
+    for _ in range(5):
+        graph.replay()
+    for call, (o, lse) in enumerate(results):
+        assert_bits_equal(o.cpu(), expected[call % 2][0].cpu())
+        assert_bits_equal(lse.cpu(), expected[call % 2][1].cpu())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_a_chunk_has_the_bits_of_the_row_alone(kind):
     arguments = on_cuda(full(kind, [rows_from(70, 140)], heads=8))
@@ -190,8 +206,8 @@ def without_workspace(kind: str, arguments: tuple) -> tuple[torch.Tensor, torch.
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_workspace_the_bits_are_the_same(kind, rows, heads):
-    """One CTA has all of a row and 8, 16 or 32 heads, where two kernels would share it out."""
-    arguments = on_cuda(full(kind, [[9 * row + 180] for row in range(rows)], heads=heads))
+    """One CTA has all of a row and 8, 16 or 32 heads, where two kernels would share it out. One row is padding."""
+    arguments = on_cuda(full(kind, [[-1 if row == 1 else 9 * row + 180] for row in range(rows)], heads=heads))
     assert TABLE[f"sparse_attention_{kind}"].workspace(*arguments).numel() > 0
     for one, another in zip(run(kind, arguments), without_workspace(kind, arguments), strict=True):
         assert_bits_equal(another.cpu(), one.cpu())
@@ -204,6 +220,16 @@ def test_more_keys_than_stages(heads):
     check("compressed", arguments)
     expected = without_workspace("compressed", on_cuda(arguments))
     for one, another in zip(run("compressed", arguments), expected, strict=True):
+        assert_bits_equal(another.cpu(), one.cpu())
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "keys"), [pytest.param(2, 64, 40, marks=pytest.mark.sanitize), (16, 64, 500), (8, 128, 1100)]
+)
+def test_several_units_of_a_row_for_a_cta(rows, heads, keys):
+    """The first of the two kernels has more units than SMs: parts of a unit take the place of the last one's."""
+    arguments = on_cuda(full("compressed", [[keys - row] for row in range(rows)], ratio=1, heads=heads))
+    for one, another in zip(run("compressed", arguments), without_workspace("compressed", arguments), strict=True):
         assert_bits_equal(another.cpu(), one.cpu())
 
 

@@ -27,13 +27,12 @@ constexpr int kLoads = kNope / 64 + 2;  // of 16 bytes that a thread does for a 
 
 // Tiles in shared memory, and how producers and consumers hand them over. Every thread that wrote or read one arrives
 // itself: racecheck does not follow a lane that arrives for its warp.
-// A tile may be handed over in kParts of 8 / kParts slabs.
-template <int kCount, int kParts = 1>
+template <int kCount>
 struct StagedTiles {
   alignas(1024) uint8_t keys[kCount * kTileBytes];
-  alignas(8) uint64_t full[kCount * kParts];  // mbarriers: the part of the tile is written
-  uint64_t empty[kCount];                     // the tile has been used
-  alignas(8) uint8_t valid[kCount * 8];       // a bit for each key
+  alignas(8) uint64_t full[kCount];      // mbarriers: the tile is written
+  uint64_t empty[kCount];                // the tile has been used
+  alignas(8) uint8_t valid[kCount * 8];  // a bit for each key
 };
 
 struct Tiles {
@@ -42,21 +41,19 @@ struct Tiles {
   uint32_t full;
   uint32_t empty;
 
-  // With parts: of stage * kParts + part
   __device__ __forceinline__ uint32_t full_barrier(int stage) const { return full + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier(int stage) const { return empty + 8 * stage; }
 };
 
 // By all threads of the CTA, first of all. A tile is free again after so many arrivals.
-template <int kCount, int kParts>
-__device__ __forceinline__ Tiles start_tiles(StagedTiles<kCount, kParts>& memory, int producer_warps,
-                                             int consumer_arrivals) {
+template <int kCount>
+__device__ __forceinline__ Tiles start_tiles(StagedTiles<kCount>& memory, int producer_warps, int consumer_arrivals) {
   const Tiles tiles{memory.keys, memory.valid, ptx::shared_address(memory.full), ptx::shared_address(memory.empty)};
   if (threadIdx.x == 0) {
-    for (int part = 0; part < kCount * kParts; ++part) {
-      ptx::mbarrier_init(tiles.full_barrier(part), producer_warps * kWarp);
+    for (int stage = 0; stage < kCount; ++stage) {
+      ptx::mbarrier_init(tiles.full_barrier(stage), producer_warps * kWarp);
+      ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_arrivals);
     }
-    for (int stage = 0; stage < kCount; ++stage) ptx::mbarrier_init(tiles.empty_barrier(stage), consumer_arrivals);
   }
   __syncthreads();
   return tiles;
@@ -161,29 +158,32 @@ struct KeyBlock {
 };
 
 // Write the units of a warp's keys one after the other to stages 0, 1, .. and again 0.
-template <int kWarps, int kCount, int kParts>
+template <int kWarps, int kCount>
 __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Tiles& tiles,
                                         const WarpKeys<kWarps>& own, const FirstLookups& lookups) {
   static_assert(WarpKeys<kWarps>::kBlocks == 1, "a warp has one block of a unit");
-  constexpr int kBatch = WarpKeys<kWarps>::kBatch, kPart = kSlabs / kParts;
+  constexpr int kBatch = WarpKeys<kWarps>::kBatch;
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4, units = own.blocks;
   Lookup upcoming = lookups.upcoming, later = lookups.later;
   KeyPlace ready{};
   uint32_t present = 0;  // of the keys in `ready`
   const auto load = [&](int unit, KeyBlock& block, bool may_start_batch) {
     const int place = unit % kBatch * kBlock;
-    if (may_start_batch && place == 0) {
+    const bool starts_batch = may_start_batch && place == 0;
+    if (starts_batch) {
       ready = place_of(sources, row, upcoming);
       present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
-      upcoming = later;
-      find_page(sources, row, upcoming);
-      later = own.find_entry(sources, row, unit / kBatch + 2);
     }
     const KeyPlace key{from_lane(ready.data, place + column), from_lane(ready.scales, place + column)};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) block.parts[i] = load_part(key, i, quarter);
     block.scales = *reinterpret_cast<const uint2*>(key.scales);
     block.valid = present >> place & 0xFF;
+    if (starts_batch) {
+      upcoming = later;
+      find_page(sources, row, upcoming);
+      later = own.find_entry(sources, row, unit / kBatch + 2);
+    }
     __syncwarp();  // keeps ptxas from moving the loads to where they are used
   };
   const int key = own.warp * kBlock + column;
@@ -201,10 +201,6 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
     uint8_t* const first_chunk = keys + chunk_offset(key, 2 * quarter);
     uint8_t* const second_chunk = keys + chunk_offset(key, 2 * quarter + 1);
     if (lane == 0) tiles.valid[stage * 8 + own.warp] = static_cast<uint8_t>(block.valid);
-    const auto hand_over = [&](int slabs) {
-      ptx::fence_async_proxy();
-      ptx::mbarrier_arrive(tiles.full_barrier(stage * kParts + slabs / kPart - 1));
-    };
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       uint4 a, b;
@@ -218,12 +214,10 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       }
       *reinterpret_cast<uint4*>(first_chunk + slab * kSlabBytes) = a;
       *reinterpret_cast<uint4*>(second_chunk + slab * kSlabBytes) = b;
-      if ((slab + 1) % kPart == 0 && !large) hand_over(slab + 1);
     }
-    if (!large) return;
-    multiply_again(block.scales, first_chunk, second_chunk);
-#pragma unroll
-    for (int slabs = kPart; slabs <= kSlabs; slabs += kPart) hand_over(slabs);
+    if (large) multiply_again(block.scales, first_chunk, second_chunk);
+    ptx::fence_async_proxy();
+    ptx::mbarrier_arrive(tiles.full_barrier(stage));
   };
 
   KeyBlock even, odd;

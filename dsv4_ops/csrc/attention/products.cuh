@@ -9,6 +9,13 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4 {
 
+// Of each thread of this warpgroup from here on; before it had kBefore.
+template <int kBefore, int kRegisters>
+__device__ __forceinline__ void change_registers() {
+  if constexpr (kRegisters > kBefore) ptx::take_registers<kRegisters>();
+  if constexpr (kRegisters < kBefore) ptx::give_registers<kRegisters>();
+}
+
 // The queries of kHeads heads, of which the first `heads` exist, into the slabs of `query`, by `threads` threads. All
 // that a thread copies is under way at once.
 template <int kHeads>
@@ -36,9 +43,9 @@ __device__ __forceinline__ void load_queries(const __nv_bfloat16* q, int64_t str
   ptx::cp_async_wait<0>();
 }
 
-// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; under
-// way until waited for
-template <int kHeads, int kFirst, int kLast>
+// scores [64 keys, kHeads] = keys . queries over slabs kFirst .. kLast - 1, added to those of the slabs before; `keys`
+// are those of slab kFirst, a slab of queries has kRows heads. Under way until waited for.
+template <int kHeads, int kFirst, int kLast, int kRows = kHeads>
 __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, float (&scores)[kHeads / 2]) {
   const uint64_t a = ptx::wgmma_descriptor(keys, 16, 1024, true);
   const uint64_t b = ptx::wgmma_descriptor(query, 16, 1024, true);
@@ -47,8 +54,8 @@ __device__ __forceinline__ void multiply_slabs(uint32_t keys, uint32_t query, fl
 #pragma unroll
   for (int step = kFirst * 4; step < kLast * 4; ++step) {
     const int slab = step / 4, inside = step % 4 * 32;
-    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, slab * kSlabBytes + inside),
-                                     ptx::advance_descriptor(b, slab * kHeads * kRowBytes + inside), step > 0);
+    ptx::wgmma<kHeads, false, false>(scores, ptx::advance_descriptor(a, (slab - kFirst) * kSlabBytes + inside),
+                                     ptx::advance_descriptor(b, slab * kRows * kRowBytes + inside), step > 0);
   }
   ptx::wgmma_commit();
 }
@@ -95,16 +102,15 @@ __device__ __forceinline__ void wait_for_slab(int pending) {
 // Where the warps of a warpgroup exchange what they find about a unit.
 struct Exchange {
   uint8_t* weights;  // [kHeads / 8] times kWeightBytes, kStride bytes apart
-  float* largest;    // [4][kHeads], of each warp
-  float* sum;        // [4][kHeads]
+  float* largest;    // [kHeads][4], of each warp
+  float* sum;        // [kHeads][4]
 };
 
 // Weights exp2(score - largest) of a unit from its scores, to memory in bf16, and the sums of each warp's: to be read
-// after the caller's barrier and, by wgmma, its fence. `own_largest` is that of the head that this thread keeps the
-// total of, keep(column, largest) takes those of its columns.
-template <int kHeads, int kStride = kWeightBytes, typename Keep>
-__device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory, int barrier,
-                                      float& own_largest, Keep keep) {
+// after the caller's barrier and, by wgmma, its fence. The largest score of head number thread % kHeads.
+template <int kHeads, int kStride = kWeightBytes>
+__device__ __forceinline__ float weigh(float (&scores)[kHeads / 2], uint64_t valid, const Exchange& memory,
+                                       int barrier) {
   const int thread = threadIdx.x % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   float values[kColumns<kHeads>];
   if (valid != ~uint64_t{0}) {
@@ -117,29 +123,25 @@ __device__ __forceinline__ void weigh(float (&scores)[kHeads / 2], uint64_t vali
     const int i = column / 2 * 4 + column % 2;
     values[column] = fmaxf(scores[i], scores[i + 2]);
   }
-  reduce_columns<kHeads>(values, memory.largest + warp * kHeads, Larger());
+  reduce_columns<kHeads>(values, memory.largest, Larger());
   ptx::named_barrier(barrier, kWarpgroup);
-  if (thread < kHeads) own_largest = combine_warps<kHeads>(memory.largest, thread, Larger()) * kScoreScale;
+  const float own_largest = combine_warps(memory.largest, thread % kHeads, Larger()) * kScoreScale;
 #pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; column += 2) {
-    const float2 pair = combine_warps_pair<kHeads>(memory.largest, column, Larger());
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float largest = (j == 0 ? pair.x : pair.y) * kScoreScale;
-      const float offset = largest == -INFINITY ? 0.0f : -largest;
-      const int i = column / 2 * 4 + j;
-      keep(column + j, largest);
-      scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
-      scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
-      values[column + j] = __fadd_rn(scores[i], scores[i + 2]);
-    }
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    const float largest = combine_warps(memory.largest, head_of_column(column, lane), Larger()) * kScoreScale;
+    const float offset = largest == -INFINITY ? 0.0f : -largest;
+    const int i = column / 2 * 4 + column % 2;
+    scores[i] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i], kScoreScale, offset));
+    scores[i + 2] = ptx::ex2_approx_ftz(__fmaf_rn(scores[i + 2], kScoreScale, offset));
+    values[column] = __fadd_rn(scores[i], scores[i + 2]);
   }
 #pragma unroll
   for (int i = 0; i < kHeads / 2; i += 2) {
     const int place = i / 4 * kStride + (2 * warp + i / 2 % 2) * 128 + lane * 4;
     *reinterpret_cast<uint32_t*>(memory.weights + place) = pack_bf16(scores[i], scores[i + 1]);
   }
-  reduce_columns<kHeads>(values, memory.sum + warp * kHeads, Sum());
+  reduce_columns<kHeads>(values, memory.sum, Sum());
+  return own_largest;
 }
 
 }  // namespace dsv4

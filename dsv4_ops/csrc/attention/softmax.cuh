@@ -53,7 +53,10 @@ __device__ __forceinline__ void reduce_step(float (&values)[kCount], int& column
   }
 }
 
-// Combine each column over the 8 lanes that hold it, and store the warp's results [kHeads]. The order of a sum does not
+// What the four warps found about each head, [kHeads][4], in shared memory.
+constexpr int kWarpsOfGroup = 4;
+
+// Combine each column over the 8 lanes that hold it, and store what this warp has found. The order of a sum does not
 // depend on kHeads.
 template <int kHeads, typename Operation>
 __device__ __forceinline__ void reduce_columns(float (&values)[kColumns<kHeads>], float* results, Operation operation) {
@@ -66,24 +69,16 @@ __device__ __forceinline__ void reduce_columns(float (&values)[kColumns<kHeads>]
   reduce_step<half(kAll), 8>(values, column, writes, operation);
   reduce_step<half(half(kAll)), 4>(values, column, writes, operation);
   if (!writes) return;
+  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int i = 0; i < kLeft; ++i) results[head_of_column(column + i, threadIdx.x % kWarp)] = values[i];
+  for (int i = 0; i < kLeft; ++i) results[head_of_column(column + i, lane) * kWarpsOfGroup + warp] = values[i];
 }
 
-// Two neighbouring columns of a thread of the results of the four warps, combined in order.
-template <int kHeads, typename Operation>
-__device__ __forceinline__ float2 combine_warps_pair(const float* results, int column, Operation operation) {
-  constexpr int kStride = kHeads / 2;
-  const auto* const from = reinterpret_cast<const float2*>(results + head_of_column(column, threadIdx.x % kWarp));
-  const float2 a = from[0], b = from[kStride], c = from[2 * kStride], d = from[3 * kStride];
-  return {operation(operation(a.x, b.x), operation(c.x, d.x)), operation(operation(a.y, b.y), operation(c.y, d.y))};
-}
-
-// The same for one head.
-template <int kHeads, typename Operation>
+// Of one head, in order.
+template <typename Operation>
 __device__ __forceinline__ float combine_warps(const float* results, int head, Operation operation) {
-  const float* const from = results + head;
-  return operation(operation(from[0], from[kHeads]), operation(from[2 * kHeads], from[3 * kHeads]));
+  const float4 of_warps = reinterpret_cast<const float4*>(results)[head];
+  return operation(operation(of_warps.x, of_warps.y), operation(of_warps.z, of_warps.w));
 }
 
 // What a unit and what came before it are multiplied by when they are added.
@@ -115,23 +110,25 @@ struct Total {
   }
 };
 
-// The steps of a thread's columns.
+// The steps of a thread's columns, from the lanes of its warp, of which lane l has the step of head l % kHeads: were
+// each thread to compute those of its columns, that would be more instructions than all else that adds a unit.
 template <int kHeads>
 struct Steps {
+  static_assert(kHeads <= kWarp);
+  bool rescale;  // `before` is not 1 everywhere in this warp; else it is not set
   float before[kColumns<kHeads>], unit[kColumns<kHeads>];
-  bool rescale = false;  // `before` is not 1 everywhere in this warp
 
-  Steps() = default;
+  __device__ __forceinline__ explicit Steps(const Step& own) : rescale(__any_sync(kAllLanes, own.before != 1.0f)) {
+    take_columns(own.unit, unit);
+    if (rescale) take_columns(own.before, before);
+  }
 
-  __device__ __forceinline__ Steps(float (&references)[kColumns<kHeads>], const float (&largest)[kColumns<kHeads>]) {
+ private:
+  __device__ __forceinline__ static void take_columns(float own, float (&values)[kColumns<kHeads>]) {
 #pragma unroll
     for (int column = 0; column < kColumns<kHeads>; ++column) {
-      const Step step = raise_reference(references[column], largest[column]);
-      before[column] = step.before;
-      unit[column] = step.unit;
-      rescale = rescale || step.before != 1.0f;
+      values[column] = __shfl_sync(kAllLanes, own, head_of_column(column, threadIdx.x % kWarp));
     }
-    rescale = __any_sync(kAllLanes, rescale);
   }
 };
 

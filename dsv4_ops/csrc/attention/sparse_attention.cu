@@ -16,15 +16,17 @@
 //                  of its own
 //   many           sparse_attention_wide.cu: 64 heads a CTA
 //
-// sparse_attention_kernel: a CTA owns kHeads heads of one row and all of its units. 384 threads, one CTA an SM:
+// sparse_attention_kernel: a CTA owns kHeads heads of one row and all of its units. One CTA an SM:
 //
-//   warpgroup 0      queries, scores, weights, output: output in kHeads / 2 x 8 registers
-//   warpgroups 1, 2  producers: gather, unpack, write tiles (producer.cuh)
+//   warpgroup 0      output: weights . keys and the fold, in kHeads / 2 x 8 registers
+//   1 or 2 more      scores and weights, two of them taking turns for up to 16 heads
+//   the last two     producers: gather, unpack, write tiles (producer.cuh)
+//
+// Scores become weights by shuffles and shared memory, one after the other, each of which waits for the many accesses
+// of the producers and of products: that takes longer than both products of a unit, so it has warps of its own.
 //
 // Shared memory: tiles of keys of 64 KB, 3 for up to 16 heads and 2 for 32; queries kHeads KB, in the end the staged
-// output; weights kHeads x 128 bytes; largest scores and sums of each warp. With three tiles, the scores of a unit are
-// computed while the one before is weighed and a third is written; with two, the consumers would hold both while
-// producers idle, so they take one unit at a time.
+// output; for each tile weights and totals of kHeads x 136 bytes; largest scores and sums of each warp.
 //
 // Cost of a unit in cycles of an SM for kHeads = 16 (32). L1's data pipe, which shared memory is part of, bounds it:
 //
@@ -39,10 +41,22 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kProducerRegisters = 144, kConsumerRegisters = 216;  // of a thread
-static_assert(2 * kProducerRegisters + kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
-[[maybe_unused]] constexpr int kBarrier = 1;      // of the consuming warpgroup
+// How the threads of a CTA are shared out, and their registers.
+template <int kHeads>
+struct Roles {
+  static constexpr int kScorers = kHeads <= 16 ? 2 : 1;  // warpgroups
+  static constexpr int kWarpgroups = 1 + kScorers + 2, kThreads = kWarpgroups * kWarpgroup;
+  static constexpr int kProducerWarps = 8;
+  static constexpr int kAdderRegisters = kHeads <= 16 ? 128 : 208, kScorerRegisters = 64;
+  static constexpr int kProducerRegisters = kHeads <= 16 ? 112 : 120;
+  static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;  // at the start of the kernel
+  static_assert(kAdderRegisters + kScorers * kScorerRegisters + 2 * kProducerRegisters <=
+                kWarpgroups * kFirstRegisters);
+};
+
+// Named barriers: one of each scoring warpgroup, then
+[[maybe_unused]] constexpr int kScorerBarrier = 1, kQueryBarrier = 3, kAdderBarrier = 4;
+
 template <int kHeads>
 constexpr int kRing = kHeads <= 16 ? 3 : 2;  // tiles
 
@@ -51,63 +65,68 @@ struct SharedMemory {
   static constexpr int kQueryBytes = (kHeads * kStagingStride<kDim> + 1023) / 1024 * 1024;
   StagedTiles<kRing<kHeads>> tiles;
   alignas(1024) uint8_t query[kQueryBytes];  // 8 slabs of [kHeads][128 bytes]; in the end the output as [kHeads][512]
-  alignas(128) uint8_t weights[kHeads * kUnit * 2];
-  float largest[4 * kHeads];
-  float sum[4 * kHeads];
+  alignas(128) uint8_t weights[kRing<kHeads>][kHeads * kUnit * 2];
+  float2 totals[kRing<kHeads>][kHeads];  // largest score and sum
+  alignas(16) float largest[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
+  alignas(16) float sum[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
+  float reciprocals[kHeads];
+  uint64_t weighed[kRing<kHeads>];  // mbarriers: weights and totals of the tile are written
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// The result of one warpgroup: output sums, and in thread t < kHeads the total of head t.
+// A scoring warpgroup: its units of a row's keys, as the producers deliver them.
+template <int kHeads>
+__device__ __forceinline__ void score_units(const Tiles& tiles, SharedMemory<kHeads>& memory, int units, int scorer) {
+  constexpr int kCount = kRing<kHeads>;
+  const int thread = threadIdx.x % kWarpgroup;
+  for (int unit = scorer; unit < units; unit += Roles<kHeads>::kScorers) {
+    const int stage = unit % kCount;
+    float scores[kHeads / 2];
+    ptx::mbarrier_wait(tiles.full_barrier(stage), unit / kCount & 1);
+    multiply_queries<kHeads>(ptx::shared_address(tiles.keys) + stage * kTileBytes, ptx::shared_address(memory.query),
+                             scores);
+    const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(scores);
+    const Exchange exchange{memory.weights[stage], memory.largest[scorer], memory.sum[scorer]};
+    const float own_largest = weigh<kHeads>(scores, valid, exchange, kScorerBarrier + scorer);
+    ptx::fence_async_proxy();
+    ptx::named_barrier(kScorerBarrier + scorer, kWarpgroup);
+    if (thread < kHeads) {
+      memory.totals[stage][thread] = {own_largest, combine_warps(memory.sum[scorer], thread, Sum())};
+    }
+    ptx::mbarrier_arrive(ptx::shared_address(memory.weighed + stage));
+  }
+}
+
+// Output sums of the adding warpgroup, and in thread t the total of head t % kHeads.
 template <int kHeads>
 struct Result {
   float output[kSlabs][kHeads / 2];
   Total total;
 };
 
-// All units of a row's keys, as the producers deliver them. kDepth slabs of output are under way at a time.
+// The adding warpgroup: all units, as they are weighed. kDepth slabs of output are under way at a time.
 template <int kHeads, int kDepth>
-__device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>& memory, int units,
-                                        Result<kHeads>& result) {
+__device__ __forceinline__ void add_units(const Tiles& tiles, SharedMemory<kHeads>& memory, int units,
+                                          Result<kHeads>& result) {
   constexpr int kCount = kRing<kHeads>;
-  constexpr bool kAhead = kCount > 2;  // scores of the next unit while this one's are turned into weights
-  float references[kColumns<kHeads>];
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) references[column] = -INFINITY;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) result.output[slab][i] = 0.0f;
   }
-  const uint32_t query = ptx::shared_address(memory.query), weights = ptx::shared_address(memory.weights);
-  const uint32_t tile = ptx::shared_address(tiles.keys);
-  const Exchange exchange{memory.weights, memory.largest, memory.sum};
-  const int thread = threadIdx.x % kWarpgroup;
-  float ahead[kHeads / 2], parts[kDepth][kHeads / 2];
-  const auto start_scores = [&](int unit) {
-    ptx::mbarrier_wait(tiles.full_barrier(unit % kCount), unit / kCount & 1);
-    multiply_queries<kHeads>(tile + unit % kCount * kTileBytes, query, ahead);
-  };
-  if (kAhead && units > 0) start_scores(0);
+  float parts[kDepth][kHeads / 2];
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kCount;
-    const uint32_t keys = tile + stage * kTileBytes;
-    if (!kAhead) start_scores(unit);
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(ahead);
-#pragma unroll
-    for (int i = 0; i < kHeads / 2; ++i) parts[0][i] = ahead[i];
-    if (kAhead && unit + 1 < units) start_scores(unit + 1);
-    const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
-    float largest[kColumns<kHeads>], own_largest = -INFINITY;
-    weigh<kHeads>(parts[0], valid, exchange, kBarrier, own_largest,
-                  [&](int column, float value) { largest[column] = value; });
-    ptx::fence_async_proxy();
-    ptx::named_barrier(kBarrier, kWarpgroup);
+    const uint32_t keys = ptx::shared_address(tiles.keys) + stage * kTileBytes;
+    const uint32_t weights = ptx::shared_address(memory.weights[stage]);
+    ptx::mbarrier_wait(ptx::shared_address(memory.weighed + stage), unit / kCount & 1);
 #pragma unroll
     for (int slab = 0; slab < kDepth; ++slab) multiply_weights<kHeads>(keys, weights, slab, parts[slab]);
-    if (thread < kHeads) result.total.add(own_largest, combine_warps<kHeads>(memory.sum, thread, Sum()));
-    const Steps<kHeads> steps(references, largest);
+    const float2 of_unit = memory.totals[stage][threadIdx.x % kHeads];
+    const Steps<kHeads> steps(result.total.add(of_unit.x, of_unit.y));
     if (steps.rescale) {
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) rescale_output<kHeads>(result.output[slab], steps);
@@ -126,54 +145,64 @@ __device__ __forceinline__ void consume(const Tiles& tiles, SharedMemory<kHeads>
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 template <int kHeads>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
     sparse_attention_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
   auto& memory = *reinterpret_cast<SharedMemory<kHeads>*>(memory_start);
-  constexpr int kProducerWarps = 8;
-  const Tiles tiles = start_tiles(memory.tiles, kProducerWarps, kWarpgroup);
+  using Role = Roles<kHeads>;
+  if (threadIdx.x == 0) {
+    for (uint64_t& barrier : memory.weighed) ptx::mbarrier_init(ptx::shared_address(&barrier), kWarpgroup);
+  }
+  const Tiles tiles = start_tiles(memory.tiles, Role::kProducerWarps, kWarpgroup);
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 
   const int head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t row = blockIdx.x / head_tiles, head_tile = blockIdx.x % head_tiles;
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row);
-  const int units = (keys.count + kUnit - 1) / kUnit;
+  const int units = units_of_row(keys), thread = threadIdx.x % kWarpgroup;
+  const int first_head = head_tile * kHeads, heads = attention.heads - first_head;
+  const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
 
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  if (__shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) != 0) {
-    ptx::give_registers<kProducerRegisters>();
-    const int warp = threadIdx.x / kWarp - 4;
-    const WarpKeys<kProducerWarps> own(0, units, 1, warp);
+  const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup > Role::kScorers) {
+    change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
+    const WarpKeys<Role::kProducerWarps> own(0, units, 1, threadIdx.x / kWarp - 4 * (1 + Role::kScorers));
     const FirstLookups lookups(attention.keys, keys, own);
-    produce<kProducerWarps, kRing<kHeads>, 1>(attention.keys, keys, tiles, own, lookups);
+    produce<Role::kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, own, lookups);
     return;
   }
-  ptx::take_registers<kConsumerRegisters>();
-  const int first_head = head_tile * kHeads, heads = attention.heads - first_head, thread = threadIdx.x;
-  const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;  // of q and o
-  load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
-                       heads, memory.query, thread, kWarpgroup);
-  ptx::fence_async_proxy();
-  ptx::named_barrier(kBarrier, kWarpgroup);
+  if (warpgroup > 0) {
+    change_registers<Role::kFirstRegisters, Role::kScorerRegisters>();
+    if (units == 0) return;  // the output is staged where queries would still be on their way
+    constexpr int kTogether = Role::kScorers * kWarpgroup;
+    load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride,
+                         attention.q_stride, heads, memory.query, threadIdx.x - kWarpgroup, kTogether);
+    ptx::fence_async_proxy();
+    ptx::named_barrier(kQueryBarrier, kTogether);
+    score_units<kHeads>(tiles, memory, units, warpgroup - 1);
+    return;
+  }
+  change_registers<Role::kFirstRegisters, Role::kAdderRegisters>();
   Result<kHeads> result;
   const float sink = thread < kHeads ? sink_of(attention, first_head + thread) : 0.0f;
   const float2 turn = inverse_turn(attention.rope, keys.position);
-  consume<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
+  add_units<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
   if (thread < kHeads) {
-    memory.largest[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
+    memory.reciprocals[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
   }
-  ptx::named_barrier(kBarrier, kWarpgroup);
+  ptx::named_barrier(kAdderBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(memory.largest, reciprocal);
+  load_columns<kHeads>(memory.reciprocals, reciprocal);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     finish_slab<kHeads>(result.output[slab], reciprocal, slab == kSlabs - 1, turn);
     stage_slab<kHeads, kDim>(result.output[slab], memory.query, slab * kSlab);
   }
-  ptx::named_barrier(kBarrier, kWarpgroup);
+  ptx::named_barrier(kAdderBarrier, kWarpgroup);
   store_rows<kHeads, kDim>(memory.query, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, 0);
 #else
   ptx::wait_for_predecessors();
@@ -186,7 +215,7 @@ int tiles_of(int heads, int tile) { return (heads + tile - 1) / tile; }
 template <int kHeads>
 cudaError_t launch(const SparseAttention& attention, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, kHeads));
-  const Launch at{dim3(tiles), dim3(kThreads), stream, sizeof(SharedMemory<kHeads>)};
+  const Launch at{dim3(tiles), dim3(Roles<kHeads>::kThreads), stream, sizeof(SharedMemory<kHeads>)};
   return launch_kernel(sparse_attention_kernel<kHeads>, at, attention);
 }
 
