@@ -55,6 +55,7 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
   attention.rope = rope;
   attention.keys.window_pool = pool;
   attention.keys.window_page = divisor(page_size);
+  attention.unpacked.window_pages = window_pool.size(0);
   attention.keys.compressed_pool.page_size = 1;
   attention.keys.window = static_cast<int>(window);
   attention.o = o.mutable_data_ptr();
@@ -68,6 +69,7 @@ void add_compressed_pool(const Call& call, SparseAttention& attention, const Ten
                 entry_bytes = dim + rope_dim + (dim - rope_dim + 511) / 512 * 8;
   attention.keys.compressed_pool = expect_pool(call, pool, table, q.size(0), page_size, entry_bytes, dim, 16);
   attention.keys.compressed_page = divisor(page_size);
+  attention.unpacked.compressed_pages = pool.size(0);
   call.expect(attention.keys.compressed_pool.plain || (dim - rope_dim) % 64 == 0, "compressed_pool",
               "float32 where D - R is no multiple of 64", pool);
 }
@@ -91,8 +93,12 @@ void launch(const Call& call, SparseAttention attention, const std::optional<Ten
     call.rows("workspace", *workspace, 16);
   }
   if (!on_tensor_cores(attention)) return call.check(launch_sparse_attention_plain(attention, call.stream()));
-  // Without room for partial results every row is computed by one CTA: the same bits.
-  if (workspace.has_value() && workspace->numel() > 0 && workspace->numel() >= partial_floats(attention)) {
+  const int64_t floats = workspace.has_value() ? workspace->numel() : 0;
+  if (attention.rope.tokens >= kUnpackRows) {
+    const bool fits = attention.heads > 32 && floats >= unpacked_floats(attention);
+    if (fits) attention.unpacked.entries = reinterpret_cast<uint8_t*>(mutable_data<float>(*workspace));
+  } else if (floats > 0 && floats >= partial_floats(attention)) {
+    // Without this room every row is computed by one CTA: the same bits.
     attention.partials = mutable_data<float>(*workspace);
   }
   call.check(launch_sparse_attention(attention, call.stream()));

@@ -8,7 +8,8 @@
 //
 //   warpgroups 0, 1  scores and weights of every other unit for all heads (wide_consumer.cuh), and the output of 256 of
 //                    the 512 dimensions for all units: 128 registers
-//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too
+//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too; in a prefill keys are
+//                    unpacked once for all rows (unpack_keys.cu) and only copied to the tiles here (wide_copier.cuh)
 //
 // Heads lie on the outer dimension of both products here (wgmma m64n64k16; scores = Q . K^T, output = weights . K with
 // the weights from registers). The two warpgroups fall out of step by themselves, since the second tile is full later
@@ -24,13 +25,15 @@
 //
 // Cost of a unit in cycles of an SM:
 //
-//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2
-//   issue slots        of each SM quarter: unpacking 900, softmax and exchange 250, output sums 256
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2, from where
+//                      64 KB of unpacked keys come
+//   issue slots        of each SM quarter: unpacking 900 (copying 100), softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 //
 // H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.3, 64 x 640 36.7, 64 x 384 24.3, 128 x 1152 114.
-// Prefill of 4096 rows: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a unit, more than twice the floor.
+// Prefill of 4096 rows that unpacks keys for each row: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a
+// unit, more than twice the floor.
 //
 // What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
 // then the refill of the tile that it handed back last. A refill waits for no load but those of the second block, and
@@ -39,6 +42,7 @@
 #include <algorithm>
 
 #include "attention/wide_consumer.cuh"
+#include "attention/wide_copier.cuh"
 #include "attention/wide_output.cuh"
 #include "attention/wide_producer.cuh"
 #include "common/launch.cuh"
@@ -114,7 +118,9 @@ struct Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <bool kRunning>
+enum class Form { kApart, kRunning, kUnpacked };
+
+template <Form kForm>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -128,11 +134,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<kRunning ? Fold::kRunning : Fold::kApart, Queries>(attention, attention, memory, own);
+    consume_rows<kForm == Form::kApart ? Fold::kApart : Fold::kRunning, Queries>(attention, attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();
-  produce_rows(attention, memory, __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp);
+  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
+  if constexpr (kForm == Form::kUnpacked) {
+    copy_rows(attention, memory, producer);
+  } else {
+    produce_rows(attention, memory, producer);
+  }
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -144,8 +155,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<true>
-                                                          : sparse_attention_wide_kernel<false>,
+  if (attention.unpacked.entries != nullptr) {
+    const cudaError_t status = launch_unpack_keys(attention, stream);
+    if (status != cudaSuccess) return status;
+    return launch_kernel(sparse_attention_wide_kernel<Form::kUnpacked>, at, attention);
+  }
+  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<Form::kRunning>
+                                                          : sparse_attention_wide_kernel<Form::kApart>,
                        at, attention);
 }
 

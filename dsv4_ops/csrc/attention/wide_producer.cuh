@@ -136,11 +136,10 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
 struct Given {
   uint32_t stages = 0, parities = 0;  // a bit of each stage
 
-  // Half kHalf of a stage is the producers' again, if it was not.
-  template <int kHalf>
-  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage) {
+  // Half `half` of a stage is the producers' again, if it was not.
+  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage, int half) {
     if (stages >> stage & 1) {
-      ptx::mbarrier_wait(hand_overs.empty(stage, kHalf), parities >> stage & 1);
+      ptx::mbarrier_wait(hand_overs.empty(stage, half), parities >> stage & 1);
       parities ^= 1u << stage;
     }
     stages &= ~(1u << stage);
@@ -195,7 +194,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   start_tile(0);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    given.take_back<kHalf>(memory.hand_overs, stage);
+    given.take_back(memory.hand_overs, stage, kHalf);
     if (kHalf == 0 && lane == 0) {
       ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
@@ -234,12 +233,11 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   }
 }
 
-// All rows of this CTA.
-template <int kHalf, typename Memory>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
+// produce(keys) for all rows of this CTA.
+template <typename Produce>
+__device__ __forceinline__ void for_rows(const SparseAttention& attention, Produce produce) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  Given given;
   const auto position = [&](uint32_t tile) {
     return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
   };
@@ -247,10 +245,16 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, c
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
     next = position(tile + gridDim.x);
-    produce<kHalf>(attention.keys, keys, memory, pair, given);
+    produce(keys);
   }
+}
+
+template <int kHalf, typename Memory>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
+  Given given;
+  for_rows(attention, [&](const RowKeys& keys) { produce<kHalf>(attention.keys, keys, memory, pair, given); });
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) given.take_back<kHalf>(memory.hand_overs, stage);
+  for (int stage = 0; stage < kStages; ++stage) given.take_back(memory.hand_overs, stage, kHalf);
 }
 
 // Producing warp number `warp` of the CTA.
