@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsv4_ops.ops.attention_workspace import workspace_compressed, workspace_selected, workspace_window
+from dsv4_ops.ops.attention_workspace import partials_compressed, partials_selected, partials_window
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
@@ -221,7 +221,7 @@ sparse_attention_window = define(
     reference=window_reference,
     check=check_window,
     inline=Inline.STATIC_SHAPES,
-    workspace=workspace_window,
+    workspace=partials_window,
 )
 
 # as above, and compressed_pool [pages, page stride] uint8 | f32, compressed_table [B, pages of a sequence] int32,
@@ -234,7 +234,7 @@ sparse_attention_selected = define(
     reference=selected_reference,
     check=check_selected,
     inline=Inline.STATIC_SHAPES,
-    workspace=workspace_selected,
+    workspace=partials_selected,
 )
 
 # as above without indices: a row sees compressed entries 0 .. (position + 1) // ratio - 1
@@ -246,5 +246,5 @@ sparse_attention_compressed = define(
     reference=compressed_reference,
     check=check_compressed,
     inline=Inline.STATIC_SHAPES,
-    workspace=workspace_compressed,
+    workspace=partials_compressed,
 )

@@ -45,14 +45,14 @@ def unpacked(q: Tensor, keys: int, entries: int) -> Tensor:
     return q.new_empty(size // 4 if pays and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
 
-def workspace_window(q: Tensor, *others) -> Tensor:
+def partials_window(q: Tensor, *others) -> Tensor:
     window, page_size = others[-2:]
     if q.shape[1] >= UNPACK_ROWS:
         return unpacked(q, window, others[3].shape[1] * page_size)
     return partials(q, window)
 
 
-def workspace_selected(q: Tensor, *others) -> Tensor:
+def partials_selected(q: Tensor, *others) -> Tensor:
     window, page_size, far_page_size = others[-3:]
     keys = window + others[6].shape[2]
     if q.shape[1] >= UNPACK_ROWS:
@@ -61,7 +61,7 @@ def workspace_selected(q: Tensor, *others) -> Tensor:
     return partials(q, keys, SPLIT_TILES_LONG if long else SPLIT_TILES)
 
 
-def workspace_compressed(q: Tensor, *others) -> Tensor:
+def partials_compressed(q: Tensor, *others) -> Tensor:
     window, _, page_size, far_page_size = others[-4:]
     entries = others[5].shape[1] * far_page_size
     if q.shape[1] >= UNPACK_ROWS:

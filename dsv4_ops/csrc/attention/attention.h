@@ -44,13 +44,13 @@ struct SparseAttention {
   int64_t rows;      // B * S
   int heads;
   int dim;
+  UnpackedKeys unpacked;
   const float* sink;  // [H]
   Rope rope;          // rope.tokens is S
   KeySources keys;
   void* o;          // [B, S, H, D]
   float* lse;       // [B, S, H]
   float* partials;  // null, or room for partial_floats(...) of them
-  UnpackedKeys unpacked;
 };
 
 constexpr int kUnit = 64;  // keys whose softmax is taken together: what is added to a row's result in one step
