@@ -35,12 +35,12 @@ def partials(q: Tensor, keys: int, tiles: int = SPLIT_TILES) -> Tensor:
     return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
 
-def unpacked(q: Tensor, keys: int, entries: int) -> Tensor:
+def unpacked(q: Tensor, keys: int, entries: int, dim: int) -> Tensor:
     """Room for all `entries` of each sequence's block tables in BF16, and one of zeros, for rows of `keys` keys.
 
-    Otherwise nothing, and every row unpacks the keys that it reads.
+    Of q the shape [B, S, H, ...] counts. Otherwise nothing, and every row unpacks the keys that it reads.
     """
-    size = (1 + q.shape[0] * entries) * q.shape[3] * 2
+    size = (1 + q.shape[0] * entries) * dim * 2
     pays = q.shape[2] > 32 and q.shape[1] * keys >= UNPACK_READS * entries and size <= UNPACK_BYTES
     return q.new_empty(size // 4 if pays and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
@@ -48,7 +48,7 @@ def unpacked(q: Tensor, keys: int, entries: int) -> Tensor:
 def partials_window(q: Tensor, *others) -> Tensor:
     window, page_size = others[-2:]
     if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, window, others[3].shape[1] * page_size)
+        return unpacked(q, window, others[3].shape[1] * page_size, q.shape[3])
     return partials(q, window)
 
 
@@ -56,7 +56,7 @@ def partials_selected(q: Tensor, *others) -> Tensor:
     window, page_size, far_page_size = others[-3:]
     keys = window + others[6].shape[2]
     if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, keys, others[4].shape[1] * page_size + others[5].shape[1] * far_page_size)
+        return unpacked(q, keys, others[4].shape[1] * page_size + others[5].shape[1] * far_page_size, q.shape[3])
     long = keys >= (LONG_KEYS if q.shape[2] > 16 else LONG_KEYS // 2)
     return partials(q, keys, SPLIT_TILES_LONG if long else SPLIT_TILES)
 
@@ -65,5 +65,12 @@ def partials_compressed(q: Tensor, *others) -> Tensor:
     window, _, page_size, far_page_size = others[-4:]
     entries = others[5].shape[1] * far_page_size
     if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, window + entries, others[4].shape[1] * page_size + entries)
+        return unpacked(q, window + entries, others[4].shape[1] * page_size + entries, q.shape[3])
     return partials(q, window + entries)
+
+
+def workspace_mixed(q_nope: Tensor, q_scale: Tensor, q_rope: Tensor, *others) -> Tensor:
+    window, page_size, far_page_size = others[-3:]
+    entries = others[4].shape[1] * page_size + others[5].shape[1] * far_page_size
+    reads = window + others[6].shape[2] if q_nope.shape[1] >= UNPACK_ROWS else 0
+    return unpacked(q_rope, reads, entries, q_nope.shape[3] + q_rope.shape[3])

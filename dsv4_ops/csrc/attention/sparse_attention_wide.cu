@@ -92,27 +92,9 @@ struct Queries {
   }
   __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
 
-  // scores [64 heads, 64 keys] = queries . keys of the tile of a stage, the left half of the dimensions first
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
-    const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
-    const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
-    ptx::pin_registers(scores);
-    ptx::mbarrier_wait(memory.hand_overs.full(stage, 0), parity);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      if (step == kDim / 32) {
-        ptx::mbarrier_wait(memory.hand_overs.full(stage, 1), parity);
-        ptx::wgmma_fence();
-      }
-      const int bytes = step / 4 * kSlabBytes + step % 4 * 32;
-      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
-                                      step > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(scores);
+    multiply_slabs<0, kSlabs>(memory, stage, parity, scores);
   }
 };
 

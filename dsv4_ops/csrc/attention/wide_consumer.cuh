@@ -40,6 +40,31 @@ __device__ __forceinline__ void meet_with_queries() {
   ptx::named_barrier(kConsumersBarrier, kConsumers);
 }
 
+// scores [64 heads, 64 keys] = queries . keys of the tile of a stage over slabs kFirst .. kEnd - 1, added to what is
+// there if kFirst > 0. Waits for a half of the tile where it gets there.
+template <int kFirst, int kEnd>
+__device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int stage, uint32_t parity,
+                                               float (&scores)[32]) {
+  const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
+  const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
+  ptx::pin_registers(scores);
+#pragma unroll
+  for (int slab = kFirst; slab < kEnd; ++slab) {
+    const bool new_half = slab % kHalfSlabs == 0;
+    if (new_half) ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kHalfSlabs), parity);
+    if (new_half || slab == kFirst) ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSlab / 16; ++step) {
+      const int bytes = slab * kSlabBytes + step * 32;
+      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
+                                      slab + step > 0);
+    }
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(scores);
+}
+
 // A pair of values, one for each head of a thread.
 struct OfHeads {
   float value[2];
@@ -120,8 +145,8 @@ struct Phases {
 };
 
 // Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
-template <Fold kFold, typename Queries, typename Memory>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own,
+template <Fold kFold, typename Queries>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own,
                                            const RunningTotal (&totals)[2], Phases& phases) {
   float scores[32];
   queries.multiply(memory, own, phases.full.parity, scores);
@@ -134,7 +159,7 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
     float before[2] = {totals[0].reference, totals[1].reference};
     if (own == 1) {
       phases.weighed.wait(memory.hand_overs.weighed(0));
-      const float4 first = memory.weighed(0, 1).totals[threadIdx.x % kWarpgroup];
+      const float4 first = memory.weighed[0].totals[threadIdx.x % kWarpgroup];
       before[0] = first.x;
       before[1] = first.y;
     }
@@ -145,19 +170,14 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
     weigh(scores, valid, raise, reference, sum);
   }
   const int thread = threadIdx.x % kWarpgroup;
-  // What lay there is no longer read by any warp.
-  if constexpr (Memory::kCodes) ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+  Weighed& weighed = memory.weighed[own];
 #pragma unroll
-  for (int copy = 0; copy < Memory::kCopies; ++copy) {
-    Weighed& weighed = memory.weighed(own, copy);
-#pragma unroll
-    for (int i = 0; i < kUnit / 16; ++i) {
-      const float* const eight = scores + 8 * i;
-      weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
-                                    pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
-    }
-    weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
+  for (int i = 0; i < kUnit / 16; ++i) {
+    const float* const eight = scores + 8 * i;
+    weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
+                                  pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
   }
+  weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
   ptx::mbarrier_arrive(memory.hand_overs.weighed(own));
 }
 
@@ -185,11 +205,11 @@ struct Output {
   }
 
   // Add the unit that lies in `stage`, and hand its half of the tile back.
-  template <Fold kFold, typename Memory>
-  __device__ __forceinline__ void add(Memory& memory, int stage, int half) {
+  template <Fold kFold>
+  __device__ __forceinline__ void add(SharedMemory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
     const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
-    const Weighed& weighed = memory.weighed(stage, half);
+    const Weighed& weighed = memory.weighed[stage];
     const int thread = threadIdx.x % kWarpgroup;
     uint4 weights[kUnit / 16];
 #pragma unroll
@@ -240,9 +260,9 @@ struct Output {
 
 // A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
 // queries to shared memory and to multiply keys by them.
-template <Fold kFold, typename Queries, typename Operands, typename Memory>
-__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention, Memory& memory,
-                                             int own) {
+template <Fold kFold, typename Queries, typename Operands>
+__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,
+                                             SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
   const auto copy = [&](uint32_t tile) {
@@ -278,7 +298,7 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
           copy(next);
         }
-        output.template add<kFold>(memory, stage, own);
+        output.add<kFold>(memory, stage, own);
       }
     }
     load(next);

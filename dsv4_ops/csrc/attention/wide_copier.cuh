@@ -51,9 +51,8 @@ struct Copier {
 };
 
 // Write the tiles of a row: half `half`, and of the half's warps number `pair`.
-template <typename Memory>
-__device__ __forceinline__ void copy_row(const SparseAttention& attention, const RowKeys& row, const Memory& memory,
-                                         int half, int pair, Given& given) {
+__device__ __forceinline__ void copy_row(const SparseAttention& attention, const RowKeys& row,
+                                         const SharedMemory& memory, int half, int pair, Given& given) {
   const KeySources& sources = attention.keys;
   const int lane = threadIdx.x % kWarp, first_key = pair * kWarpKeys;
   const int units = units_of_row(row);
@@ -100,8 +99,7 @@ __device__ __forceinline__ void copy_row(const SparseAttention& attention, const
 }
 
 // All rows of this CTA, by producing warp number `warp`.
-template <typename Memory>
-__device__ __forceinline__ void copy_rows(const SparseAttention& attention, const Memory& memory, int warp) {
+__device__ __forceinline__ void copy_rows(const SparseAttention& attention, const SharedMemory& memory, int warp) {
   constexpr int kHalfWarps = kProducerWarps / 2;
   const int half = warp / kHalfWarps;
   Given given;

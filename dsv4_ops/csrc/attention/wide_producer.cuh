@@ -10,7 +10,6 @@
 
 #include "attention/keys.cuh"
 #include "attention/wide_tiles.cuh"
-#include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -147,23 +146,16 @@ struct Given {
 };
 
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
-template <int kHalf, typename Memory>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
-                                        Given& given) {
+template <int kHalf>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const SharedMemory& memory,
+                                        int pair, Given& given) {
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
-  constexpr int kCodeSlabs = kHalfSlabs - kHalf;
   const int first_key = pair * kWarpKeys;
   const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes + first_key * kRowBytes +
                          chunk_offset(column, 2 * quarter);
   const uint32_t valid = ptx::shared_address(memory.valid) + first_key / 8;
-  uint32_t codes = 0, code_scales = 0;  // of this lane's first key
-  if constexpr (Memory::kCodes) {
-    const int key = first_key + column;
-    codes = ptx::shared_address(memory.codes) + kHalf * kHalfSlabs * kGroupBytes + code_offset(key, quarter);
-    code_scales = ptx::shared_address(memory.scales) + ((kHalf * kHalfSlabs + quarter) * kUnit + key) * 4;
-  }
 
   const auto key_of = [&](int batch) {
     return (batch * kBatch + lane / kWarpKeys) * kUnit + first_key + lane % kWarpKeys;
@@ -204,19 +196,10 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       const bool large = __any_sync(kAllLanes, large_scales(scales[block] & (~0u >> 8 * kHalf)) != 0);
       const uint32_t first_scales = large ? __vminu4(scales[block], kLargestScale * 0x01010101u) : scales[block];
       if (block == 0) scales[1] = share.aim(ready, unit % kBatch * kWarpKeys + kBlock + column, quarter);
-      if constexpr (Memory::kCodes) {
-        const float scale = decode_ue8m0(scales[block] >> 8 * quarter & 0xFF);
-        const int offset = (stage * kGroups * kUnit + block * kBlock) * 4;
-        if (quarter < kCodeSlabs) ptx::store_shared(code_scales + offset, __float_as_uint(scale));
-      }
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) {
         uint4 first, second;
         share.unpack(slab, first_scales, first, second);
-        if constexpr (Memory::kCodes) {
-          const int offset = (stage * kGroups + slab) * kGroupBytes + block * kBlock * 64;
-          if (slab < kCodeSlabs) ptx::store_shared(codes + offset, share.parts[slab]);
-        }
         ptx::store_shared(address + slab * kSlabBytes, first);
         ptx::store_shared((address ^ 16) + slab * kSlabBytes, second);
         if (block == 0) share.load(slab, quarter);
@@ -249,8 +232,8 @@ __device__ __forceinline__ void for_rows(const SparseAttention& attention, Produ
   }
 }
 
-template <int kHalf, typename Memory>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
+template <int kHalf>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int pair) {
   Given given;
   for_rows(attention, [&](const RowKeys& keys) { produce<kHalf>(attention.keys, keys, memory, pair, given); });
 #pragma unroll
@@ -258,8 +241,7 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, c
 }
 
 // Producing warp number `warp` of the CTA.
-template <typename Memory>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int warp) {
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int warp) {
   constexpr int kHalfWarps = kProducerWarps / 2;
   if (warp < kHalfWarps) {
     produce_rows<0>(attention, memory, warp);

@@ -77,49 +77,13 @@ struct Weighed {
   float4 totals[kWarpgroup];
 };
 
-// Of sparse_attention_wide.cu.
 struct SharedMemory {
-  static constexpr bool kCodes = false;
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
-  Weighed weighed_units[kStages];
+  Weighed weighed[kStages];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
   HandOvers hand_overs;
-
-  // Where the unit of a stage is handed over: both warpgroups read the same.
-  static constexpr int kCopies = 1;
-  __device__ __forceinline__ Weighed& weighed(int stage, int) { return weighed_units[stage]; }
 };
 static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
-
-// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. Those of a tile lie in groups of 64 dimensions
-// [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are for the
-// output and the rope dimensions of scores. Once a unit has its scores, its weights lie where its codes were: a copy in
-// each half, so that what a warpgroup hands back is what it has read.
-constexpr int kGroups = kNope / 64;
-constexpr int kGroupBytes = kUnit * 64;
-
-struct MixedMemory {
-  static constexpr bool kCodes = true;
-  alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(1024) uint8_t codes[kStages][kGroups * kGroupBytes];
-  alignas(1024) uint8_t query_codes[kGroups * kGroupBytes];
-  alignas(1024) uint8_t query_rope[kSlabBytes];
-  float scales[kStages][kGroups][kUnit];
-  alignas(8) uint8_t valid[kStages][8];
-  HandOvers hand_overs;
-
-  static constexpr int kCopies = 2;
-  __device__ __forceinline__ Weighed& weighed(int stage, int half) {
-    return *reinterpret_cast<Weighed*>(codes[stage] + half * kHalfSlabs * kGroupBytes);
-  }
-};
-static_assert(sizeof(MixedMemory) <= 227 * 1024, "what a CTA can have");
-static_assert(sizeof(Weighed) <= (kGroups - kHalfSlabs) * kGroupBytes);
-
-// Byte of chunk `chunk` (0 .. 3) of a row of a group.
-__device__ __forceinline__ uint32_t code_offset(uint32_t row, uint32_t chunk) {
-  return row * 64 + ((chunk ^ row / 2 % 4) * 16);
-}
 
 }  // namespace dsv4::wide
