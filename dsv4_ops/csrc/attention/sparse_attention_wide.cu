@@ -18,8 +18,9 @@
 //   warpgroup 0   scores 0 | weights 0 | output 0, left  | output 1, left
 //   warpgroup 1     scores 1 | weights 1 | output 0, right | output 1, right
 //
-// A half of a tile goes back to its producers as soon as its output is added, and scores start with the left half while
-// the right one is on its way. The queries of the next row are copied while the last unit is added.
+// A tile is handed over and back by quarters: one goes back to its producers as soon as its output is added, and scores
+// start with the first while the others are on their way. The queries of the next row are copied while the last unit is
+// added.
 //
 // Shared memory, 212 KB: two tiles of keys 2 x 64 KB; queries 64 KB; of two units weights 8 KB and totals 2 KB each.
 //
@@ -36,9 +37,9 @@
 // unit, more than twice the floor.
 //
 // What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
-// then the refill of the tile that it handed back last. A refill waits for no load but those of the second block, and
-// no fresh load is under way where a tile is handed over, since fence.proxy.async waits for it. Three tiles would take
-// the refill out of the chain; with 64 KB of queries there is room for two.
+// then the refill of the tile that it handed back last. Half of a refill waits for no load, and no fresh load is under
+// way where keys are handed over, since fence.proxy.async waits for it. Three tiles would take the refill out of the
+// chain; with 64 KB of queries there is room for two.
 #include <algorithm>
 
 #include "attention/wide_consumer.cuh"

@@ -41,7 +41,7 @@ __device__ __forceinline__ void meet_with_queries() {
 }
 
 // scores [64 heads, 64 keys] = queries . keys of the tile of a stage over slabs kFirst .. kEnd - 1, added to what is
-// there if kFirst > 0. Waits for a half of the tile where it gets there.
+// there if kFirst > 0. Waits for a part of the tile where it gets there.
 template <int kFirst, int kEnd>
 __device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int stage, uint32_t parity,
                                                float (&scores)[32]) {
@@ -50,9 +50,9 @@ __device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int s
   ptx::pin_registers(scores);
 #pragma unroll
   for (int slab = kFirst; slab < kEnd; ++slab) {
-    const bool new_half = slab % kHalfSlabs == 0;
-    if (new_half) ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kHalfSlabs), parity);
-    if (new_half || slab == kFirst) ptx::wgmma_fence();
+    const bool new_part = slab % kPartSlabs == 0;
+    if (new_part) ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kPartSlabs), parity);
+    if (new_part || slab == kFirst) ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSlab / 16; ++step) {
       const int bytes = slab * kSlabBytes + step * 32;
@@ -204,7 +204,7 @@ struct Output {
     }
   }
 
-  // Add the unit that lies in `stage`, and hand its half of the tile back.
+  // Add the unit that lies in `stage`, and hand its half of the tile back, part by part.
   template <Fold kFold>
   __device__ __forceinline__ void add(SharedMemory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
@@ -223,19 +223,26 @@ struct Output {
                             accumulate || step > 0);
       }
     };
-    const uint32_t handed_back = memory.hand_overs.empty(stage, half);
+    const auto hand_back = [&](int part) {
+      ptx::mbarrier_arrive(memory.hand_overs.empty(stage, half * kHalfParts + part));
+    };
     if constexpr (kFold == Fold::kRunning) {
       rescale(totals[0].move_reference(unit.x, unit.z), totals[1].move_reference(unit.y, unit.w));
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) start(slab, sums[slab], true);
-      ptx::wgmma_commit();
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+        start(slab, sums[slab], true);
+        if (slab % kPartSlabs == kPartSlabs - 1) ptx::wgmma_commit();
+      }
+      static_assert(kHalfParts == 2);
+      ptx::wgmma_wait<1>();
+      hand_back(0);
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
-      ptx::mbarrier_arrive(handed_back);
+      hand_back(1);
     } else {
       const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
       rescale(steps[0].before, steps[1].before);
@@ -248,7 +255,7 @@ struct Output {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(part);
-        if (slab == kHalfSlabs - 1) ptx::mbarrier_arrive(handed_back);
+        if (slab % kPartSlabs == kPartSlabs - 1) hand_back(slab / kPartSlabs);
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);

@@ -1,9 +1,8 @@
 // The producing warps of sparse_attention_wide.cu where keys lie unpacked (unpack_keys.cu): they gather them into tiles.
 //
 // A warp has one half of the dimensions and 16 keys of every tile, and takes them a slab at a time: 4 loads of a lane,
-// each of which brings 128 bytes of 4 keys. The first two slabs of the next tile are loaded once a tile is handed over
-// and wait in registers until their place is free, so that half of a refill waits for no memory. They are not loaded
-// earlier: fence.proxy.async waits for loads that are under way.
+// each of which brings 128 bytes of 4 keys. A part of a tile is loaded once the part before is handed over and waits in
+// registers until its place is free. It is not loaded earlier: fence.proxy.async waits for loads that are under way.
 #pragma once
 
 #include "attention/unpacked.cuh"
@@ -12,8 +11,8 @@
 namespace dsv4::wide {
 
 constexpr int kLoads = kWarpKeys / 4;  // of a lane for a slab
-constexpr int kAhead = 2;              // slabs in registers
-static_assert(kHalfSlabs == 2 * kAhead);
+constexpr int kAhead = kPartSlabs;     // slabs in registers
+static_assert(kHalfParts == 2);
 
 // Of one warp: its keys of a tile and what it holds of them.
 struct Copier {
@@ -81,16 +80,20 @@ __device__ __forceinline__ void copy_row(const SparseAttention& attention, const
   copier.load(0);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    given.take_back(memory.hand_overs, stage, half);
+    given.wait(memory.hand_overs, stage, half, 0);
     if (half == 0 && lane == 0) {
       ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
     copier.store(0, to, stage * kTileBytes);
+    ptx::fence_async_proxy();
+    hand_over(memory.hand_overs, stage, half, 0);
     copier.load(kAhead);
+    given.wait(memory.hand_overs, stage, half, 1);
+    given.take_back(stage);
     copier.store(kAhead, to, stage * kTileBytes);
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(memory.hand_overs.full(stage, half));
-    given.stages |= 1u << stage;
+    hand_over(memory.hand_overs, stage, half, 1);
+    given.give(stage);
     if (unit + 1 == units) break;
     if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
     copier.aim(found, (unit + 1) % kBatch * kWarpKeys);

@@ -131,19 +131,33 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
   }
 }
 
-// Which stages the consumers have been given, and how often.
+// Which stages the consumers have been given, and how often, by the producers of a half.
 struct Given {
   uint32_t stages = 0, parities = 0;  // a bit of each stage
 
-  // Half `half` of a stage is the producers' again, if it was not.
-  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage, int half) {
+  // Wait until a part of the half is the producers' again.
+  __device__ __forceinline__ void wait(const HandOvers& hand_overs, int stage, int half, int part) const {
     if (stages >> stage & 1) {
-      ptx::mbarrier_wait(hand_overs.empty(stage, half), parities >> stage & 1);
-      parities ^= 1u << stage;
+      ptx::mbarrier_wait(hand_overs.empty(stage, half * kHalfParts + part), parities >> stage & 1);
     }
+  }
+  // All of it is theirs, after both waits.
+  __device__ __forceinline__ void take_back(int stage) {
+    parities ^= stages & 1u << stage;
     stages &= ~(1u << stage);
   }
+  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage, int half) {
+#pragma unroll
+    for (int part = 0; part < kHalfParts; ++part) wait(hand_overs, stage, half, part);
+    take_back(stage);
+  }
+  __device__ __forceinline__ void give(int stage) { stages |= 1u << stage; }
 };
+
+// A part of a tile is written, and fenced.
+__device__ __forceinline__ void hand_over(const HandOvers& hand_overs, int stage, int half, int part) {
+  ptx::mbarrier_arrive(hand_overs.full(stage, half * kHalfParts + part));
+}
 
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
 template <int kHalf>
@@ -208,8 +222,9 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       if (large) multiply_again<kHalf>(scales[block], address);
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(memory.hand_overs.full(stage, kHalf));
-    given.stages |= 1u << stage;
+#pragma unroll
+    for (int part = 0; part < kHalfParts; ++part) hand_over(memory.hand_overs, stage, kHalf, part);
+    given.give(stage);
     if (unit + 1 == units) break;
     if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
     start_tile(unit + 1);

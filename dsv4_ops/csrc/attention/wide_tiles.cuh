@@ -5,12 +5,13 @@
 //
 // All hand-overs are mbarriers at which every thread that has touched the memory arrives:
 //
-//   full[stage][half]   producers of the half -> the warpgroup of the stage
-//   empty[stage][half]  the warpgroup of the half -> its producers
+//   full[stage][part]   producers of the half -> the warpgroup of the stage
+//   empty[stage][part]  the warpgroup of the half -> its producers
 //   weighed[stage]      the warpgroup of the stage -> the other one: weights of the unit
 //
-// That covers the rest: weights of a unit are written once both halves of the tile are full again, hence after the
-// other warpgroup, which read the weights before, handed its half back.
+// A part is two slabs, so that a tile is filled again while the rest of it is still multiplied. That covers the rest:
+// weights of a unit are written once all of the tile is full again, hence after the other warpgroup, which read the
+// weights before, handed its half back.
 #pragma once
 
 #include "attention/attention.h"
@@ -26,6 +27,9 @@ constexpr int kStages = 2;
 constexpr int kHalfSlabs = kSlabs / 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;  // of keys, and of queries: there are as many
 constexpr int kTileBytes = kSlabs * kSlabBytes;
+constexpr int kPartSlabs = 2;  // that are handed over together
+constexpr int kParts = kSlabs / kPartSlabs;
+constexpr int kHalfParts = kParts / 2;
 static_assert(kHeads == kUnit);
 
 constexpr int kProducerWarps = 8;
@@ -39,23 +43,23 @@ __device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 2 +
 
 // The mbarriers of all hand-overs. Racecheck does not follow named barriers at which one side only arrives.
 struct HandOvers {
-  uint64_t full_barriers[kStages][2], empty_barriers[kStages][2], weighed_barriers[kStages];
+  uint64_t full_barriers[kStages][kParts], empty_barriers[kStages][kParts], weighed_barriers[kStages];
 
   // By one thread, before all others use them.
   __device__ __forceinline__ void init() {
     for (int stage = 0; stage < kStages; ++stage) {
-      for (int half = 0; half < 2; ++half) {
-        ptx::mbarrier_init(full(stage, half), kHalfProducers);
-        ptx::mbarrier_init(empty(stage, half), kWarpgroup);
+      for (int part = 0; part < kParts; ++part) {
+        ptx::mbarrier_init(full(stage, part), kHalfProducers);
+        ptx::mbarrier_init(empty(stage, part), kWarpgroup);
       }
       ptx::mbarrier_init(weighed(stage), kWarpgroup);
     }
   }
-  __device__ __forceinline__ uint32_t full(int stage, int half) const {
-    return ptx::shared_address(&full_barriers[stage][half]);
+  __device__ __forceinline__ uint32_t full(int stage, int part) const {
+    return ptx::shared_address(&full_barriers[stage][part]);
   }
-  __device__ __forceinline__ uint32_t empty(int stage, int half) const {
-    return ptx::shared_address(&empty_barriers[stage][half]);
+  __device__ __forceinline__ uint32_t empty(int stage, int part) const {
+    return ptx::shared_address(&empty_barriers[stage][part]);
   }
   __device__ __forceinline__ uint32_t weighed(int stage) const { return ptx::shared_address(&weighed_barriers[stage]); }
 };
