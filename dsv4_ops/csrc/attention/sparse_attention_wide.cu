@@ -26,8 +26,8 @@
 //
 // Cost of a unit in cycles of an SM:
 //
-//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2, from where
-//                      64 KB of unpacked keys come
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2, from
+//                      where 64 KB of unpacked keys come
 //   issue slots        of each SM quarter: unpacking 900 (copying 100), softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor

@@ -70,11 +70,10 @@ struct OfHeads {
   float value[2];
 };
 
-// Weights exp2(score - reference) of a unit, in the registers of the scores, and the sum of each head's. What they are
-// relative to is refer(head, largest score of the unit).
+// Weights exp2(score - reference) of a unit, in the registers of the scores. What they are relative to is refer(head,
+// largest score of the unit).
 template <typename Refer>
-__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer refer, OfHeads& reference,
-                                      OfHeads& sum) {
+__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer refer, OfHeads& reference) {
   const int lane = threadIdx.x % kWarp;
   if (valid != ~uint64_t{0}) {
     const uint64_t mine = valid >> lane % 4 * 2;
@@ -100,8 +99,14 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
       score = ptx::ex2_approx_ftz(__fmaf_rn(score, kScoreScale, offset));
     }
   }
-  // With key = 16 * block + 8 * i + place: i first, then places 4, 2 and 1 apart, then blocks 0 + 1, 2 + 3 and both. A
-  // lane has places 2 * (lane % 4) and the next one. Lanes share out the blocks as they go.
+}
+
+// The sum of each head's weights in the order of sparse_attention.cu. With key = 16 * block + 8 * i + place: i first,
+// then places 4, 2 and 1 apart, then blocks 0 + 1, 2 + 3 and both. A lane has places 2 * (lane % 4) and the next one.
+// Lanes share out the blocks as they go.
+__device__ __forceinline__ OfHeads sum_of_heads(const float (&weights)[32]) {
+  OfHeads sum;
+  const int lane = threadIdx.x % kWarp;
   const bool upper = lane & 2, odd = lane & 1;
 #pragma unroll
   for (int head = 0; head < 2; ++head) {
@@ -111,7 +116,7 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 8 * block + 2 * head + i;
-        sums[block][i] = __fadd_rn(scores[at], scores[at + 4]);
+        sums[block][i] = __fadd_rn(weights[at], weights[at + 4]);
       }
     }
 #pragma unroll
@@ -132,11 +137,26 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
     value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 1));
     sum.value[head] = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 2));
   }
+  return sum;
+}
+
+// The sum of those that this lane has.
+__device__ __forceinline__ OfHeads sum_of_lane(const float (&weights)[32]) {
+  OfHeads sum;
+#pragma unroll
+  for (int head = 0; head < 2; ++head) {
+    float sums[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] = weights[4 * i + 2 * head] + weights[4 * i + 2 * head + 1];
+    sum.value[head] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+  return sum;
 }
 
 // How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
 // (softmax.cuh): the bits do not depend on who computes the unit. Running: relative to the reference that the units so
-// far have raised, its output added by the tensor cores.
+// far have raised, its output added by the tensor cores; the weights of a head are summed up in each lane apart, and
+// the lanes' sums at the end of the row.
 enum class Fold { kApart, kRunning };
 
 // How far a warpgroup is: the tiles of its own stage, and the weights of the other one's.
@@ -154,7 +174,8 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory&
   OfHeads reference, sum;
   const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
   if constexpr (kFold == Fold::kApart) {
-    weigh(scores, valid, [](int, float largest) { return largest; }, reference, sum);
+    weigh(scores, valid, [](int, float largest) { return largest; }, reference);
+    sum = sum_of_heads(scores);
   } else {
     float before[2] = {totals[0].reference, totals[1].reference};
     if (own == 1) {
@@ -167,7 +188,8 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory&
       raise_reference(before[head], largest);
       return before[head];
     };
-    weigh(scores, valid, raise, reference, sum);
+    weigh(scores, valid, raise, reference);
+    sum = sum_of_lane(scores);
   }
   const int thread = threadIdx.x % kWarpgroup;
   Weighed& weighed = memory.weighed[own];
@@ -193,6 +215,14 @@ struct Output {
       for (int i = 0; i < 32; ++i) sums[slab][i] = 0.0f;
     }
     totals[0] = totals[1] = RunningTotal();
+  }
+
+  __device__ __forceinline__ void sum_lanes() {
+#pragma unroll
+    for (RunningTotal& total : totals) {
+      total.sum += __shfl_xor_sync(kAllLanes, total.sum, 1);
+      total.sum += __shfl_xor_sync(kAllLanes, total.sum, 2);
+    }
   }
 
   __device__ __forceinline__ void rescale(float first, float second) {
@@ -309,6 +339,7 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
       }
     }
     load(next);
+    if constexpr (kFold == Fold::kRunning) output.sum_lanes();
     store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
   }
   ptx::cp_async_wait<0>();

@@ -1,4 +1,4 @@
-// The producing warps of sparse_attention_wide.cu where keys lie unpacked (unpack_keys.cu): they gather them into tiles.
+// The producing warps of sparse_attention_wide.cu where keys lie unpacked (unpack_keys.cu): they gather tiles of them.
 //
 // A warp has one half of the dimensions and 16 keys of every tile, and takes them a slab at a time: 4 loads of a lane,
 // each of which brings 128 bytes of 4 keys. A part of a tile is loaded once the part before is handed over and waits in
