@@ -18,7 +18,7 @@ LONG_KEYS = 1024  # and half of it for up to 16 heads
 SPLIT_BYTES = 2**27
 # A chunk of so many rows a sequence reads keys that are unpacked once, if it reads each of them so often and they take
 # at most so many bytes.
-UNPACK_ROWS = 64
+UNPACK_ROWS = 128
 UNPACK_READS = 16
 UNPACK_BYTES = 2**29
 

@@ -82,7 +82,7 @@ def test_chunk(heads):
 
 @pytest.mark.sanitize
 def test_short_chunk():
-    check_kernel(NAME, full([rows_from(100, 64)], heads=64, k=40), TENSOR)
+    check_kernel(NAME, full([rows_from(100, 128)], heads=64, k=40), TENSOR)
 
 
 def test_twenty_runs_give_the_same_bits():

@@ -96,7 +96,7 @@ def test_chunk_of_many_heads(kind, heads):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_of_several_sequences(kind):
-    positions = [rows_from(0, 70), [-1] * 70, [*rows_from(40, 60), *[-1] * 10], rows_from(300, 70)]
+    positions = [rows_from(0, 130), [-1] * 130, [*rows_from(300, 100), *[-1] * 30]]
     arguments = full(kind, positions, heads=64, pages=(61, 2), k=200)
     check_kernel(f"sparse_attention_{kind}", arguments, TENSOR)
 

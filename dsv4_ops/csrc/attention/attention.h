@@ -68,7 +68,7 @@ bool on_tensor_cores(const SparseAttention& attention);
 int64_t partial_floats(const SparseAttention& attention);
 
 // The same for unpacked keys, which pay in a prefill: sequences of at least so many rows.
-constexpr int kUnpackRows = 64;
+constexpr int kUnpackRows = 128;
 int64_t unpacked_floats(const SparseAttention& attention);
 
 // On tensor cores, and its forms for few rows, which needs attention.partials, and with tiles of 64 heads, on a GPU of
