@@ -16,21 +16,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsv4_ops.ops.attention_workspace import partials_compressed, partials_selected, partials_window
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
 from dsv4_ops.registry import Inline, define, describe, expect
 
 ROWS_AT_ONCE = 64  # query rows of a sequence handled together: bounds the memory of a long chunk
-UNIT = 64  # keys that csrc/attention adds to a row's result in one step
-# Two kernels share out the units and dimensions of a row for at most so many rows x tiles of 64 heads, so many bytes.
-# H200, 2026-11-25, 640 keys, 64 heads, us of two kernels and of one: 16 rows 24.1 and 25.6, 32 rows 29.5 and 28.0.
-SPLIT_TILES = 16
-# The same for selected entries, where so many keys outweigh that more CTAs share an SM: 16 rows of 128 heads and 1152
-# keys 40.4 and 44.1, 32 rows of 16 heads and 640 keys 25.1 and 29.1.
-SPLIT_TILES_LONG = 32
-LONG_KEYS = 1024  # and half of it for up to 16 heads
-SPLIT_BYTES = 2**27
 
 Keys = tuple[Tensor, Tensor]  # keys [B, N, D] seen by all rows or [B, S, N, D] of each row; visible [B, S, N] bool
 
@@ -218,32 +210,6 @@ def check_compressed(q: Tensor, *others) -> None:
 
 def alloc_attention(q: Tensor, *others) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-def partials(q: Tensor, keys: int, tiles: int = SPLIT_TILES) -> Tensor:
-    """Room for the weights of all `keys` of few rows, handed from CTAs that have some keys to CTAs that have some dims.
-
-    Otherwise nothing, and a CTA does all of a row and tile of heads. The result has the same bits.
-    """
-    rows, heads = q.shape[0] * q.shape[1], q.shape[2]
-    padded = next((tile for tile in (8, 16, 32) if heads <= tile), -(-heads // 64) * 64)
-    size = rows * padded * -(-keys // UNIT) * (UNIT * 2 + 8)  # bf16 weights, the largest score and the sum in fp32
-    few = rows * -(-heads // 64) <= tiles and size <= SPLIT_BYTES
-    return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
-
-
-def partials_window(q: Tensor, *others) -> Tensor:
-    return partials(q, others[-2])
-
-
-def partials_selected(q: Tensor, *others) -> Tensor:
-    keys = others[-3] + others[6].shape[2]
-    long = keys >= (LONG_KEYS if q.shape[2] > 16 else LONG_KEYS // 2)
-    return partials(q, keys, SPLIT_TILES_LONG if long else SPLIT_TILES)
-
-
-def partials_compressed(q: Tensor, *others) -> Tensor:
-    return partials(q, others[-4] + others[5].shape[1] * others[-1])
 
 
 # q [B, S, H, D] bf16 | f32, window_pool [pages, page stride] uint8 | f32, sink [H] f32, rope_table [max_pos, R] f32,

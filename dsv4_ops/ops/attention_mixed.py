@@ -5,14 +5,15 @@ which must not be NaN codes; rope dimensions, weights and output are BF16 as in 
 rounding the queries costs, in this reference against the same keys and queries in BF16 (N(0, 1), 448 + 64 dimensions,
 64 heads; 640 and 1152 keys alike): o is off by 2.5 % of its root mean square, a cosine distance of 3e-4, where rounding
 o to BF16 costs 0.17 %; lse is off by 2.4e-3 in the root mean square and by at most 9e-3.
-`graph_tests/ops/test_attention_mixed.py` holds it to that. A kernel adds up FP8 products in fp32, a group of 64
-dimensions at a time.
+`graph_tests/ops/test_attention_mixed.py` holds it to that. The kernel multiplies codes as the BF16 values that they
+are, which is exact, and adds up in fp32.
 """
 
 import torch
 from torch import Tensor
 
 from dsv4_ops.ops.attention import check_selected, selected_reference
+from dsv4_ops.ops.attention_workspace import workspace_mixed
 from dsv4_ops.ops.formats import E4M3_MAX, FP8, FP8_AMAX_FLOOR, cast_e4m3
 from dsv4_ops.registry import Inline, define, describe, expect
 
@@ -61,4 +62,5 @@ sparse_attention_mixed = define(
     reference=mixed_reference,
     check=check_mixed,
     inline=Inline.STATIC_SHAPES,
+    workspace=workspace_mixed,
 )

@@ -1,10 +1,12 @@
-"""Sparse attention with FP8 scores on the GPU against its reference."""
+"""Sparse attention for queries in two parts on the GPU against its reference."""
 
 import pytest
 import torch
 
+from dsv4_ops.registry import TABLE
 from graph_tests.checks import assert_bits_equal
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
+from graph_tests.cuda.test_attention import TENSOR, rows_from
 from graph_tests.ops.attention_cases import FULL, SMALL
 from graph_tests.ops.attention_mixed_cases import LAYOUTS, SEQUENCE_ARGUMENTS, make_mixed
 
@@ -12,15 +14,7 @@ pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.dsv4
 NAME = "sparse_attention_mixed"
-# As in test_attention.py, and scores: the products of a group are added with 13 bits below the largest one. They are
-# below 2^6 here, so 64 of them are off by at most 2^6 * 2^-13 * 64 / sqrt(512) = 0.02; truncation of addends of both
-# signs leaves a tenth of that. Weights and lse are off by as much of themselves.
-TENSOR = (close(2.0**-6, 2e-2), close(1e-5, 4e-3))
 PLAIN = (close(2.0**-7, 2e-5), close(1e-6, 1e-5))
-
-
-def rows_from(start: int, rows: int) -> list[int]:
-    return list(range(start, start + rows))
 
 
 def full(positions: list[list[int]], **options) -> tuple:
@@ -69,6 +63,26 @@ def test_padding_rows_are_zero():
 def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
     arguments = full([[40 + b * 5, 41 + b * 5] for b in range(80)], heads=64)
     assert_rows_independent(NAME, arguments, SEQUENCE_ARGUMENTS, rows=(0, 1, 33, 79))
+
+
+@pytest.mark.parametrize("heads", [40, 64, 128])
+def test_chunk(heads):
+    """A prefill, for whose rows the keys are unpacked once; rows that unpack them themselves have the same bits."""
+    arguments = full([rows_from(0, 140)], heads=heads)
+    op = TABLE[NAME]
+    assert op.workspace(*arguments).numel() > 0
+    check_kernel(NAME, arguments, TENSOR)
+    on_gpu = on_cuda(arguments)
+    outputs = op.overload(*on_gpu)
+    others = [torch.empty_like(output) for output in outputs]
+    op.packet.out(*on_gpu, **dict(zip(op.outputs, others, strict=True)), workspace=None)
+    for one, another in zip(outputs, others, strict=True):
+        assert_bits_equal(one.cpu(), another.cpu())
+
+
+@pytest.mark.sanitize
+def test_short_chunk():
+    check_kernel(NAME, full([rows_from(100, 128)], heads=64, k=40), TENSOR)
 
 
 def test_twenty_runs_give_the_same_bits():

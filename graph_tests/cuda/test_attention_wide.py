@@ -8,8 +8,9 @@ lengths follow each other. Their bits are those of a row alone, which other kern
 import pytest
 import torch
 
-from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel
-from graph_tests.cuda.test_attention import KINDS, TENSOR, close, full, rows_from
+from dsv4_ops.registry import TABLE
+from graph_tests.cuda.kernel_checks import assert_rows_independent, bits, check_kernel, on_cuda
+from graph_tests.cuda.test_attention import KINDS, OPS, TENSOR, close, full, rows_from
 from graph_tests.ops.attention_cases import sequence_arguments
 
 pytestmark = pytest.mark.cuda
@@ -78,3 +79,49 @@ def test_queries_that_are_not_finite(kind):
     arguments = full(kind, many(150), heads=64)
     arguments[0][::3, :, 5], arguments[0][1::5, :, 60, 500] = torch.nan, torch.inf
     check_kernel(f"sparse_attention_{kind}", arguments, TENSOR)
+
+
+def chunk(kind: str, rows: int = 140, **options) -> tuple:
+    """Arguments of a prefill, for whose rows the keys are unpacked once."""
+    arguments = full(kind, [rows_from(0, rows)], **({"heads": 64} | options))
+    assert TABLE[f"sparse_attention_{kind}"].workspace(*arguments).numel() > 0
+    return arguments
+
+
+@pytest.mark.parametrize("heads", [40, 72, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunk_of_many_heads(kind, heads):
+    check_kernel(f"sparse_attention_{kind}", chunk(kind, heads=heads), TENSOR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_several_sequences(kind):
+    positions = [rows_from(0, 130), [-1] * 130, [*rows_from(300, 100), *[-1] * 30]]
+    arguments = full(kind, positions, heads=64, pages=(61, 2), k=200)
+    check_kernel(f"sparse_attention_{kind}", arguments, TENSOR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacked_keys_are_those_of_the_pool(kind):
+    """Rows that unpack their keys themselves have the same bits; scales that take two factors are among them."""
+    arguments = chunk(kind)
+    scales = arguments[1][:, 64 * 576 : 64 * 584]
+    scales.copy_(torch.randint(100, 140, scales.shape, generator=torch.Generator().manual_seed(0)))
+    op, on_gpu = TABLE[f"sparse_attention_{kind}"], on_cuda(arguments)
+    o, lse = op.overload(*on_gpu)
+    out = {"o": torch.empty_like(o), "lse": torch.empty_like(lse)}
+    op.packet.out(*on_gpu, **out, workspace=None)
+    for one, another in zip((o, lse), out.values(), strict=True):
+        bits(one.cpu(), another.cpu())
+
+
+@pytest.mark.parametrize("page", [-1, 2**31 - 1, -(2**31), 10**6])
+def test_block_tables_may_hold_anything_where_there_is_no_page(page):
+    """Their entries are not unpacked."""
+    arguments = chunk("compressed")
+    table = arguments[6]
+    grown = torch.nn.functional.pad(table, (0, 3), value=page)
+    expected = OPS.sparse_attention_compressed(*on_cuda(arguments))
+    actual = OPS.sparse_attention_compressed(*on_cuda((*arguments[:6], grown, *arguments[7:])))
+    for one, another in zip(actual, expected, strict=True):
+        bits(one.cpu(), another.cpu())

@@ -238,6 +238,7 @@ cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream
   }
   if (status != cudaSuccess) return status;
   if (attention.partials != nullptr) return launch_sparse_attention_split(attention, processors, stream);
+  if (attention.unpacked.entries != nullptr) return launch_sparse_attention_wide(attention, processors, stream);
   const int heads = attention.heads;
   const auto fits = [&](int tile) { return heads <= tile || attention.rows * tiles_of(heads, tile) <= processors; };
   if (heads <= 8) return launch<8>(attention, stream);

@@ -1,24 +1,19 @@
-// Sparse attention with scores from FP8 products: queries and keys are multiplied as the E4M3 codes that they are, rope
-// dimensions and output in bf16. Otherwise sparse_attention_wide.cu, whose warpgroups, hand-overs and fold these are.
+// Sparse attention for queries in two parts: E4M3 codes with one scale for each head, and rope dimensions in bf16. It
+// is sparse_attention_wide.cu, with its warpgroups, producers, hand-overs and fold, but for the queries: codes are made
+// bf16, which is exact, as they are brought to shared memory, and their products are multiplied by the scale of the
+// query before those of the rope dimensions are added.
 //
-// Groups of 64 dimensions of a key have a scale each. So a group's products are summed apart (2 wgmma m64n32k32: 64
-// heads x 32 keys, from zero) and added to the scores by an FMA with the key's scale, in the order of the groups: the
-// tensor cores add FP8 products with 13 bits below the largest one, and over 64 dimensions that stays below what the
-// rounding of the queries costs. Then the scores are multiplied by the query's scale, and the rope dimensions are
-// added.
+// The tensor cores could multiply codes by codes in half the time, but not sooner: keys must be in bf16 for the output
+// anyway, and codes beside them are bytes to bring and to write. H200, 2026-11-25, prefill of 4096 rows, 64 heads, 1152
+// keys: FP8 products 314 TFLOP/s, where bf16 products of queries in bf16 had 384 (both unpacking the keys of each row).
 //
-// Shared memory, 224 KB: two tiles of keys in bf16 2 x 64 KB, for the output, and of their codes 2 x 28 KB, which
-// make room for the weights once they have been multiplied; queries 28 and 8 KB; scales 3.6 KB.
-//
-// Cost of a unit in cycles of an SM, against sparse_attention_wide.cu: tensor cores 448 + 128 for scores (1024) and
-// 1024; shared memory 224 more to write codes, 800 for scores (1024); issue slots of each quarter 300 more for scores.
-//
-// H200, 2026-11-25: prefill of 4096 rows, 64 heads, 1152 keys 314 TFLOP/s, less than the 384 of the exact form: it has
-// the same conversion of keys to bf16 for the output, and the codes to write beside it.
+// Codes of the next row are asked for in L2 while the last unit is added, and loaded once the output is stored: there
+// are no registers, and no room in shared memory, for them before.
 #include <algorithm>
 
 #include "attention/mixed_attention.h"
 #include "attention/wide_consumer.cuh"
+#include "attention/wide_copier.cuh"
 #include "attention/wide_producer.cuh"
 #include "common/launch.cuh"
 
@@ -36,28 +31,31 @@ __device__ __forceinline__ int64_t vector_at(const Rope& rope, const VectorStrid
   return row / rope.tokens * strides.sequence + row % rope.tokens * strides.token + head * strides.head;
 }
 
-struct Queries {
-  RopePart rope;
-  float scales[2];  // of this thread's heads
+constexpr int kGroups = kNope / 64;
 
-  // Start copies of the codes.
+// A thread brings of head threadIdx.x / 4 16 codes of each group of 64, and multiplies products of two heads.
+struct Queries {
+  const uint8_t* codes;
+  bool exists;
+  RopePart rope;
+  float scales[2];
+
+  __device__ __forceinline__ static const uint8_t* codes_of(const MixedAttention& mixed, uint32_t row, int head) {
+    return mixed.queries.nope + vector_at(mixed.attention.rope, mixed.queries.nope_strides, row,
+                                          min(head, mixed.attention.heads - 1));
+  }
+
   __device__ __forceinline__ static void copy(const MixedAttention& mixed, uint32_t row, int first_head,
-                                              MixedMemory& memory) {
-    const int head = threadIdx.x / 4, quarter = threadIdx.x % 4, heads = mixed.attention.heads;
-    const uint8_t* const from =
-        mixed.queries.nope + quarter * 16 +
-        vector_at(mixed.attention.rope, mixed.queries.nope_strides, row, min(first_head + head, heads - 1));
-    uint8_t* const to = memory.query_codes + code_offset(head, quarter);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      ptx::cp_async_16(to + group * kGroupBytes, from + group * 64, first_head + head < heads ? 16 : 0);
-    }
+                                              SharedMemory&) {
+    static_assert(kNope / 4 <= 128, "a line of L2 for each of four threads");
+    ptx::prefetch_l2(codes_of(mixed, row, first_head + threadIdx.x / 4) + threadIdx.x % 4 * (kNope / 4));
   }
   __device__ __forceinline__ void load(const MixedAttention& mixed, uint32_t row, int first_head) {
     const int heads = mixed.attention.heads, head = first_head + threadIdx.x / 4;
+    codes = codes_of(mixed, row, head) + threadIdx.x % 4 * 16;
+    exists = head < heads;
     const auto* const q = static_cast<const __nv_bfloat16*>(mixed.queries.rope);
-    rope.load(q + vector_at(mixed.attention.rope, mixed.queries.rope_strides, row, min(head, heads - 1)),
-              head < heads);
+    rope.load(q + vector_at(mixed.attention.rope, mixed.queries.rope_strides, row, min(head, heads - 1)), exists);
     const int first = first_head + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -65,85 +63,38 @@ struct Queries {
       scales[i] = mixed.queries.scale[vector_at(mixed.attention.rope, mixed.queries.scale_strides, row, own)];
     }
   }
-  __device__ __forceinline__ void store(MixedMemory& memory) { rope.store(memory.query_rope); }
+  __device__ __forceinline__ void store(SharedMemory& memory) {
+    uint4 parts[kGroups];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) parts[group] = ptx::load_once(codes + group * 64);
+    const uint32_t at = ptx::shared_address(memory.query) + chunk_offset(threadIdx.x / 4, threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      uint4 first, second;
+      unpack_e4m3(exists ? parts[group] : uint4{0, 0, 0, 0}, first_factor(127), first, second);
+      ptx::store_shared(at + group * kSlabBytes, first);
+      ptx::store_shared((at ^ 16) + group * kSlabBytes, second);
+    }
+    rope.store(memory.query + kTileBytes - kSlabBytes);
+  }
 
-  // scores [64 heads, 64 keys] = queries . keys of the tile of a stage
-  __device__ __forceinline__ void multiply(const MixedMemory& memory, int stage, uint32_t parity,
+  __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
-    const uint64_t a = ptx::wgmma_descriptor_64(ptx::shared_address(memory.query_codes));
-    const uint64_t b = ptx::wgmma_descriptor_64(ptx::shared_address(memory.codes[stage]));
-    const float* const key_scales = memory.scales[stage][0] + threadIdx.x % 4 * 2;
-    const auto start = [&](int keys, int group, float(&part)[16]) {
-      ptx::pin_registers(part);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const int bytes = group * kGroupBytes + step * 32;
-        ptx::wgmma_32_e4m3(part, ptx::advance_descriptor(a, bytes),
-                           ptx::advance_descriptor(b, bytes + keys * (kGroupBytes / 2)), step);
-      }
-      ptx::wgmma_commit();
-    };
-    const auto add = [&](int keys, int group, const float(&part)[16]) {
-      const float* const from = key_scales + group * kUnit + keys * 32;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float2 factors = *reinterpret_cast<const float2*>(from + i / 4 * 8);
-        const float factor = i % 2 == 0 ? factors.x : factors.y;
-        float& score = scores[keys * 16 + i];
-        score = group == 0 ? __fmul_rn(part[i], factor) : __fmaf_rn(part[i], factor, score);
-      }
-    };
-    // Keys 0 .. 31: a group is multiplied while the one before is added. For the others there are no registers left for
-    // that.
-    float parts[2][16];
-    ptx::mbarrier_wait(memory.hand_overs.full(stage, 0), parity);
-    start(0, 0, parts[0]);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if (group + 1 == kHalfSlabs) ptx::mbarrier_wait(memory.hand_overs.full(stage, 1), parity);
-      if (group + 1 < kGroups) {
-        start(0, group + 1, parts[(group + 1) % 2]);
-        ptx::wgmma_wait<1>();
-      } else {
-        ptx::wgmma_wait<0>();
-      }
-      ptx::pin_registers(parts[group % 2]);
-      add(0, group, parts[group % 2]);
-    }
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      start(1, group, parts[0]);
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(parts[0]);
-      add(1, group, parts[0]);
-    }
+    multiply_slabs<0, kGroups>(memory, stage, parity, scores);
 #pragma unroll
     for (int i = 0; i < 32; ++i) scores[i] = __fmul_rn(scores[i], scales[i / 2 % 2]);
-
-    const uint32_t rope_slab = ptx::shared_address(memory.keys) + (stage + 1) * kTileBytes - kSlabBytes;
-    const uint64_t query_rope = ptx::wgmma_descriptor(ptx::shared_address(memory.query_rope), 16, 1024, true);
-    const uint64_t key_rope = ptx::wgmma_descriptor(rope_slab, 16, 1024, true);
-    ptx::pin_registers(scores);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kRopeDim / 16; ++step) {
-      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(query_rope, step * 32),
-                                      ptx::advance_descriptor(key_rope, step * 32), 1);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(scores);
+    multiply_slabs<kGroups, kSlabs>(memory, stage, parity, scores);
   }
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
+template <bool kUnpacked>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_mixed_kernel(const __grid_constant__ MixedAttention mixed) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<MixedMemory*>(memory_start);
+  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
   if (threadIdx.x == 0) memory.hand_overs.init();
   __syncthreads();
   ptx::wait_for_predecessors();
@@ -156,7 +107,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   ptx::give_registers<kProducerRegisters>();
-  produce_rows(mixed.attention, memory, __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp);
+  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
+  if constexpr (kUnpacked) {
+    copy_rows(mixed.attention, memory, producer);
+  } else {
+    produce_rows(mixed.attention, memory, producer);
+  }
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -173,8 +129,12 @@ cudaError_t launch_sparse_attention_mixed(const MixedAttention& mixed, cudaStrea
   }
   if (status != cudaSuccess) return status;
   const int64_t tiles = mixed.attention.rows * ((mixed.attention.heads + kHeads - 1) / kHeads);
-  const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(MixedMemory)};
-  return launch_kernel(sparse_attention_mixed_kernel, at, mixed);
+  const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
+  if (mixed.attention.unpacked.entries == nullptr) {
+    return launch_kernel(sparse_attention_mixed_kernel<false>, at, mixed);
+  }
+  status = launch_unpack_keys(mixed.attention, stream);
+  return status == cudaSuccess ? launch_kernel(sparse_attention_mixed_kernel<true>, at, mixed) : status;
 }
 
 }  // namespace dsv4

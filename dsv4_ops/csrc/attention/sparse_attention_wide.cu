@@ -8,7 +8,8 @@
 //
 //   warpgroups 0, 1  scores and weights of every other unit for all heads (wide_consumer.cuh), and the output of 256 of
 //                    the 512 dimensions for all units: 128 registers
-//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too
+//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too; in a prefill keys are
+//                    unpacked once for all rows (unpack_keys.cu) and only copied to the tiles here (wide_copier.cuh)
 //
 // Heads lie on the outer dimension of both products here (wgmma m64n64k16; scores = Q . K^T, output = weights . K with
 // the weights from registers). The two warpgroups fall out of step by themselves, since the second tile is full later
@@ -17,28 +18,32 @@
 //   warpgroup 0   scores 0 | weights 0 | output 0, left  | output 1, left
 //   warpgroup 1     scores 1 | weights 1 | output 0, right | output 1, right
 //
-// A half of a tile goes back to its producers as soon as its output is added, and scores start with the left half while
-// the right one is on its way. The queries of the next row are copied while the last unit is added.
+// A tile is handed over and back by quarters: one goes back to its producers as soon as its output is added, and scores
+// start with the first while the others are on their way. The queries of the next row are copied while the last unit is
+// added.
 //
 // Shared memory, 212 KB: two tiles of keys 2 x 64 KB; queries 64 KB; of two units weights 8 KB and totals 2 KB each.
 //
 // Cost of a unit in cycles of an SM:
 //
-//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2
-//   issue slots        of each SM quarter: unpacking 900, softmax and exchange 250, output sums 256
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2, from
+//                      where 64 KB of unpacked keys come
+//   issue slots        of each SM quarter: unpacking 900 (copying 100), softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 //
 // H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.3, 64 x 640 36.7, 64 x 384 24.3, 128 x 1152 114.
-// Prefill of 4096 rows: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a unit, more than twice the floor.
+// Prefill of 4096 rows that unpacks keys for each row: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a
+// unit, more than twice the floor.
 //
 // What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
-// then the refill of the tile that it handed back last. A refill waits for no load but those of the second block, and
-// no fresh load is under way where a tile is handed over, since fence.proxy.async waits for it. Three tiles would take
-// the refill out of the chain; with 64 KB of queries there is room for two.
+// then the refill of the tile that it handed back last. Half of a refill waits for no load, and no fresh load is under
+// way where keys are handed over, since fence.proxy.async waits for it. Three tiles would take the refill out of the
+// chain; with 64 KB of queries there is room for two.
 #include <algorithm>
 
 #include "attention/wide_consumer.cuh"
+#include "attention/wide_copier.cuh"
 #include "attention/wide_output.cuh"
 #include "attention/wide_producer.cuh"
 #include "common/launch.cuh"
@@ -88,33 +93,17 @@ struct Queries {
   }
   __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
 
-  // scores [64 heads, 64 keys] = queries . keys of the tile of a stage, the left half of the dimensions first
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
-    const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
-    const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
-    ptx::pin_registers(scores);
-    ptx::mbarrier_wait(memory.hand_overs.full(stage, 0), parity);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      if (step == kDim / 32) {
-        ptx::mbarrier_wait(memory.hand_overs.full(stage, 1), parity);
-        ptx::wgmma_fence();
-      }
-      const int bytes = step / 4 * kSlabBytes + step % 4 * 32;
-      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
-                                      step > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(scores);
+    multiply_slabs<0, kSlabs>(memory, stage, parity, scores);
   }
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <bool kRunning>
+enum class Form { kApart, kRunning, kUnpacked };
+
+template <Form kForm>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -128,11 +117,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
   if (own < 2) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<kRunning ? Fold::kRunning : Fold::kApart, Queries>(attention, attention, memory, own);
+    consume_rows<kForm == Form::kApart ? Fold::kApart : Fold::kRunning, Queries>(attention, attention, memory, own);
     return;
   }
   ptx::give_registers<kProducerRegisters>();
-  produce_rows(attention, memory, __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp);
+  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
+  if constexpr (kForm == Form::kUnpacked) {
+    copy_rows(attention, memory, producer);
+  } else {
+    produce_rows(attention, memory, producer);
+  }
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -144,8 +138,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<true>
-                                                          : sparse_attention_wide_kernel<false>,
+  if (attention.unpacked.entries != nullptr) {
+    const cudaError_t status = launch_unpack_keys(attention, stream);
+    if (status != cudaSuccess) return status;
+    return launch_kernel(sparse_attention_wide_kernel<Form::kUnpacked>, at, attention);
+  }
+  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<Form::kRunning>
+                                                          : sparse_attention_wide_kernel<Form::kApart>,
                        at, attention);
 }
 

@@ -40,16 +40,40 @@ __device__ __forceinline__ void meet_with_queries() {
   ptx::named_barrier(kConsumersBarrier, kConsumers);
 }
 
+// scores [64 heads, 64 keys] = queries . keys of the tile of a stage over slabs kFirst .. kEnd - 1, added to what is
+// there if kFirst > 0. Waits for a part of the tile where it gets there.
+template <int kFirst, int kEnd>
+__device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int stage, uint32_t parity,
+                                               float (&scores)[32]) {
+  const uint64_t a = ptx::wgmma_descriptor(ptx::shared_address(memory.query), 16, 1024, true);
+  const uint64_t b = ptx::wgmma_descriptor(ptx::shared_address(memory.keys) + stage * kTileBytes, 16, 1024, true);
+  ptx::pin_registers(scores);
+#pragma unroll
+  for (int slab = kFirst; slab < kEnd; ++slab) {
+    const bool new_part = slab % kPartSlabs == 0;
+    if (new_part) ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kPartSlabs), parity);
+    if (new_part || slab == kFirst) ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSlab / 16; ++step) {
+      const int bytes = slab * kSlabBytes + step * 32;
+      ptx::wgmma<kUnit, false, false>(scores, ptx::advance_descriptor(a, bytes), ptx::advance_descriptor(b, bytes),
+                                      slab + step > 0);
+    }
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(scores);
+}
+
 // A pair of values, one for each head of a thread.
 struct OfHeads {
   float value[2];
 };
 
-// Weights exp2(score - reference) of a unit, in the registers of the scores, and the sum of each head's. What they are
-// relative to is refer(head, largest score of the unit).
+// Weights exp2(score - reference) of a unit, in the registers of the scores. What they are relative to is refer(head,
+// largest score of the unit).
 template <typename Refer>
-__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer refer, OfHeads& reference,
-                                      OfHeads& sum) {
+__device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer refer, OfHeads& reference) {
   const int lane = threadIdx.x % kWarp;
   if (valid != ~uint64_t{0}) {
     const uint64_t mine = valid >> lane % 4 * 2;
@@ -75,8 +99,14 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
       score = ptx::ex2_approx_ftz(__fmaf_rn(score, kScoreScale, offset));
     }
   }
-  // With key = 16 * block + 8 * i + place: i first, then places 4, 2 and 1 apart, then blocks 0 + 1, 2 + 3 and both. A
-  // lane has places 2 * (lane % 4) and the next one. Lanes share out the blocks as they go.
+}
+
+// The sum of each head's weights in the order of sparse_attention.cu. With key = 16 * block + 8 * i + place: i first,
+// then places 4, 2 and 1 apart, then blocks 0 + 1, 2 + 3 and both. A lane has places 2 * (lane % 4) and the next one.
+// Lanes share out the blocks as they go.
+__device__ __forceinline__ OfHeads sum_of_heads(const float (&weights)[32]) {
+  OfHeads sum;
+  const int lane = threadIdx.x % kWarp;
   const bool upper = lane & 2, odd = lane & 1;
 #pragma unroll
   for (int head = 0; head < 2; ++head) {
@@ -86,7 +116,7 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = 8 * block + 2 * head + i;
-        sums[block][i] = __fadd_rn(scores[at], scores[at + 4]);
+        sums[block][i] = __fadd_rn(weights[at], weights[at + 4]);
       }
     }
 #pragma unroll
@@ -107,11 +137,26 @@ __device__ __forceinline__ void weigh(float (&scores)[32], uint64_t valid, Refer
     value = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 1));
     sum.value[head] = __fadd_rn(value, __shfl_xor_sync(kAllLanes, value, 2));
   }
+  return sum;
+}
+
+// The sum of those that this lane has.
+__device__ __forceinline__ OfHeads sum_of_lane(const float (&weights)[32]) {
+  OfHeads sum;
+#pragma unroll
+  for (int head = 0; head < 2; ++head) {
+    float sums[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] = weights[4 * i + 2 * head] + weights[4 * i + 2 * head + 1];
+    sum.value[head] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+  return sum;
 }
 
 // How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
 // (softmax.cuh): the bits do not depend on who computes the unit. Running: relative to the reference that the units so
-// far have raised, its output added by the tensor cores.
+// far have raised, its output added by the tensor cores; the weights of a head are summed up in each lane apart, and
+// the lanes' sums at the end of the row.
 enum class Fold { kApart, kRunning };
 
 // How far a warpgroup is: the tiles of its own stage, and the weights of the other one's.
@@ -120,8 +165,8 @@ struct Phases {
 };
 
 // Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
-template <Fold kFold, typename Queries, typename Memory>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memory, int own,
+template <Fold kFold, typename Queries>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own,
                                            const RunningTotal (&totals)[2], Phases& phases) {
   float scores[32];
   queries.multiply(memory, own, phases.full.parity, scores);
@@ -129,12 +174,13 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
   OfHeads reference, sum;
   const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
   if constexpr (kFold == Fold::kApart) {
-    weigh(scores, valid, [](int, float largest) { return largest; }, reference, sum);
+    weigh(scores, valid, [](int, float largest) { return largest; }, reference);
+    sum = sum_of_heads(scores);
   } else {
     float before[2] = {totals[0].reference, totals[1].reference};
     if (own == 1) {
       phases.weighed.wait(memory.hand_overs.weighed(0));
-      const float4 first = memory.weighed(0, 1).totals[threadIdx.x % kWarpgroup];
+      const float4 first = memory.weighed[0].totals[threadIdx.x % kWarpgroup];
       before[0] = first.x;
       before[1] = first.y;
     }
@@ -142,22 +188,18 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, Memory& memor
       raise_reference(before[head], largest);
       return before[head];
     };
-    weigh(scores, valid, raise, reference, sum);
+    weigh(scores, valid, raise, reference);
+    sum = sum_of_lane(scores);
   }
   const int thread = threadIdx.x % kWarpgroup;
-  // What lay there is no longer read by any warp.
-  if constexpr (Memory::kCodes) ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+  Weighed& weighed = memory.weighed[own];
 #pragma unroll
-  for (int copy = 0; copy < Memory::kCopies; ++copy) {
-    Weighed& weighed = memory.weighed(own, copy);
-#pragma unroll
-    for (int i = 0; i < kUnit / 16; ++i) {
-      const float* const eight = scores + 8 * i;
-      weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
-                                    pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
-    }
-    weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
+  for (int i = 0; i < kUnit / 16; ++i) {
+    const float* const eight = scores + 8 * i;
+    weighed.weights[i][thread] = {pack_bf16(eight[0], eight[1]), pack_bf16(eight[2], eight[3]),
+                                  pack_bf16(eight[4], eight[5]), pack_bf16(eight[6], eight[7])};
   }
+  weighed.totals[thread] = {reference.value[0], reference.value[1], sum.value[0], sum.value[1]};
   ptx::mbarrier_arrive(memory.hand_overs.weighed(own));
 }
 
@@ -175,6 +217,14 @@ struct Output {
     totals[0] = totals[1] = RunningTotal();
   }
 
+  __device__ __forceinline__ void sum_lanes() {
+#pragma unroll
+    for (RunningTotal& total : totals) {
+      total.sum += __shfl_xor_sync(kAllLanes, total.sum, 1);
+      total.sum += __shfl_xor_sync(kAllLanes, total.sum, 2);
+    }
+  }
+
   __device__ __forceinline__ void rescale(float first, float second) {
     if (!__any_sync(kAllLanes, first != 1.0f || second != 1.0f)) return;
 #pragma unroll
@@ -184,12 +234,12 @@ struct Output {
     }
   }
 
-  // Add the unit that lies in `stage`, and hand its half of the tile back.
-  template <Fold kFold, typename Memory>
-  __device__ __forceinline__ void add(Memory& memory, int stage, int half) {
+  // Add the unit that lies in `stage`, and hand its half of the tile back, part by part.
+  template <Fold kFold>
+  __device__ __forceinline__ void add(SharedMemory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
     const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
-    const Weighed& weighed = memory.weighed(stage, half);
+    const Weighed& weighed = memory.weighed[stage];
     const int thread = threadIdx.x % kWarpgroup;
     uint4 weights[kUnit / 16];
 #pragma unroll
@@ -203,19 +253,26 @@ struct Output {
                             accumulate || step > 0);
       }
     };
-    const uint32_t handed_back = memory.hand_overs.empty(stage, half);
+    const auto hand_back = [&](int part) {
+      ptx::mbarrier_arrive(memory.hand_overs.empty(stage, half * kHalfParts + part));
+    };
     if constexpr (kFold == Fold::kRunning) {
       rescale(totals[0].move_reference(unit.x, unit.z), totals[1].move_reference(unit.y, unit.w));
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) start(slab, sums[slab], true);
-      ptx::wgmma_commit();
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+        start(slab, sums[slab], true);
+        if (slab % kPartSlabs == kPartSlabs - 1) ptx::wgmma_commit();
+      }
+      static_assert(kHalfParts == 2);
+      ptx::wgmma_wait<1>();
+      hand_back(0);
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
-      ptx::mbarrier_arrive(handed_back);
+      hand_back(1);
     } else {
       const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
       rescale(steps[0].before, steps[1].before);
@@ -228,7 +285,7 @@ struct Output {
         ptx::wgmma_commit();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(part);
-        if (slab == kHalfSlabs - 1) ptx::mbarrier_arrive(handed_back);
+        if (slab % kPartSlabs == kPartSlabs - 1) hand_back(slab / kPartSlabs);
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
           sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
@@ -240,9 +297,9 @@ struct Output {
 
 // A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
 // queries to shared memory and to multiply keys by them.
-template <Fold kFold, typename Queries, typename Operands, typename Memory>
-__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention, Memory& memory,
-                                             int own) {
+template <Fold kFold, typename Queries, typename Operands>
+__device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,
+                                             SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
   const auto copy = [&](uint32_t tile) {
@@ -278,10 +335,11 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
           copy(next);
         }
-        output.template add<kFold>(memory, stage, own);
+        output.add<kFold>(memory, stage, own);
       }
     }
     load(next);
+    if constexpr (kFold == Fold::kRunning) output.sum_lanes();
     store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
   }
   ptx::cp_async_wait<0>();

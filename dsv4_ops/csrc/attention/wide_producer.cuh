@@ -10,7 +10,6 @@
 
 #include "attention/keys.cuh"
 #include "attention/wide_tiles.cuh"
-#include "common/number_formats.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -132,39 +131,45 @@ __device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address
   }
 }
 
-// Which stages the consumers have been given, and how often.
+// Which stages the consumers have been given, and how often, by the producers of a half.
 struct Given {
   uint32_t stages = 0, parities = 0;  // a bit of each stage
 
-  // Half kHalf of a stage is the producers' again, if it was not.
-  template <int kHalf>
-  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage) {
+  // Wait until a part of the half is the producers' again.
+  __device__ __forceinline__ void wait(const HandOvers& hand_overs, int stage, int half, int part) const {
     if (stages >> stage & 1) {
-      ptx::mbarrier_wait(hand_overs.empty(stage, kHalf), parities >> stage & 1);
-      parities ^= 1u << stage;
+      ptx::mbarrier_wait(hand_overs.empty(stage, half * kHalfParts + part), parities >> stage & 1);
     }
+  }
+  // All of it is theirs, after both waits.
+  __device__ __forceinline__ void take_back(int stage) {
+    parities ^= stages & 1u << stage;
     stages &= ~(1u << stage);
   }
+  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage, int half) {
+#pragma unroll
+    for (int part = 0; part < kHalfParts; ++part) wait(hand_overs, stage, half, part);
+    take_back(stage);
+  }
+  __device__ __forceinline__ void give(int stage) { stages |= 1u << stage; }
 };
 
+// A part of a tile is written, and fenced.
+__device__ __forceinline__ void hand_over(const HandOvers& hand_overs, int stage, int half, int part) {
+  ptx::mbarrier_arrive(hand_overs.full(stage, half * kHalfParts + part));
+}
+
 // Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
-template <int kHalf, typename Memory>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const Memory& memory, int pair,
-                                        Given& given) {
+template <int kHalf>
+__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const SharedMemory& memory,
+                                        int pair, Given& given) {
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
   const int units = (row.count + kUnit - 1) / kUnit;
   if (units == 0) return;
-  constexpr int kCodeSlabs = kHalfSlabs - kHalf;
   const int first_key = pair * kWarpKeys;
   const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes + first_key * kRowBytes +
                          chunk_offset(column, 2 * quarter);
   const uint32_t valid = ptx::shared_address(memory.valid) + first_key / 8;
-  uint32_t codes = 0, code_scales = 0;  // of this lane's first key
-  if constexpr (Memory::kCodes) {
-    const int key = first_key + column;
-    codes = ptx::shared_address(memory.codes) + kHalf * kHalfSlabs * kGroupBytes + code_offset(key, quarter);
-    code_scales = ptx::shared_address(memory.scales) + ((kHalf * kHalfSlabs + quarter) * kUnit + key) * 4;
-  }
 
   const auto key_of = [&](int batch) {
     return (batch * kBatch + lane / kWarpKeys) * kUnit + first_key + lane % kWarpKeys;
@@ -195,7 +200,7 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   start_tile(0);
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    given.take_back<kHalf>(memory.hand_overs, stage);
+    given.take_back(memory.hand_overs, stage, kHalf);
     if (kHalf == 0 && lane == 0) {
       ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
@@ -205,19 +210,10 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       const bool large = __any_sync(kAllLanes, large_scales(scales[block] & (~0u >> 8 * kHalf)) != 0);
       const uint32_t first_scales = large ? __vminu4(scales[block], kLargestScale * 0x01010101u) : scales[block];
       if (block == 0) scales[1] = share.aim(ready, unit % kBatch * kWarpKeys + kBlock + column, quarter);
-      if constexpr (Memory::kCodes) {
-        const float scale = decode_ue8m0(scales[block] >> 8 * quarter & 0xFF);
-        const int offset = (stage * kGroups * kUnit + block * kBlock) * 4;
-        if (quarter < kCodeSlabs) ptx::store_shared(code_scales + offset, __float_as_uint(scale));
-      }
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) {
         uint4 first, second;
         share.unpack(slab, first_scales, first, second);
-        if constexpr (Memory::kCodes) {
-          const int offset = (stage * kGroups + slab) * kGroupBytes + block * kBlock * 64;
-          if (slab < kCodeSlabs) ptx::store_shared(codes + offset, share.parts[slab]);
-        }
         ptx::store_shared(address + slab * kSlabBytes, first);
         ptx::store_shared((address ^ 16) + slab * kSlabBytes, second);
         if (block == 0) share.load(slab, quarter);
@@ -226,20 +222,20 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
       if (large) multiply_again<kHalf>(scales[block], address);
     }
     ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(memory.hand_overs.full(stage, kHalf));
-    given.stages |= 1u << stage;
+#pragma unroll
+    for (int part = 0; part < kHalfParts; ++part) hand_over(memory.hand_overs, stage, kHalf, part);
+    given.give(stage);
     if (unit + 1 == units) break;
     if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
     start_tile(unit + 1);
   }
 }
 
-// All rows of this CTA.
-template <int kHalf, typename Memory>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int pair) {
+// produce(keys) for all rows of this CTA.
+template <typename Produce>
+__device__ __forceinline__ void for_rows(const SparseAttention& attention, Produce produce) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  Given given;
   const auto position = [&](uint32_t tile) {
     return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
   };
@@ -247,15 +243,20 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, c
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
     next = position(tile + gridDim.x);
-    produce<kHalf>(attention.keys, keys, memory, pair, given);
+    produce(keys);
   }
+}
+
+template <int kHalf>
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int pair) {
+  Given given;
+  for_rows(attention, [&](const RowKeys& keys) { produce<kHalf>(attention.keys, keys, memory, pair, given); });
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) given.take_back<kHalf>(memory.hand_overs, stage);
+  for (int stage = 0; stage < kStages; ++stage) given.take_back(memory.hand_overs, stage, kHalf);
 }
 
 // Producing warp number `warp` of the CTA.
-template <typename Memory>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const Memory& memory, int warp) {
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int warp) {
   constexpr int kHalfWarps = kProducerWarps / 2;
   if (warp < kHalfWarps) {
     produce_rows<0>(attention, memory, warp);

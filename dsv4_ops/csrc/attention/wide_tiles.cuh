@@ -5,12 +5,13 @@
 //
 // All hand-overs are mbarriers at which every thread that has touched the memory arrives:
 //
-//   full[stage][half]   producers of the half -> the warpgroup of the stage
-//   empty[stage][half]  the warpgroup of the half -> its producers
+//   full[stage][part]   producers of the half -> the warpgroup of the stage
+//   empty[stage][part]  the warpgroup of the half -> its producers
 //   weighed[stage]      the warpgroup of the stage -> the other one: weights of the unit
 //
-// That covers the rest: weights of a unit are written once both halves of the tile are full again, hence after the
-// other warpgroup, which read the weights before, handed its half back.
+// A part is two slabs, so that a tile is filled again while the rest of it is still multiplied. That covers the rest:
+// weights of a unit are written once all of the tile is full again, hence after the other warpgroup, which read the
+// weights before, handed its half back.
 #pragma once
 
 #include "attention/attention.h"
@@ -26,6 +27,9 @@ constexpr int kStages = 2;
 constexpr int kHalfSlabs = kSlabs / 2;
 constexpr int kSlabBytes = kUnit * kRowBytes;  // of keys, and of queries: there are as many
 constexpr int kTileBytes = kSlabs * kSlabBytes;
+constexpr int kPartSlabs = 2;  // that are handed over together
+constexpr int kParts = kSlabs / kPartSlabs;
+constexpr int kHalfParts = kParts / 2;
 static_assert(kHeads == kUnit);
 
 constexpr int kProducerWarps = 8;
@@ -39,23 +43,23 @@ __device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 2 +
 
 // The mbarriers of all hand-overs. Racecheck does not follow named barriers at which one side only arrives.
 struct HandOvers {
-  uint64_t full_barriers[kStages][2], empty_barriers[kStages][2], weighed_barriers[kStages];
+  uint64_t full_barriers[kStages][kParts], empty_barriers[kStages][kParts], weighed_barriers[kStages];
 
   // By one thread, before all others use them.
   __device__ __forceinline__ void init() {
     for (int stage = 0; stage < kStages; ++stage) {
-      for (int half = 0; half < 2; ++half) {
-        ptx::mbarrier_init(full(stage, half), kHalfProducers);
-        ptx::mbarrier_init(empty(stage, half), kWarpgroup);
+      for (int part = 0; part < kParts; ++part) {
+        ptx::mbarrier_init(full(stage, part), kHalfProducers);
+        ptx::mbarrier_init(empty(stage, part), kWarpgroup);
       }
       ptx::mbarrier_init(weighed(stage), kWarpgroup);
     }
   }
-  __device__ __forceinline__ uint32_t full(int stage, int half) const {
-    return ptx::shared_address(&full_barriers[stage][half]);
+  __device__ __forceinline__ uint32_t full(int stage, int part) const {
+    return ptx::shared_address(&full_barriers[stage][part]);
   }
-  __device__ __forceinline__ uint32_t empty(int stage, int half) const {
-    return ptx::shared_address(&empty_barriers[stage][half]);
+  __device__ __forceinline__ uint32_t empty(int stage, int part) const {
+    return ptx::shared_address(&empty_barriers[stage][part]);
   }
   __device__ __forceinline__ uint32_t weighed(int stage) const { return ptx::shared_address(&weighed_barriers[stage]); }
 };
@@ -77,49 +81,13 @@ struct Weighed {
   float4 totals[kWarpgroup];
 };
 
-// Of sparse_attention_wide.cu.
 struct SharedMemory {
-  static constexpr bool kCodes = false;
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
-  Weighed weighed_units[kStages];
+  Weighed weighed[kStages];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
   HandOvers hand_overs;
-
-  // Where the unit of a stage is handed over: both warpgroups read the same.
-  static constexpr int kCopies = 1;
-  __device__ __forceinline__ Weighed& weighed(int stage, int) { return weighed_units[stage]; }
 };
 static_assert(sizeof(SharedMemory) <= 227 * 1024, "what a CTA can have");
-
-// Of sparse_attention_mixed.cu, where scores are products of E4M3 codes. Those of a tile lie in groups of 64 dimensions
-// [7][64][64 bytes] with the 64-byte swizzle of wgmma, those of the queries alike; keys of full width are for the
-// output and the rope dimensions of scores. Once a unit has its scores, its weights lie where its codes were: a copy in
-// each half, so that what a warpgroup hands back is what it has read.
-constexpr int kGroups = kNope / 64;
-constexpr int kGroupBytes = kUnit * 64;
-
-struct MixedMemory {
-  static constexpr bool kCodes = true;
-  alignas(1024) uint8_t keys[kStages * kTileBytes];
-  alignas(1024) uint8_t codes[kStages][kGroups * kGroupBytes];
-  alignas(1024) uint8_t query_codes[kGroups * kGroupBytes];
-  alignas(1024) uint8_t query_rope[kSlabBytes];
-  float scales[kStages][kGroups][kUnit];
-  alignas(8) uint8_t valid[kStages][8];
-  HandOvers hand_overs;
-
-  static constexpr int kCopies = 2;
-  __device__ __forceinline__ Weighed& weighed(int stage, int half) {
-    return *reinterpret_cast<Weighed*>(codes[stage] + half * kHalfSlabs * kGroupBytes);
-  }
-};
-static_assert(sizeof(MixedMemory) <= 227 * 1024, "what a CTA can have");
-static_assert(sizeof(Weighed) <= (kGroups - kHalfSlabs) * kGroupBytes);
-
-// Byte of chunk `chunk` (0 .. 3) of a row of a group.
-__device__ __forceinline__ uint32_t code_offset(uint32_t row, uint32_t chunk) {
-  return row * 64 + ((chunk ^ row / 2 % 4) * 16);
-}
 
 }  // namespace dsv4::wide

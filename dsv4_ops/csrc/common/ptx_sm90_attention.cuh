@@ -74,25 +74,6 @@ __device__ __forceinline__ void wgmma_64(float (&d)[32], uint4 a, uint64_t b, in
       : "memory");
 }
 
-// Descriptor of an operand in shared memory whose rows of 64 bytes have the 64-byte swizzle, by k: the 16-byte chunk c
-// of row r stands at place c ^ (r / 2 % 4), and groups of eight rows follow each other.
-__device__ __forceinline__ uint64_t wgmma_descriptor_64(uint32_t address) {
-  constexpr uint64_t kHigh = 2u << 30 | 512 >> 4;
-  return kHigh << 32 | (16 >> 4 << 16 | (address & 0x3FFFFu) >> 4);
-}
-
-// wgmma.mma_async.m64n32k32.f32.e4m3.e4m3: d = a * b, or d += a * b, both by k. d as in ptx::wgmma.
-__device__ __forceinline__ void wgmma_32_e4m3(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %18, 0;"
-      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "l"(a), "l"(b), "r"(accumulate)
-      : "memory");
-}
-
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 }  // namespace dsv4::ptx

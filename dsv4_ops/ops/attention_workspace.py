@@ -1,0 +1,76 @@
+"""What the kernels of sparse attention hand from one launch to the next: room for it, by the shapes of a call.
+
+Few rows are shared out among two kernels, many rows of a sequence read keys that are unpacked once, and all others need
+no room.
+"""
+
+import torch
+from torch import Tensor
+
+UNIT = 64  # keys that csrc/attention adds to a row's result in one step
+# Two kernels share out the units and dimensions of a row for at most so many rows x tiles of 64 heads, so many bytes.
+# H200, 2026-11-25, 640 keys, 64 heads, us of two kernels and of one: 16 rows 24.1 and 25.6, 32 rows 29.5 and 28.0.
+SPLIT_TILES = 16
+# The same for selected entries, where so many keys outweigh that more CTAs share an SM: 16 rows of 128 heads and 1152
+# keys 40.4 and 44.1, 32 rows of 16 heads and 640 keys 25.1 and 29.1.
+SPLIT_TILES_LONG = 32
+LONG_KEYS = 1024  # and half of it for up to 16 heads
+SPLIT_BYTES = 2**27
+# A chunk of so many rows a sequence reads keys that are unpacked once, if it reads each of them so often and they take
+# at most so many bytes.
+UNPACK_ROWS = 128
+UNPACK_READS = 16
+UNPACK_BYTES = 2**29
+
+
+def partials(q: Tensor, keys: int, tiles: int = SPLIT_TILES) -> Tensor:
+    """Room for the weights of all `keys` of few rows, handed from CTAs that have some keys to CTAs that have some dims.
+
+    Otherwise nothing, and a CTA does all of a row and tile of heads. The result has the same bits.
+    """
+    rows, heads = q.shape[0] * q.shape[1], q.shape[2]
+    padded = next((tile for tile in (8, 16, 32) if heads <= tile), -(-heads // 64) * 64)
+    size = rows * padded * -(-keys // UNIT) * (UNIT * 2 + 8)  # bf16 weights, the largest score and the sum in fp32
+    few = rows * -(-heads // 64) <= tiles and size <= SPLIT_BYTES
+    return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
+
+
+def unpacked(q: Tensor, keys: int, entries: int, dim: int) -> Tensor:
+    """Room for all `entries` of each sequence's block tables in BF16, and one of zeros, for rows of `keys` keys.
+
+    Of q the shape [B, S, H, ...] counts. Otherwise nothing, and every row unpacks the keys that it reads.
+    """
+    size = (1 + q.shape[0] * entries) * dim * 2
+    pays = q.shape[2] > 32 and q.shape[1] * keys >= UNPACK_READS * entries and size <= UNPACK_BYTES
+    return q.new_empty(size // 4 if pays and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
+
+
+def partials_window(q: Tensor, *others) -> Tensor:
+    window, page_size = others[-2:]
+    if q.shape[1] >= UNPACK_ROWS:
+        return unpacked(q, window, others[3].shape[1] * page_size, q.shape[3])
+    return partials(q, window)
+
+
+def partials_selected(q: Tensor, *others) -> Tensor:
+    window, page_size, far_page_size = others[-3:]
+    keys = window + others[6].shape[2]
+    if q.shape[1] >= UNPACK_ROWS:
+        return unpacked(q, keys, others[4].shape[1] * page_size + others[5].shape[1] * far_page_size, q.shape[3])
+    long = keys >= (LONG_KEYS if q.shape[2] > 16 else LONG_KEYS // 2)
+    return partials(q, keys, SPLIT_TILES_LONG if long else SPLIT_TILES)
+
+
+def partials_compressed(q: Tensor, *others) -> Tensor:
+    window, _, page_size, far_page_size = others[-4:]
+    entries = others[5].shape[1] * far_page_size
+    if q.shape[1] >= UNPACK_ROWS:
+        return unpacked(q, window + entries, others[4].shape[1] * page_size + entries, q.shape[3])
+    return partials(q, window + entries)
+
+
+def workspace_mixed(q_nope: Tensor, q_scale: Tensor, q_rope: Tensor, *others) -> Tensor:
+    window, page_size, far_page_size = others[-3:]
+    entries = others[4].shape[1] * page_size + others[5].shape[1] * far_page_size
+    reads = window + others[6].shape[2] if q_nope.shape[1] >= UNPACK_ROWS else 0
+    return unpacked(q_rope, reads, entries, q_nope.shape[3] + q_rope.shape[3])
