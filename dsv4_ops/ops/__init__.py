@@ -7,6 +7,7 @@ from dsv4_ops.kernels import load_kernels
 from dsv4_ops.ops import (
     attention,
     attention_mixed,
+    attention_quant,
     compressor,
     fused_quant,
     gemm,
@@ -33,6 +34,7 @@ FAMILIES = (
     indexer,
     attention,
     attention_mixed,
+    attention_quant,
     gemm,
     router,
     moe,

@@ -1,10 +1,15 @@
-// From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition.
+// From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition,
+// and codes instead of values where those are asked for.
+//
+// Codes are what quant_fp8 makes of the rounded values, bit for bit. Eight lanes have the 128 dimensions that share a
+// scale, so its amax takes three shuffles; that is all that the quantised form adds, and it stores half the bytes.
 #pragma once
 
 #include "attention/attention.h"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "common/ptx_sm90.cuh"
+#include "common/quantised_row.cuh"
 #include "common/rope.cuh"
 
 namespace dsv4 {
@@ -67,19 +72,29 @@ __device__ __forceinline__ void stage_slab(const float (&output)[kHeads / 2], ui
   }
 }
 
-// Staging rows, as the slabs have them, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
+// Codes and scales of the vectors [B, S, H] of a quantised output.
+__device__ __forceinline__ Fp8Row<kScaleGroup> quantised_output(const SparseAttention& attention, int64_t vector) {
+  Fp8Row<kScaleGroup> row{static_cast<uint8_t*>(attention.o), attention.o_scale};
+  row.begin(vector, kDim);
+  return row;
+}
+
+// Staging rows, as the slabs have them, to dimensions first_dim .. of the vectors from `vector` on, of which `heads`
+// exist. Whole warps of a warpgroup, after its barrier. A slab alone is no group, and never quantised.
 template <int kHeads, int kWidth>
-__device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16* o, int heads, int first_dim) {
+__device__ __forceinline__ void store_rows(const uint8_t* staging, const SparseAttention& attention, int64_t vector,
+                                           int heads, int first_dim) {
   constexpr int kPieces = kWidth / 16;  // of 16 dimensions: two chunks
   for (int i = threadIdx.x % kWarpgroup; i < kHeads * kPieces; i += kWarpgroup) {
     const int head = i / kPieces, piece = i % kPieces, dim = first_dim + piece * 16;
-    if (head >= heads) break;
     const auto* const from = reinterpret_cast<const uint4*>(staging + head * kStagingStride<kWidth>) + piece * 2;
-    uint4 first = from[0], second = from[1];
-    if (dim >= kNope) join_pairs(first, second);
-    auto* const to = reinterpret_cast<uint4*>(o + static_cast<int64_t>(head) * kDim + dim);
-    to[0] = first;
-    to[1] = second;
+    Packed<__nv_bfloat16, 16> values{from[0], from[1]};
+    if (dim >= kNope) join_pairs(values.parts[0], values.parts[1]);
+    if (kWidth % kScaleGroup == 0 && attention.o_scale != nullptr) {
+      store_row(quantised_output(attention, vector + head), dim, values, head < heads);
+    } else if (head < heads) {
+      values.store(static_cast<__nv_bfloat16*>(attention.o) + (vector + head) * kDim + dim);
+    }
   }
 }
 

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     stage_slab<kHeads, kDim>(result.output[slab], memory.query, slab * kSlab);
   }
   ptx::named_barrier(kBarrier, kWarpgroup);
-  store_rows<kHeads, kDim>(memory.query, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, 0);
+  store_rows<kHeads, kDim>(memory.query, attention, vector, heads, 0);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
