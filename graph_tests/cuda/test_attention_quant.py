@@ -1,6 +1,6 @@
 """Attention with quantised output on the GPU: bit for bit attention and quant_fp8 there, whichever kernel runs.
 
-The kernels differ in who has the 128 dimensions that share a scale: eight lanes of a warp, two warpgroups of a CTA that
+The kernels differ in who has the 128 dimensions that share a scale: eight lanes of a warp, two CTAs of a cluster that
 have a slab each (few rows), a quad of lanes (tiles of 64 heads), or two warps (without tensor cores).
 """
 
@@ -54,7 +54,7 @@ def check(kind: str, arguments: tuple) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("heads", [8, 16, 24, 40])
 def test_few_rows_and_tiles_of_all_sizes(heads):
-    """With a workspace two kernels share out a row, and the second has pairs of slabs; without, a CTA has it all."""
+    """With a workspace two kernels share out a row, and the second has slabs, paired in clusters; without, a CTA has it all."""
     arguments = full("selected", [[60], [-1]], heads=heads, k=70)
     assert TABLE[name_of("selected")].workspace(*on_cuda(arguments)).numel() > 0
     check("selected", arguments)

@@ -9,6 +9,7 @@
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "common/ptx_sm90.cuh"
+#include "common/ptx_sm90_attention.cuh"
 #include "common/quantised_row.cuh"
 #include "common/rope.cuh"
 
@@ -96,6 +97,38 @@ __device__ __forceinline__ void store_rows(const uint8_t* staging, const SparseA
       values.store(static_cast<__nv_bfloat16*>(attention.o) + (vector + head) * kDim + dim);
     }
   }
+}
+
+// A slab of staging rows of a warpgroup, half of the dimensions that share a scale, as codes. The CTA of the other half
+// is the other one of a cluster; all consuming threads of both come here. `magnitudes` [kHeads] is read by both.
+template <int kHeads>
+__device__ __forceinline__ void store_half_groups(const uint8_t* staging, uint32_t* magnitudes,
+                                                  const SparseAttention& attention, int64_t vector, int heads,
+                                                  int slab) {
+  constexpr int kPieces = kSlab / 16;
+  static_assert(kHeads * kPieces <= kWarpgroup && kScaleGroup == 2 * kSlab);
+  const int head = threadIdx.x % kWarpgroup / kPieces, piece = threadIdx.x % kPieces;
+  const bool staged = head < kHeads;  // the same in a warp
+  const auto* const from = reinterpret_cast<const uint4*>(staging + (staged ? head : 0) * kStagingStride<kSlab>);
+  Packed<__nv_bfloat16, 16> values{from[2 * piece], from[2 * piece + 1]};
+  if (slab == kSlabs - 1) join_pairs(values.parts[0], values.parts[1]);
+  uint32_t bits = max_lanes<kPieces>(values.max_magnitude_bits());
+  if (staged && piece == 0) magnitudes[head] = bits;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  bits = max(bits, ptx::load_of_cta(ptx::shared_address(magnitudes + (staged ? head : 0)), 1 - slab % 2));
+  ptx::cluster_arrive();  // and wait at the end: shared memory that is still read must not be given up
+  const uint32_t scale = fp8_group_scale(__uint_as_float(bits));
+  if (staged && head < heads) {
+    Fp8Row<kScaleGroup> output = quantised_output(attention, vector + head);
+    float scaled[16];
+    uint8_t codes[16];
+    values.times_power_of_two(invert_ue8m0(scale)).to_floats(scaled);
+    encode_fp8(scaled, 1.0f, codes);
+    store_bytes(output.q + slab * kSlab + piece * 16, codes);
+    if (slab % 2 == 0 && piece == 0) output.scale[slab / 2] = scale;
+  }
+  ptx::cluster_wait();
 }
 
 // The sink of head number `head`: a parameter of the model.

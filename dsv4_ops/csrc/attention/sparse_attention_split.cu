@@ -20,8 +20,8 @@
 //
 // add_units_kernel: 384 threads: one or two consuming warpgroups of up to 32 heads each, the other warps gather keys. A
 // stage is a unit: 8 KB of keys, 136 bytes a head of weights and totals, which are copied as one; there are 6 to 10 of
-// them, so that two CTAs fit an SM. Where the output is quantised, two slabs share a scale: a CTA is two of these in
-// one then, with an SM to itself, which go their own ways until they put their output together.
+// them, so that two CTAs fit an SM. Where the output is quantised, two slabs share a scale: their CTAs are a cluster, and
+// each reads the largest magnitudes of the other one's heads from its shared memory.
 //
 // What bounds it is latency, not bytes or flops. In the order of time, with what is under way at once in one step:
 //
@@ -40,7 +40,6 @@
 // 15.2 and 39.7: one row of 64 heads takes 0.7 us more for each 100 keys.
 #include <algorithm>
 
-#include "attention/add_memory.cuh"
 #include "attention/output.cuh"
 #include "attention/products.cuh"
 #include "common/launch.cuh"
@@ -49,8 +48,8 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 3 * kWarpgroup;
-static_assert(kThreads == kAddThreads);
 [[maybe_unused]] constexpr int kBarrier = 1;  // of the first consuming warpgroup; the next has the next
+constexpr int kHandedBytes = kUnit * 8 * 2 + 8 * sizeof(float2);  // of a unit and 8 heads, from one kernel to the other
 
 // Heads for which a unit is handed on: as many as any choice of tiles reaches.
 int padded_heads(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : heads <= 32 ? 32 : (heads + 63) / 64 * 64; }
@@ -70,6 +69,24 @@ struct WeighMemory {
   alignas(1024) uint8_t query[kHeads * kDim * 2];  // 8 slabs of [kHeads][128 bytes]
   float largest[4 * kHeads];
   float sum[4 * kHeads];
+};
+
+// kHeads of a consuming warpgroup, kGroups of those.
+template <int kHeads, int kGroups>
+struct AddMemory {
+  static constexpr int kAll = kHeads * kGroups;
+  static constexpr int kGatherWarps = kThreads / 32 - 4 * kGroups;
+  static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
+  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
+  struct Stage {
+    alignas(1024) uint8_t keys[kSlabBytes];
+    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
+  };
+  Stage stages[kDepth];
+  alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
+  float reciprocals[kAll];
+  alignas(8) uint64_t full[kDepth];
+  uint64_t empty[kDepth];
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -96,7 +113,7 @@ struct WeighedUnits {
 
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
-  __device__ __forceinline__ void copy(const Memory& memory, int unit) const {
+  __device__ __forceinline__ void copy(Memory& memory, int unit) const {
     constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
     typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
     const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
@@ -111,7 +128,7 @@ struct WeighedUnits {
 // while those are handed over nothing is under way but the lookups of what follows (see producer.cuh).
 // Where a stage is filled again, the wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory>
-__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, const Memory& memory,
+__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
   using Keys = WarpKeys<Memory::kGatherWarps>;
   constexpr int kBlocks = Keys::kBlocks, kBatch = Keys::kBatch;
@@ -190,7 +207,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
 // are computed; where fewer are left, the last one is multiplied again, and not added: a branch around products would
 // make ptxas serialise them all.
 template <int kHeads, int kTogether, typename Memory>
-__device__ __forceinline__ void fold_units(const Memory& memory, int units, int group, float (&output)[kHeads / 2],
+__device__ __forceinline__ void fold_units(Memory& memory, int units, int group, float (&output)[kHeads / 2],
                                            Total& total) {
   const int thread = threadIdx.x % kWarpgroup;
   float references[kColumns<kHeads>];
@@ -316,18 +333,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <int kHeads, int kGroups, int kCtaSlabs>
-__global__ void __launch_bounds__(kThreads* kCtaSlabs, 2 / kCtaSlabs)
+// Quantised, two slabs share a scale: their CTAs are a cluster, and each looks up the other's largest magnitudes.
+template <int kHeads, int kGroups, bool kQuantised>
+__global__ void __launch_bounds__(kThreads, 2)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& cta = *reinterpret_cast<AddMemory<kHeads, kGroups, kCtaSlabs>*>(memory_start);
-  using Memory = SlabMemory<kHeads, kGroups>;
-  const int cta_warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
-  const int own = kCtaSlabs == 1 ? 0 : cta_warp / (kThreads / kWarp), warp = cta_warp - own * (kThreads / kWarp);
-  const int slab = blockIdx.y * kCtaSlabs + own, slab_thread = threadIdx.x - own * kThreads;
-  const Memory memory = cta.of_slab(own);
-  if (slab_thread == 0) {
+  using Memory = AddMemory<kHeads, kGroups>;
+  auto& memory = *reinterpret_cast<Memory*>(memory_start);
+  if (threadIdx.x == 0) {
     for (int stage = 0; stage < Memory::kDepth; ++stage) {
       ptx::mbarrier_init(ptx::shared_address(memory.full + stage), Memory::kGatherWarps * kWarp + 1);
       ptx::mbarrier_init(ptx::shared_address(memory.empty + stage), kGroups * kWarpgroup);
@@ -337,11 +351,12 @@ __global__ void __launch_bounds__(kThreads* kCtaSlabs, 2 / kCtaSlabs)
   __syncthreads();
   const int head_tiles = (attention.heads + Memory::kAll - 1) / Memory::kAll;
   const uint32_t row = blockIdx.x / head_tiles;
-  const int first_head = blockIdx.x % head_tiles * Memory::kAll;
+  const int slab = blockIdx.y, first_head = blockIdx.x % head_tiles * Memory::kAll;
   const int position = ptx::load_relaxed(position_of(attention.rope, row));
   const RowKeys keys = keys_of_row(attention.keys, attention.rope, row, position);
   const int row_units = units_of_row(keys);
   const WeighedUnits weighed{attention.partials, static_cast<int64_t>(row) * units, padded, first_head};
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
     ptx::fence_gpu();  // no wait does this for what is read here: L1 may still hold what earlier kernels read
@@ -358,7 +373,7 @@ __global__ void __launch_bounds__(kThreads* kCtaSlabs, 2 / kCtaSlabs)
     ptx::wait_for_predecessors();
     ptx::launch_dependents();
 
-    if (slab_thread < min(row_units, Memory::kDepth)) weighed.copy(memory, slab_thread);
+    if (threadIdx.x < min(row_units, Memory::kDepth)) weighed.copy(memory, threadIdx.x);
     constexpr int kTogether = Memory::kAll >= 32 ? 1 : 2;  // as many as registers allow
     float output[kHeads / 2];
     Total total;
@@ -367,17 +382,19 @@ __global__ void __launch_bounds__(kThreads* kCtaSlabs, 2 / kCtaSlabs)
     if (thread < kHeads) {
       reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
     }
-    ptx::named_barrier(kBarrier + own * kGroups + group, kWarpgroup);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
     float reciprocal[kColumns<kHeads>];
     load_columns<kHeads>(reciprocals, reciprocal);
     finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
-    constexpr int kWidth = kCtaSlabs * kSlab, kStored = kHeads / kCtaSlabs;  // dimensions; heads of a warpgroup
-    stage_slab<kHeads, kWidth>(output, cta.staging[group], own * kSlab);
-    ptx::named_barrier(kBarrier + kCtaSlabs * kGroups + group, kCtaSlabs * kWarpgroup);
-    const int skipped = own * kStored;
-    store_rows<kStored, kWidth>(cta.staging[group] + skipped * kStagingStride<kWidth>, attention,
-                                static_cast<int64_t>(row) * attention.heads + own_head + skipped,
-                                attention.heads - own_head - skipped, blockIdx.y * kWidth);
+    stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
+    ptx::named_barrier(kBarrier + group, kWarpgroup);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
+    if constexpr (kQuantised) {
+      store_half_groups<kHeads>(memory.staging[group], reinterpret_cast<uint32_t*>(reciprocals), attention, vector,
+                                attention.heads - own_head, slab);
+    } else {
+      store_rows<kHeads, kSlab>(memory.staging[group], attention, vector, attention.heads - own_head, slab * kSlab);
+    }
   }
 #else
   ptx::wait_for_predecessors();
@@ -413,21 +430,14 @@ cudaError_t launch_weigh(const SparseAttention& attention, int units, int proces
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
-template <int kHeads, int kGroups, int kCtaSlabs>
-cudaError_t launch_add_slabs(const SparseAttention& attention, int units, cudaStream_t stream) {
-  using Memory = AddMemory<kHeads, kGroups, kCtaSlabs>;
-  static_assert(kCtaSlabs * kSlab == kScaleGroup || kCtaSlabs == 1);
-  static_assert(sizeof(Memory) <= (228 / (2 / kCtaSlabs) - 1) * 1024, "as many CTAs an SM as registers allow");
-  const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, kHeads * kGroups));
-  const Launch at{dim3(tiles, kSlabs / kCtaSlabs), dim3(kCtaSlabs * kThreads), stream, sizeof(Memory)};
-  return launch_in_turn(add_units_kernel<kHeads, kGroups, kCtaSlabs>, at, attention, units,
-                        padded_heads(attention.heads));
-}
-
 template <int kHeads, int kGroups>
 cudaError_t launch_add(const SparseAttention& attention, int units, cudaStream_t stream) {
-  return attention.o_scale == nullptr ? launch_add_slabs<kHeads, kGroups, 1>(attention, units, stream)
-                                      : launch_add_slabs<kHeads, kGroups, 2>(attention, units, stream);
+  using Memory = AddMemory<kHeads, kGroups>;
+  const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
+  const bool quantised = attention.o_scale != nullptr;
+  const Launch at{dim3(tiles, kSlabs), dim3(kThreads), stream, sizeof(Memory), quantised ? 2u : 1u};
+  return launch_in_turn(quantised ? add_units_kernel<kHeads, kGroups, true> : add_units_kernel<kHeads, kGroups, false>,
+                        at, attention, units, padded_heads(attention.heads));
 }
 
 }  // namespace
