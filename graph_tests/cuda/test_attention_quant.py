@@ -54,7 +54,7 @@ def check(kind: str, arguments: tuple) -> None:
 @pytest.mark.sanitize
 @pytest.mark.parametrize("heads", [8, 16, 24, 40])
 def test_few_rows_and_tiles_of_all_sizes(heads):
-    """With a workspace two kernels share out a row, and the second has slabs, paired in clusters; without, a CTA has it all."""
+    """With a workspace two kernels share out a row, and slabs are paired in clusters; without, a CTA has it all."""
     arguments = full("selected", [[60], [-1]], heads=heads, k=70)
     assert TABLE[name_of("selected")].workspace(*on_cuda(arguments)).numel() > 0
     check("selected", arguments)
