@@ -1,6 +1,7 @@
 """Sparse attention of decode steps: every sequence at the end of a long context."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks.inputs import Inputs
 from benchmarks.peers import kernel
 from benchmarks.shapes import MOST_DECODE_ROWS, Widths
 from dsv4_ops.ops.attention_mixed import split_queries
+from dsv4_ops.ops.attention_quant import GROUP
 from dsv4_ops.ops.pages import kv_entry_bytes
 
 
@@ -32,6 +34,12 @@ def mixed_traffic(w: Widths, batch: int, compressed: int) -> Traffic:
     fp8 = 2 * batch * heads * nope * (w.sliding_window + compressed)
     read = plain.read - batch * heads * (nope - 4)
     return Traffic(read, plain.written, bf16_flops=plain.bf16_flops - fp8, fp8_flops=fp8)
+
+
+def quantised(w: Widths, batch: int, plain: Traffic) -> Traffic:
+    """The same where codes are written, with a byte for each group of them, instead of bf16."""
+    dims = batch * w.num_attention_heads * w.head_dim
+    return replace(plain, written=plain.written - dims + dims // GROUP)
 
 
 def cases(w: Widths, tokens: int) -> Iterator[Case]:
@@ -74,17 +82,20 @@ def cases(w: Widths, tokens: int) -> Iterator[Case]:
     def peers(*plans: tuple[str, str]):
         return tuple((kernel(name, h=heads, b=batch, plan=plan),) for name, plan in plans)
 
+    def both(op: str, label: str, moved: Traffic, make: Callable[[Inputs], tuple], *plans: tuple[str, str]):
+        yield Case(op, tokens, label, moved, make, peers(*plans))
+        yield Case(f"{op}_quant_fp8", tokens, label, quantised(w, batch, moved), make)
+
     shape, flashmla, sglang = f"H {heads}", "flashmla_decode_fp8", "sgl_flashmla_decode_fp8"
-    yield Case(
-        "sparse_attention_window", tokens, shape, traffic(w, batch, 0), make_window,
-        peers((flashmla, "swa"), (sglang, "swa")),
+    yield from both(
+        "sparse_attention_window", shape, traffic(w, batch, 0), make_window, (flashmla, "swa"), (sglang, "swa")
+    )
+    yield from both(
+        "sparse_attention_selected", f"{shape}, k {k}", traffic(w, batch, k), make_selected,
+        (flashmla, f"csa{k}_32k"), (sglang, f"csa{k}"),
     )  # fmt: skip
-    yield Case(
-        "sparse_attention_selected", tokens, f"{shape}, k {k}", traffic(w, batch, k), make_selected,
-        peers((flashmla, f"csa{k}_32k"), (sglang, f"csa{k}")),
-    )  # fmt: skip
-    yield Case(
-        "sparse_attention_compressed", tokens, f"{shape}, {far} entries", traffic(w, batch, far, far_page),
-        make_compressed, peers((flashmla, "hca_32k"), (sglang, "hca_32k")),
+    yield from both(
+        "sparse_attention_compressed", f"{shape}, {far} entries", traffic(w, batch, far, far_page), make_compressed,
+        (flashmla, "hca_32k"), (sglang, "hca_32k"),
     )  # fmt: skip
     yield Case("sparse_attention_mixed", tokens, f"{shape}, k {k}", mixed_traffic(w, batch, k), make_mixed)

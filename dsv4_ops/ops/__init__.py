@@ -7,6 +7,7 @@ from dsv4_ops.kernels import load_kernels
 from dsv4_ops.ops import (
     attention,
     attention_mixed,
+    attention_quant,
     compressor,
     fused_quant,
     gemm,
@@ -36,6 +37,7 @@ FAMILIES = (
     indexer,
     attention,
     attention_mixed,
+    attention_quant,
     gemm,
     gemm_w8a16,
     router,

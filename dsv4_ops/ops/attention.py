@@ -12,6 +12,7 @@ the caller gives it no indices). What lies in entries that no row sees is not us
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -187,22 +188,20 @@ def check_attention(
     expect(ring >= needed, op, f"a ring of {ring} entries is shorter than window + S - 1 = {needed}: {fix}")
 
 
-def check_window(q: Tensor, *others) -> None:
-    check_attention("sparse_attention_window", q, *others)
+def check_window(op: str, q: Tensor, *others) -> None:
+    check_attention(op, q, *others)
 
 
-def check_selected(q: Tensor, *others) -> None:
+def check_selected(op: str, q: Tensor, *others) -> None:
     window_pool, pool, sink, rope_table, window_table, table, indices, positions, window, window_page, page = others
-    op = "sparse_attention_selected"
     check_attention(op, q, window_pool, sink, rope_table, window_table, positions, window, window_page)
     expect_pool(op, "compressed", pool, table, page, q.shape[-1], rope_table.shape[1])
     fits = indices.dim() == 3 and indices.dtype == torch.int32 and indices.shape[1] == q.shape[1]
     expect(fits, op, f"indices must be [B, {q.shape[1]}, k] int32 (negative: none), got {describe(indices)}")
 
 
-def check_compressed(q: Tensor, *others) -> None:
+def check_compressed(op: str, q: Tensor, *others) -> None:
     window_pool, pool, sink, rope_table, window_table, table, positions, window, ratio, window_page, page = others
-    op = "sparse_attention_compressed"
     check_attention(op, q, window_pool, sink, rope_table, window_table, positions, window, window_page)
     expect_pool(op, "compressed", pool, table, page, q.shape[-1], rope_table.shape[1])
     expect(ratio > 0, op, f"ratio must be the positive number of tokens of a compressed entry, got {ratio}")
@@ -219,7 +218,7 @@ sparse_attention_window = define(
     "Tensor positions, int window, int window_page_size) -> (Tensor o, Tensor lse)",
     alloc=alloc_attention,
     reference=window_reference,
-    check=check_window,
+    check=partial(check_window, "sparse_attention_window"),
     inline=Inline.STATIC_SHAPES,
     workspace=partials_window,
 )
@@ -232,7 +231,7 @@ sparse_attention_selected = define(
     "int window_page_size, int compressed_page_size) -> (Tensor o, Tensor lse)",
     alloc=alloc_attention,
     reference=selected_reference,
-    check=check_selected,
+    check=partial(check_selected, "sparse_attention_selected"),
     inline=Inline.STATIC_SHAPES,
     workspace=partials_selected,
 )
@@ -244,7 +243,7 @@ sparse_attention_compressed = define(
     "int window_page_size, int compressed_page_size) -> (Tensor o, Tensor lse)",
     alloc=alloc_attention,
     reference=compressed_reference,
-    check=check_compressed,
+    check=partial(check_compressed, "sparse_attention_compressed"),
     inline=Inline.STATIC_SHAPES,
     workspace=partials_compressed,
 )

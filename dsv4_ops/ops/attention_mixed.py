@@ -44,7 +44,7 @@ def check_mixed(q_nope: Tensor, q_scale: Tensor, q_rope: Tensor, *others) -> Non
     expect(fits, op, f"q_rope must be [B, {tokens}, {heads}, R] bfloat16, got {describe(q_rope)}")
     packed = window_pool.dtype == pool.dtype == torch.uint8
     expect(packed, op, f"pools must be packed (uint8), got {describe(window_pool)} and {describe(pool)}")
-    check_selected(alloc_mixed(q_nope, q_scale, q_rope)[0], *others)
+    check_selected(op, alloc_mixed(q_nope, q_scale, q_rope)[0], *others)
 
 
 def alloc_mixed(q_nope: Tensor, q_scale: Tensor, q_rope: Tensor, *others) -> tuple[Tensor, Tensor]:

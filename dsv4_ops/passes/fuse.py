@@ -50,6 +50,14 @@ ROW_SCALED = (
     Rule("swiglu", "quant_nvfp4", "swiglu_quant_nvfp4", False),
 )
 
+# Attention's first result, which grouped products see as groups of heads.
+ATTENTION_OUTPUTS = tuple(
+    Rule(f"sparse_attention_{kind}", "quant_fp8", f"sparse_attention_{kind}_quant_fp8", False)
+    for kind in ("window", "selected", "compressed")
+)
+ATTENTION_GROUP = 128  # of the fused ops
+VIEW = torch.ops.aten.view.default
+
 
 def fuse(graph: Graph) -> Counter:
     """Apply every rule until none matches; returns how often each fused op was made."""
@@ -59,6 +67,7 @@ def fuse(graph: Graph) -> Counter:
         (BOUNDARIES, _fuse_pair),
         (PAIRS, _fuse_pair),
         (ROW_SCALED, _fuse_row_scaled),
+        (ATTENTION_OUTPUTS, _fuse_attention_output),
     ):
         for rule in rules:
             for node in list(graph.nodes):
@@ -130,6 +139,37 @@ def _keep_results(rule: Rule, producer: Node, results: Callable[[int], Node]) ->
     elif outputs:
         _replace_results(producer, results, offset=0)
     return outputs
+
+
+def _fuse_attention_output(graph: Graph, rule: Rule, consumer: Node) -> bool:
+    """sparse_attention_*(...) -> o, lse and quant_fp8(o, 128) or of views of o, which nothing else reads. A group lies
+    in a head, so codes and scales are those of the fused op, viewed likewise."""
+    source, group = consumer.args
+    views = []
+    while source.target is VIEW:
+        views.append(source)
+        source = source.args[0]
+    producer = source.args[0] if _is_result(source, 0) else None
+    if not _is(producer, rule.producer) or group != ATTENTION_GROUP:
+        return False
+    widths = [node.meta["val"].shape[-1] for node in (source, consumer.args[0])]
+    if not all(isinstance(width, int) and width % group == 0 for width in widths):
+        return False
+    alone = [user for user in producer.users if _is_result(user, 0)] == [source]
+    if not alone or any(len(node.users) > 1 for node in (source, *views)):
+        return False
+    results = _insert(graph, rule.fused, producer, producer.args)
+    for user in list(consumer.users):
+        result, value = results(user.args[1]), user.meta["val"]
+        if views:
+            with graph.inserting_before(user):
+                result = graph.call_function(VIEW, (result, [*views[0].args[1][:-1], value.shape[-1]]))
+            result.meta["val"] = value
+        user.replace_all_uses_with(result)
+    _erase(graph, consumer, *views, source)
+    _replace_results(producer, results, offset=1)
+    _erase(graph, producer)
+    return True
 
 
 def _insert(graph: Graph, fused: str, before: Node, arguments: tuple) -> Callable[[int], Node]:

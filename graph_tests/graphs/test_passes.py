@@ -1,5 +1,7 @@
 """Fusion passes: what they make of each kind of block, and that they change no bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -8,6 +10,8 @@ from dsv4_ops.backend import HOOK, dsv4
 from dsv4_ops.passes import SOURCES, GraphPasses
 from graph_tests import checks
 from graph_tests.graphs.rewritten import FusedThenEager, aten_operators, operators
+from graph_tests.ops.attention_cases import make as make_attention
+from graph_tests.ops.attention_cases import sequence_arguments
 from graph_tests.tiny import FORMATS, tiny_checkpoint
 from model.loading import load
 
@@ -199,6 +203,52 @@ def test_an_activation_that_something_else_reads_is_not_fused_away():
     torch._dynamo.reset()
     backend = FusedThenEager()
     for actual, expected in zip(torch.compile(function, backend=backend)(x), function(x), strict=True):
+        checks.assert_bits_equal(actual, expected)
+    assert not backend.matches
+
+
+ATTENTION = ("window", "selected", "compressed")
+
+
+def quantised_attention(kind: str, *arguments):
+    """Attention, and the activations of an FP8 product of two groups of heads."""
+    o, lse = getattr(torch.ops.dsv4, f"sparse_attention_{kind}")(*arguments)
+    return *torch.ops.dsv4.quant_fp8(o.flatten(-2).unflatten(-1, (2, -1)), 128), lse
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_the_quantiser_of_an_output_becomes_part_of_attention(kind, dynamic):
+    arguments, _ = make_attention(kind, [[20, 21], [3, -1], [60, 61]], dims=(128, 64), dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    for place in sequence_arguments(kind) if dynamic else ():
+        torch._dynamo.mark_dynamic(arguments[place], 0)
+    backend = FusedThenEager()
+    compiled = torch.compile(partial(quantised_attention, kind), backend=backend)
+    for actual, expected in zip(compiled(*arguments), quantised_attention(kind, *arguments), strict=True):
+        checks.assert_bits_equal(actual, expected)
+    assert backend.matches == {f"sparse_attention_{kind}_quant_fp8": 1}
+    assert operators(backend.graphs[0]) == [f"sparse_attention_{kind}_quant_fp8"]
+
+
+@pytest.mark.parametrize("also", ["another_reader", "other_groups", "half_a_group"])
+@torch.no_grad()
+def test_the_quantiser_of_an_output_stays(also):
+    """Where something else reads the output, or groups are not those of the fused op or go across heads."""
+    dims = (192, 64) if also == "half_a_group" else (128, 64)
+    arguments, _ = make_attention("window", [[20, 21]], dims=dims, dtype=torch.bfloat16)
+
+    def function(*arguments):
+        o, lse = torch.ops.dsv4.sparse_attention_window(*arguments)
+        quantised = torch.ops.dsv4.quant_fp8(o.flatten(-2), 64 if also == "other_groups" else 128)
+        return (*quantised, lse, o + 1) if also == "another_reader" else (*quantised, lse)
+
+    torch._dynamo.reset()
+    backend = FusedThenEager()
+    for actual, expected in zip(
+        torch.compile(function, backend=backend)(*arguments), function(*arguments), strict=True
+    ):
         checks.assert_bits_equal(actual, expected)
     assert not backend.matches
 

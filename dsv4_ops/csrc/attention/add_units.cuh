@@ -2,7 +2,9 @@
 //
 // A CTA owns a slab of 64 dimensions of a row and a tile of heads. 384 threads: one or two consuming warpgroups of up
 // to 32 heads each, the other warps gather keys. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and
-// totals, which are copied as one; there are 6 to 10 of them, so that two CTAs fit an SM.
+// totals, which are copied as one; there are 6 to 10 of them, so that two CTAs fit an SM. Where the output is
+// quantised, two slabs share a scale: their CTAs are a cluster, and each reads the largest magnitudes of the other
+// one's heads from its shared memory.
 #pragma once
 
 #include "attention/handed_units.cuh"

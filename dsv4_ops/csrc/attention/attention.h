@@ -48,12 +48,14 @@ struct SparseAttention {
   const float* sink;  // [H]
   Rope rope;          // rope.tokens is S
   KeySources keys;
-  void* o;          // [B, S, H, D]
-  float* lse;       // [B, S, H]
-  float* partials;  // null, or room for partial_floats(...) of them
+  void* o;           // [B, S, H, D], or E4M3 codes of it where o_scale is given
+  float* lse;        // [B, S, H]
+  float* partials;   // null, or room for partial_floats(...) of them
+  uint8_t* o_scale;  // null, or [B, S, H, D / kScaleGroup] UE8M0
 };
 
-constexpr int kUnit = 64;  // keys whose softmax is taken together: what is added to a row's result in one step
+constexpr int kScaleGroup = 128;  // dimensions of a head's output that share a scale
+constexpr int kUnit = 64;         // keys whose softmax is taken together: what is added to a row's result in one step
 
 // Keys that a row sees at most, from shapes alone.
 inline int64_t key_capacity(const KeySources& keys) {

@@ -19,10 +19,35 @@ PageDivisor divisor(int64_t number) {
   return {static_cast<uint32_t>(((int64_t{1} << shift) + number - 1) / number), shift};
 }
 
-// What the three ops have in common; the compressed entries are added by the caller.
+// What a call writes: o and lse, or codes, scales and lse; and room for what its kernels hand on.
+struct Outputs {
+  const Tensor o;
+  const std::optional<Tensor> o_scale;
+  const Tensor lse;
+  const std::optional<Tensor> workspace;
+
+  Outputs(Tensor o, Tensor lse, std::optional<Tensor> workspace) : o(o), lse(lse), workspace(workspace) {}
+  Outputs(Tensor o_codes, Tensor o_scale, Tensor lse, std::optional<Tensor> workspace)
+      : o(o_codes), o_scale(o_scale), lse(lse), workspace(workspace) {}
+};
+
+void expect_outputs(const Call& call, const Tensor& q, const Outputs& outputs) {
+  const int64_t dim = q.size(3);
+  if (outputs.o_scale.has_value()) {
+    call.expect(dim % kScaleGroup == 0, "q", "[B, S, H, D] with D a multiple of 128", q);
+    call.expect_output("o_codes", outputs.o, kE4m3, q, dim);
+    call.expect_output("o_scale", *outputs.o_scale, kUint8, q, dim / kScaleGroup);
+  } else {
+    call.expect_output("o", outputs.o, q.scalar_type(), q, dim);
+  }
+  call.expect_tensor("lse", outputs.lse, {kFloat32}, {q.size(0), q.size(1), q.size(2)});
+  call.expect_contiguous("lse", outputs.lse);
+}
+
+// What all ops have in common; the compressed entries are added by the caller.
 SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& window_pool, const Tensor& sink,
                               const Tensor& rope_table, const Tensor& window_table, const Tensor& positions,
-                              int64_t window, int64_t page_size, const Tensor& o, const Tensor& lse) {
+                              int64_t window, int64_t page_size, const Outputs& outputs) {
   call.expect_tensor("q", q, {kBfloat16, kFloat32}, {kAny, kAny, kAny, kAny});
   const int64_t batch = q.size(0), tokens = q.size(1), heads = q.size(2), dim = q.size(3);
   call.expect(dim % 8 == 0 && dim >= 8 && dim <= kLargestDim, "q", "[B, S, H, D] with D a multiple of 8 up to 512", q);
@@ -40,9 +65,7 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
   const int64_t ring = static_cast<int64_t>(pool.max_pages) * pool.page_size;
   call.expect(ring >= window + tokens - 1 || batch * tokens == 0, "window_table",
               "a ring of at least window + S - 1 = " + std::to_string(window + tokens - 1) + " entries", window_table);
-  call.expect_output("o", o, q.scalar_type(), q, dim);
-  call.expect_tensor("lse", lse, {kFloat32}, {batch, tokens, heads});
-  call.expect_contiguous("lse", lse);
+  expect_outputs(call, q, outputs);
 
   SparseAttention attention{};
   attention.q = q.const_data_ptr();
@@ -58,8 +81,9 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
   attention.unpacked.window_pages = window_pool.size(0);
   attention.keys.compressed_pool.page_size = 1;
   attention.keys.window = static_cast<int>(window);
-  attention.o = o.mutable_data_ptr();
-  attention.lse = mutable_data<float>(lse);
+  attention.o = outputs.o.mutable_data_ptr();
+  attention.o_scale = outputs.o_scale.has_value() ? mutable_data<uint8_t>(*outputs.o_scale) : nullptr;
+  attention.lse = mutable_data<float>(outputs.lse);
   return attention;
 }
 
@@ -110,48 +134,52 @@ void launch(const Call& call, SparseAttention attention, const std::optional<Ten
   call.check(launch_sparse_attention(attention, call.stream()));
 }
 
-std::tuple<Tensor, Tensor> sparse_attention_window(const Tensor& q, const Tensor& window_pool, const Tensor& sink,
-                                                   const Tensor& rope_table, const Tensor& window_table,
-                                                   const Tensor& positions, int64_t window, int64_t window_page_size,
-                                                   Tensor o, Tensor lse, std::optional<Tensor> workspace) {
-  const Call call("sparse_attention_window", q);
-  const SparseAttention attention =
-      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
-  launch(call, attention, workspace);
-  return {o, lse};
-}
+// The three ops, which return what they write: o and lse, or, quantised, codes, scales and lse.
+template <typename... Written>
+struct Ops {
+  using Result = std::tuple<Written...>;
+  static constexpr bool kQuantised = sizeof...(Written) == 3;
 
-std::tuple<Tensor, Tensor> sparse_attention_selected(const Tensor& q, const Tensor& window_pool,
-                                                     const Tensor& compressed_pool, const Tensor& sink,
-                                                     const Tensor& rope_table, const Tensor& window_table,
-                                                     const Tensor& compressed_table, const Tensor& indices,
-                                                     const Tensor& positions, int64_t window, int64_t window_page_size,
-                                                     int64_t compressed_page_size, Tensor o, Tensor lse,
-                                                     std::optional<Tensor> workspace) {
-  const Call call("sparse_attention_selected", q);
-  SparseAttention attention =
-      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
-  add_selected(call, attention, q, compressed_pool, compressed_table, indices, compressed_page_size);
-  launch(call, attention, workspace);
-  return {o, lse};
-}
+  static Result window(const Tensor& q, const Tensor& window_pool, const Tensor& sink, const Tensor& rope_table,
+                       const Tensor& window_table, const Tensor& positions, int64_t window, int64_t window_page_size,
+                       Written... written, std::optional<Tensor> workspace) {
+    const Call call(kQuantised ? "sparse_attention_window_quant_fp8" : "sparse_attention_window", q);
+    const SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions,
+                                                    window, window_page_size, Outputs(written..., workspace));
+    launch(call, attention, workspace);
+    return {written...};
+  }
 
-std::tuple<Tensor, Tensor> sparse_attention_compressed(const Tensor& q, const Tensor& window_pool,
-                                                       const Tensor& compressed_pool, const Tensor& sink,
-                                                       const Tensor& rope_table, const Tensor& window_table,
-                                                       const Tensor& compressed_table, const Tensor& positions,
-                                                       int64_t window, int64_t ratio, int64_t window_page_size,
-                                                       int64_t compressed_page_size, Tensor o, Tensor lse,
-                                                       std::optional<Tensor> workspace) {
-  const Call call("sparse_attention_compressed", q);
-  SparseAttention attention =
-      describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
-  add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
-  call.expect(ratio >= 1 && ratio <= INT32_MAX, "q", "used with a ratio of at least 1", q);
-  attention.keys.ratio = static_cast<int>(ratio);
-  launch(call, attention, workspace);
-  return {o, lse};
-}
+  static Result selected(const Tensor& q, const Tensor& window_pool, const Tensor& compressed_pool, const Tensor& sink,
+                         const Tensor& rope_table, const Tensor& window_table, const Tensor& compressed_table,
+                         const Tensor& indices, const Tensor& positions, int64_t window, int64_t window_page_size,
+                         int64_t compressed_page_size, Written... written, std::optional<Tensor> workspace) {
+    const Call call(kQuantised ? "sparse_attention_selected_quant_fp8" : "sparse_attention_selected", q);
+    SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window,
+                                              window_page_size, Outputs(written..., workspace));
+    add_selected(call, attention, q, compressed_pool, compressed_table, indices, compressed_page_size);
+    launch(call, attention, workspace);
+    return {written...};
+  }
+
+  static Result compressed(const Tensor& q, const Tensor& window_pool, const Tensor& compressed_pool,
+                           const Tensor& sink, const Tensor& rope_table, const Tensor& window_table,
+                           const Tensor& compressed_table, const Tensor& positions, int64_t window, int64_t ratio,
+                           int64_t window_page_size, int64_t compressed_page_size, Written... written,
+                           std::optional<Tensor> workspace) {
+    const Call call(kQuantised ? "sparse_attention_compressed_quant_fp8" : "sparse_attention_compressed", q);
+    SparseAttention attention = describe_call(call, q, window_pool, sink, rope_table, window_table, positions, window,
+                                              window_page_size, Outputs(written..., workspace));
+    add_compressed_pool(call, attention, q, compressed_pool, compressed_table, compressed_page_size);
+    call.expect(ratio >= 1 && ratio <= INT32_MAX, "q", "used with a ratio of at least 1", q);
+    attention.keys.ratio = static_cast<int>(ratio);
+    launch(call, attention, workspace);
+    return {written...};
+  }
+};
+
+using Plain = Ops<Tensor, Tensor>;
+using Quantised = Ops<Tensor, Tensor, Tensor>;
 
 // A part of queries [B, S, H, ...] with any strides but the last one's, whose vectors start at multiples of 16 bytes.
 VectorStrides expect_part(const Call& call, const char* name, const Tensor& part, ScalarType dtype, const Tensor& o,
@@ -174,8 +202,8 @@ std::tuple<Tensor, Tensor> sparse_attention_mixed(
   const Call call("sparse_attention_mixed", o);
   call.expect_tensor("o", o, {kBfloat16}, {kAny, kAny, kAny, kAny});
   MixedAttention mixed{};
-  mixed.attention =
-      describe_call(call, o, window_pool, sink, rope_table, window_table, positions, window, window_page_size, o, lse);
+  mixed.attention = describe_call(call, o, window_pool, sink, rope_table, window_table, positions, window,
+                                  window_page_size, Outputs(o, lse, {}));
   mixed.attention.q = nullptr;
   add_selected(call, mixed.attention, o, compressed_pool, compressed_table, indices, compressed_page_size);
   const int64_t rope = mixed.attention.rope.dim;
@@ -196,9 +224,12 @@ std::tuple<Tensor, Tensor> sparse_attention_mixed(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, m) {
-  m.impl("sparse_attention_window.out", TORCH_BOX(&sparse_attention_window));
-  m.impl("sparse_attention_selected.out", TORCH_BOX(&sparse_attention_selected));
-  m.impl("sparse_attention_compressed.out", TORCH_BOX(&sparse_attention_compressed));
+  m.impl("sparse_attention_window.out", TORCH_BOX(&Plain::window));
+  m.impl("sparse_attention_selected.out", TORCH_BOX(&Plain::selected));
+  m.impl("sparse_attention_compressed.out", TORCH_BOX(&Plain::compressed));
+  m.impl("sparse_attention_window_quant_fp8.out", TORCH_BOX(&Quantised::window));
+  m.impl("sparse_attention_selected_quant_fp8.out", TORCH_BOX(&Quantised::selected));
+  m.impl("sparse_attention_compressed_quant_fp8.out", TORCH_BOX(&Quantised::compressed));
   m.impl("sparse_attention_mixed.out", TORCH_BOX(&sparse_attention_mixed));
 }
 

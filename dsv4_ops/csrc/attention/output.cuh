@@ -1,10 +1,16 @@
-// From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition.
+// From a warpgroup's sums of output, heads as columns, to rows of `o`: division, inverse rope, rounding, transposition,
+// and codes instead of values where those are asked for.
+//
+// Codes are what quant_fp8 makes of the rounded values, bit for bit. Eight lanes have the 128 dimensions that share a
+// scale, so its amax takes three shuffles; that is all that the quantised form adds, and it stores half the bytes.
 #pragma once
 
 #include "attention/attention.h"
 #include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 #include "common/ptx_sm90.cuh"
+#include "common/ptx_sm90_attention.cuh"
+#include "common/quantised_row.cuh"
 #include "common/rope.cuh"
 
 namespace dsv4 {
@@ -67,20 +73,62 @@ __device__ __forceinline__ void stage_slab(const float (&output)[kHeads / 2], ui
   }
 }
 
-// Staging rows, as the slabs have them, to dimensions first_dim .. of the rows of `o`. A warpgroup, after its barrier.
+// Codes and scales of the vectors [B, S, H] of a quantised output.
+__device__ __forceinline__ Fp8Row<kScaleGroup> quantised_output(const SparseAttention& attention, int64_t vector) {
+  Fp8Row<kScaleGroup> row{static_cast<uint8_t*>(attention.o), attention.o_scale};
+  row.begin(vector, kDim);
+  return row;
+}
+
+// Staging rows, as the slabs have them, to dimensions first_dim .. of the vectors from `vector` on, of which `heads`
+// exist. Whole warps of a warpgroup, after its barrier. A slab alone is no group, and never quantised.
 template <int kHeads, int kWidth>
-__device__ __forceinline__ void store_rows(const uint8_t* staging, __nv_bfloat16* o, int heads, int first_dim) {
+__device__ __forceinline__ void store_rows(const uint8_t* staging, const SparseAttention& attention, int64_t vector,
+                                           int heads, int first_dim) {
   constexpr int kPieces = kWidth / 16;  // of 16 dimensions: two chunks
   for (int i = threadIdx.x % kWarpgroup; i < kHeads * kPieces; i += kWarpgroup) {
     const int head = i / kPieces, piece = i % kPieces, dim = first_dim + piece * 16;
-    if (head >= heads) break;
     const auto* const from = reinterpret_cast<const uint4*>(staging + head * kStagingStride<kWidth>) + piece * 2;
-    uint4 first = from[0], second = from[1];
-    if (dim >= kNope) join_pairs(first, second);
-    auto* const to = reinterpret_cast<uint4*>(o + static_cast<int64_t>(head) * kDim + dim);
-    to[0] = first;
-    to[1] = second;
+    Packed<__nv_bfloat16, 16> values{from[0], from[1]};
+    if (dim >= kNope) join_pairs(values.parts[0], values.parts[1]);
+    if (kWidth % kScaleGroup == 0 && attention.o_scale != nullptr) {
+      store_row(quantised_output(attention, vector + head), dim, values, head < heads);
+    } else if (head < heads) {
+      values.store(static_cast<__nv_bfloat16*>(attention.o) + (vector + head) * kDim + dim);
+    }
   }
+}
+
+// A slab of staging rows of a warpgroup, half of the dimensions that share a scale, as codes. The CTA of the other half
+// is the other one of a cluster; all consuming threads of both come here. `magnitudes` [kHeads] is read by both.
+template <int kHeads>
+__device__ __forceinline__ void store_half_groups(const uint8_t* staging, uint32_t* magnitudes,
+                                                  const SparseAttention& attention, int64_t vector, int heads,
+                                                  int slab) {
+  constexpr int kPieces = kSlab / 16;
+  static_assert(kHeads * kPieces <= kWarpgroup && kScaleGroup == 2 * kSlab);
+  const int head = threadIdx.x % kWarpgroup / kPieces, piece = threadIdx.x % kPieces;
+  const bool staged = head < kHeads;  // the same in a warp
+  const auto* const from = reinterpret_cast<const uint4*>(staging + (staged ? head : 0) * kStagingStride<kSlab>);
+  Packed<__nv_bfloat16, 16> values{from[2 * piece], from[2 * piece + 1]};
+  if (slab == kSlabs - 1) join_pairs(values.parts[0], values.parts[1]);
+  uint32_t bits = max_lanes<kPieces>(values.max_magnitude_bits());
+  if (staged && piece == 0) magnitudes[head] = bits;
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  bits = max(bits, ptx::load_of_cta(ptx::shared_address(magnitudes + (staged ? head : 0)), 1 - slab % 2));
+  ptx::cluster_arrive();  // and wait at the end: shared memory that is still read must not be given up
+  const uint32_t scale = fp8_group_scale(__uint_as_float(bits));
+  if (staged && head < heads) {
+    Fp8Row<kScaleGroup> output = quantised_output(attention, vector + head);
+    float scaled[16];
+    uint8_t codes[16];
+    values.times_power_of_two(invert_ue8m0(scale)).to_floats(scaled);
+    encode_fp8(scaled, 1.0f, codes);
+    store_bytes(output.q + slab * kSlab + piece * 16, codes);
+    if (slab % 2 == 0 && piece == 0) output.scale[slab / 2] = scale;
+  }
+  ptx::cluster_wait();
 }
 
 // The sink of head number `head`: a parameter of the model.

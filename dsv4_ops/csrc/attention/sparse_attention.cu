@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
     stage_slab<kHeads, kDim>(result.output[slab], memory.query, slab * kSlab);
   }
   ptx::named_barrier(kAdderBarrier, kWarpgroup);
-  store_rows<kHeads, kDim>(memory.query, static_cast<__nv_bfloat16*>(attention.o) + vector * kDim, heads, 0);
+  store_rows<kHeads, kDim>(memory.query, attention, vector, heads, 0);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -238,7 +238,6 @@ cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream
   }
   if (status != cudaSuccess) return status;
   if (attention.partials != nullptr) return launch_sparse_attention_split(attention, processors, stream);
-  if (attention.unpacked.entries != nullptr) return launch_sparse_attention_wide(attention, processors, stream);
   const int heads = attention.heads;
   const auto fits = [&](int tile) { return heads <= tile || attention.rows * tiles_of(heads, tile) <= processors; };
   if (heads <= 8) return launch<8>(attention, stream);

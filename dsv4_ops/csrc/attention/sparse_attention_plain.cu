@@ -4,12 +4,14 @@
 //
 // A CTA owns one head of one row. Warp w takes keys 4w .. 4w + 3, then those 32 further on, with a running softmax of
 // its own; a lane has dimensions lane, lane + 32, ... of query, keys and output. The eight results are added up in
-// order. Every head reads the keys for itself, from L2: this is about correctness, not about speed. Shared memory:
-// output of each warp [8][D], their largest scores and sums [8] each, 16.1 KB for D = 512.
+// order, by each thread for a pair of dimensions. Every head reads the keys for itself, from L2: this is about
+// correctness, not about speed. Shared memory: output of each warp [8][D], their largest scores and sums [8] each,
+// 16.1 KB for D = 512.
 #include "attention/keys.cuh"
 #include "attention/mixed_attention.h"
 #include "common/launch.cuh"
 #include "common/number_formats.cuh"
+#include "common/quantise.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 
@@ -20,6 +22,7 @@ constexpr int kWarps = 8;
 constexpr int kKeys = 4;  // of a warp at a time
 constexpr int kLargestDim = 512;
 constexpr int kValues = kLargestDim / kWarp;  // of a lane
+static_assert(2 * kWarps * kWarp == kLargestDim, "a thread has a pair of output");
 constexpr int kGroup = 64;                    // dimensions that share a scale
 
 // E4M3 -> fp32 by moving the bits; a NaN code is 480, as in decode_finite_e4m3 of dsv4_ops/ops/formats.py.
@@ -77,6 +80,35 @@ __device__ __forceinline__ float query_value(const SparseAttention& attention, c
   const int nope = attention.dim - attention.rope.dim;
   if (dim >= nope) return to_float(static_cast<const T*>(queries.rope)[at(queries.rope_strides) + dim - nope]);
   return decode_e4m3(queries.nope[at(queries.nope_strides) + dim]) * queries.scale[at(queries.scale_strides)];
+}
+
+// Dimensions 2 * pair and the next one of a vector of output, by all threads together; or their codes, in groups of two
+// warps. `scratch` has a word for each warp, which is still read.
+template <typename T>
+__device__ __forceinline__ void store_pair(const SparseAttention& attention, int64_t vector, int pair, bool exists,
+                                           float2 values, float* scratch) {
+  const int64_t first = vector * attention.dim + 2 * pair;
+  if (attention.o_scale == nullptr) {
+    if (!exists) return;
+    T* const o = static_cast<T*>(attention.o) + first;
+    o[0] = from_float<T>(values.x);
+    o[1] = from_float<T>(values.y);
+    return;
+  }
+  static_assert(kScaleGroup == 2 * 2 * kWarp, "of two warps");
+  const float rounded[2] = {round_to<T>(values.x), round_to<T>(values.y)};
+  const uint32_t bits = max_lanes(max_magnitude_bits(rounded));
+  const int warp = threadIdx.x / kWarp;
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) scratch[warp] = __uint_as_float(bits);
+  __syncthreads();
+  if (!exists) return;
+  const uint32_t largest = max(__float_as_uint(scratch[warp]), __float_as_uint(scratch[warp ^ 1]));
+  const uint32_t scale = fp8_group_scale(__uint_as_float(largest));
+  uint8_t codes[2];
+  encode_fp8(rounded, invert_ue8m0(scale), codes);
+  store_bytes(static_cast<uint8_t*>(attention.o) + first, codes);
+  if (2 * pair % kScaleGroup == 0) attention.o_scale[first / kScaleGroup] = scale;
 }
 
 template <typename T, typename Queries>
@@ -146,24 +178,22 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   }
   const float denominator = total + expf(attention.sink[head] - reference);
   if (threadIdx.x == 0) attention.lse[vector] = reference + logf(total);
-  const int nope = shape.dim - shape.rope_dim;
-  const float* const turns = rope_row(attention.rope.table, shape.rope_dim, row.position);
-  T* const o = static_cast<T*>(attention.o) + vector * shape.dim;
-  for (int pair = threadIdx.x; pair < (shape.dim + 1) / 2; pair += kWarps * kWarp) {
-    float2 values{0.0f, 0.0f};
-    if (total > 0) {
+  const int nope = shape.dim - shape.rope_dim, pair = threadIdx.x;
+  float2 values{0.0f, 0.0f};
+  if (total > 0) {
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        values.x = fmaf(factors[i], outputs[i][2 * pair], values.x);
-        values.y = fmaf(factors[i], outputs[i][2 * pair + 1], values.y);
-      }
-      values = {values.x / denominator, values.y / denominator};
+    for (int i = 0; i < kWarps; ++i) {
+      values.x = fmaf(factors[i], outputs[i][2 * pair], values.x);
+      values.y = fmaf(factors[i], outputs[i][2 * pair + 1], values.y);
     }
-    if (2 * pair >= nope)
-      values = rotate(values, {__ldg(turns + 2 * pair - nope), -__ldg(turns + 2 * pair - nope + 1)});
-    o[2 * pair] = from_float<T>(values.x);
-    o[2 * pair + 1] = from_float<T>(values.y);
+    values = {values.x / denominator, values.y / denominator};
   }
+  const bool exists = 2 * pair < shape.dim;
+  if (exists && 2 * pair >= nope) {
+    const float* const turn = rope_row(attention.rope.table, shape.rope_dim, row.position) + 2 * pair - nope;
+    values = rotate(values, {__ldg(turn), -__ldg(turn + 1)});
+  }
+  store_pair<T>(attention, vector, pair, exists, values, sums);
 }
 
 }  // namespace

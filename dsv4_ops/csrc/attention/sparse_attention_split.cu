@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
 #endif
 }
 
-template <int kHeads, int kGroups>
+template <int kHeads, int kGroups, bool kQuantised>
 __global__ void __launch_bounds__(kAddThreads, 2)
     add_units_kernel(const __grid_constant__ SparseAttention attention, int units, int padded) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -174,8 +174,12 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
     ptx::named_barrier(kBarrier + group, kWarpgroup);
     const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
-    store_rows<kHeads, kSlab>(memory.staging[group], static_cast<__nv_bfloat16*>(attention.o) + vector * kDim,
-                              attention.heads - own_head, slab * kSlab);
+    if constexpr (kQuantised) {
+      store_half_groups<kHeads>(memory.staging[group], reinterpret_cast<uint32_t*>(reciprocals), attention, vector,
+                                attention.heads - own_head, slab);
+    } else {
+      store_rows<kHeads, kSlab>(memory.staging[group], attention, vector, attention.heads - own_head, slab * kSlab);
+    }
   }
 #else
   ptx::wait_for_predecessors();
@@ -222,8 +226,11 @@ cudaError_t launch_add(const SparseAttention& attention, int units, int processo
   static_assert(sizeof(Memory) <= kHalfOfShared && kHalfOfShared + 16 + sizeof(WeighMemory<64>) <= kSharedOfTwo);
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
   const bool alone = static_cast<int64_t>(tiles) * kSlabs <= processors;
-  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory)};
-  return launch_in_turn(add_units_kernel<kHeads, kGroups>, at, attention, units, padded_heads(attention.heads));
+  const bool quantised = attention.o_scale != nullptr;
+  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory),
+                  quantised ? 2u : 1u};
+  return launch_in_turn(quantised ? add_units_kernel<kHeads, kGroups, true> : add_units_kernel<kHeads, kGroups, false>,
+                        at, attention, units, padded_heads(attention.heads));
 }
 
 }  // namespace

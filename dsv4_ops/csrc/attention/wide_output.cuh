@@ -1,4 +1,5 @@
 // From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, 16 neighbouring bytes of a lane.
+// Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of them.
 #pragma once
 
 #include "attention/output.cuh"
@@ -17,41 +18,71 @@ __device__ __forceinline__ uint4 transpose_in_quad(uint32_t a, uint32_t b, uint3
   return upper ? uint4{got.x, got.y, high.x, high.y} : uint4{low.x, low.y, got.x, got.y};
 }
 
-// A slab of output of the thread's head number `head` (0 or 1), to the 64 dimensions at `o` of that head.
-__device__ __forceinline__ void store_slab(const float (&sums)[32], int head, float reciprocal, bool exists,
-                                           __nv_bfloat16* o) {
+// What a lane of a quad has of a slab of a head, rounded: word i is dimensions 8 * i + 2 * (lane % 4) and the next one.
+struct RoundedSlab {
   uint32_t words[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float* const two = sums + 4 * i + 2 * head;
-    words[i] = pack_bf16(reciprocal > 0 ? two[0] * reciprocal : 0.0f, reciprocal > 0 ? two[1] * reciprocal : 0.0f);
-  }
-  const uint4 first = transpose_in_quad(words[0], words[1], words[2], words[3]);
-  const uint4 second = transpose_in_quad(words[4], words[5], words[6], words[7]);
-  if (!exists) return;
-  ptx::store(o + threadIdx.x % 4 * 8, first);
-  ptx::store(o + 32 + threadIdx.x % 4 * 8, second);
-}
 
-// The same for the rope slab, which is turned back: of sixteen dimensions a lane has 4 * (lane % 4) and the three after
-// it, in the order 0 2 1 3. `turns` has (cos, sin) of the pairs.
-__device__ __forceinline__ void store_rope_slab(const float (&sums)[32], int head, float reciprocal, bool exists,
-                                                const float2* turns, __nv_bfloat16* o) {
+  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal) {
 #pragma unroll
-  for (int group = 0; group < kRopeDim / 16; ++group) {
-    uint32_t words[2];
+    for (int i = 0; i < 8; ++i) {
+      const float* const two = sums + 4 * i + 2 * head;
+      words[i] = pack_bf16(reciprocal > 0 ? two[0] * reciprocal : 0.0f, reciprocal > 0 ? two[1] * reciprocal : 0.0f);
+    }
+  }
+
+  // Of the rope slab, which is turned back, word 2 * g + i has dimensions 16 * g + 4 * (lane % 4) + 2 * i and the next
+  // one: sums have these four in the order 0 2 1 3. `turns` has (cos, sin) of the pairs.
+  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const float2* turns) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int even = 8 * group + 2 * head + i;
-      const float2 turn = __ldg(turns + 8 * group + threadIdx.x % 4 * 2 + i);
+    for (int i = 0; i < 8; ++i) {
+      const int even = 8 * (i / 2) + 2 * head + i % 2;
+      const float2 turn = __ldg(turns + 8 * (i / 2) + threadIdx.x % 4 * 2 + i % 2);
       const float2 pair{reciprocal > 0 ? sums[even] * reciprocal : 0.0f,
                         reciprocal > 0 ? sums[even + 4] * reciprocal : 0.0f};
       const float2 turned = rotate(pair, float2{turn.x, -turn.y});
       words[i] = pack_bf16(turned.x, turned.y);
     }
-    if (exists) *reinterpret_cast<uint2*>(o + 16 * group + threadIdx.x % 4 * 4) = {words[0], words[1]};
   }
-}
+
+  // To the 64 dimensions at `o`.
+  __device__ __forceinline__ void store(bool rope, bool exists, __nv_bfloat16* o) const {
+    if (rope) {
+#pragma unroll
+      for (int group = 0; group < 4; ++group) {
+        auto* const to = reinterpret_cast<uint2*>(o + 16 * group + threadIdx.x % 4 * 4);
+        if (exists) *to = {words[2 * group], words[2 * group + 1]};
+      }
+      return;
+    }
+    const uint4 first = transpose_in_quad(words[0], words[1], words[2], words[3]);
+    const uint4 second = transpose_in_quad(words[4], words[5], words[6], words[7]);
+    if (!exists) return;
+    ptx::store(o + threadIdx.x % 4 * 8, first);
+    ptx::store(o + 32 + threadIdx.x % 4 * 8, second);
+  }
+
+  // The same times a power of two as E4M3, to 64 bytes: a lane stores sixteen of them.
+  __device__ __forceinline__ void store_codes(bool rope, bool exists, float factor, uint8_t* codes) const {
+    uint32_t fours[4];
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const float2 low = unpack_bf16x2(words[i]), high = unpack_bf16x2(words[i + 1]);
+      fours[i / 2] = encode_e4m3x2(low.x * factor, low.y * factor) |
+                     encode_e4m3x2(high.x * factor, high.y * factor) << 16;
+    }
+    uint4 own = transpose_in_quad(fours[0], fours[1], fours[2], fours[3]);
+    if (!rope) {  // a word has two codes of the first eight and two of the last
+      own = {low_halves(own.x, own.y), low_halves(own.z, own.w), high_halves(own.x, own.y), high_halves(own.z, own.w)};
+    }
+    if (exists) ptx::store(codes + threadIdx.x % 4 * 16, own);
+  }
+
+  __device__ __forceinline__ uint32_t max_magnitude_bits() const {
+    const Packed<__nv_bfloat16, 16> all{uint4{words[0], words[1], words[2], words[3]},
+                                        uint4{words[4], words[5], words[6], words[7]}};
+    return all.max_magnitude_bits();
+  }
+};
 
 // A total to which units are also added that are relative to its own reference.
 struct RunningTotal : Total {
@@ -69,23 +100,37 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, c
                                              const RunningTotal (&totals)[2], uint32_t row, int first_head,
                                              int position, int half) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
+  const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int head = first_head + thread / kWarp * 16 + lane / 4 + 8 * i;
     const bool exists = head < attention.heads;
     const float reciprocal = finish_head(attention, row, head, totals[i], half == 0 && lane % 4 == 0);
     const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
-    __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
+    const auto has_rope = [&](int slab) { return slab == kHalfSlabs - 1 && half == 1; };
+    const auto round = [&](int slab) {
+      return has_rope(slab) ? RoundedSlab(sums[slab], i, reciprocal, turns) : RoundedSlab(sums[slab], i, reciprocal);
+    };
+    if (attention.o_scale == nullptr) {
+      __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs - 1; ++slab) {
-      store_slab(sums[slab], i, reciprocal, exists, o + slab * kSlab);
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+        round(slab).store(has_rope(slab), exists, o + slab * kSlab);
+      }
+      continue;
     }
-    constexpr int kLast = kHalfSlabs - 1;
-    if (half == 0) {
-      store_slab(sums[kLast], i, reciprocal, exists, o + kLast * kSlab);
-    } else {
-      const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
-      store_rope_slab(sums[kLast], i, reciprocal, exists, turns, o + kLast * kSlab);
+    const Fp8Row<kScaleGroup> output = quantised_output(attention, vector);
+    static_assert(kScaleGroup == 2 * kSlab);
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; slab += 2) {
+      const RoundedSlab first = round(slab), second = round(slab + 1);
+      const uint32_t bits = max(first.max_magnitude_bits(), second.max_magnitude_bits());
+      const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
+      const float factor = invert_ue8m0(scale);
+      const int dim = half * (kDim / 2) + slab * kSlab;
+      first.store_codes(false, exists, factor, output.q + dim);
+      second.store_codes(has_rope(slab + 1), exists, factor, output.q + dim + kSlab);
+      if (exists && lane % 4 == 0) output.scale[dim / kScaleGroup] = scale;
     }
   }
 }

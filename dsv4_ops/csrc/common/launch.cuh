@@ -33,6 +33,7 @@ struct Launch {
   dim3 block;
   cudaStream_t stream;
   size_t shared_bytes = 0;  // dynamic shared memory
+  unsigned cluster = 1;     // CTAs next to each other in y that run at the same time
 };
 
 // Launch `kernel`; an empty grid launches nothing. Legal during stream capture.
@@ -45,16 +46,18 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& at, Argum
     const cudaError_t status = cudaFuncSetAttribute(kernel, limit, static_cast<int>(at.shared_bytes));
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, at.cluster, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = at.grid;
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = at.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = at.cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

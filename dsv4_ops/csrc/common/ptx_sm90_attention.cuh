@@ -42,6 +42,21 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
   return value;
 }
 
+// barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
+// wrote to shared memory before is seen by all after.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// mapa, ld.shared::cluster: the word at this address in the shared memory of CTA number `rank` of the cluster.
+__device__ __forceinline__ uint32_t load_of_cta(uint32_t shared, uint32_t rank) {
+  uint32_t value;
+  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.u32 %0, [a];}"
+               : "=r"(value)
+               : "r"(shared), "r"(rank)
+               : "memory");
+  return value;
+}
+
 // As kRegistersOfThreeWarpgroups of ptx_sm90.cuh, for a CTA of four.
 constexpr int kRegistersOfFourWarpgroups = 4 * 128;
 
