@@ -9,12 +9,13 @@ from torch import Tensor
 
 UNIT = 64  # keys that csrc/attention adds to a row's result in one step
 # Two kernels share out the units and dimensions of a row for at most so many rows x tiles of 64 heads, so many bytes.
-# H200, 2026-11-25, 640 keys, 64 heads, us of two kernels and of one: 16 rows 24.1 and 25.6, 32 rows 29.5 and 28.0.
+# H200, 2026-11-25, us of two kernels and of one: 64 heads, 640 keys, 16 rows 16.2 and 22.2, 32 rows 30.5 and 23.7; 128
+# heads, 1152 keys, 8 rows 21.8 and 34.7, 16 rows 46.8 and 36.9; 16 heads, 640 keys, 16 rows 12.5 and 22.8, 32 rows 26.7
+# and 24.8.
 SPLIT_TILES = 16
-# The same for selected entries, where so many keys outweigh that more CTAs share an SM: 16 rows of 128 heads and 1152
-# keys 40.4 and 44.1, 32 rows of 16 heads and 640 keys 25.1 and 29.1.
-SPLIT_TILES_LONG = 32
-LONG_KEYS = 1024  # and half of it for up to 16 heads
+# With few keys the second launch is worth less. 64 heads, 128 keys, 1 row 5.6 and 6.8, 8 rows 7.3 and 7.0.
+FEW_KEYS = 128
+SPLIT_TILES_FEW_KEYS = 4
 SPLIT_BYTES = 2**27
 # A chunk of so many rows a sequence reads keys that are unpacked once, if it reads each of them so often and they take
 # at most so many bytes.
@@ -23,7 +24,7 @@ UNPACK_READS = 16
 UNPACK_BYTES = 2**29
 
 
-def partials(q: Tensor, keys: int, tiles: int = SPLIT_TILES) -> Tensor:
+def partials(q: Tensor, keys: int) -> Tensor:
     """Room for the weights of all `keys` of few rows, handed from CTAs that have some keys to CTAs that have some dims.
 
     Otherwise nothing, and a CTA does all of a row and tile of heads. The result has the same bits.
@@ -31,6 +32,7 @@ def partials(q: Tensor, keys: int, tiles: int = SPLIT_TILES) -> Tensor:
     rows, heads = q.shape[0] * q.shape[1], q.shape[2]
     padded = next((tile for tile in (8, 16, 32) if heads <= tile), -(-heads // 64) * 64)
     size = rows * padded * -(-keys // UNIT) * (UNIT * 2 + 8)  # bf16 weights, the largest score and the sum in fp32
+    tiles = SPLIT_TILES if keys > FEW_KEYS else SPLIT_TILES_FEW_KEYS
     few = rows * -(-heads // 64) <= tiles and size <= SPLIT_BYTES
     return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
@@ -57,8 +59,7 @@ def partials_selected(q: Tensor, *others) -> Tensor:
     keys = window + others[6].shape[2]
     if q.shape[1] >= UNPACK_ROWS:
         return unpacked(q, keys, others[4].shape[1] * page_size + others[5].shape[1] * far_page_size, q.shape[3])
-    long = keys >= (LONG_KEYS if q.shape[2] > 16 else LONG_KEYS // 2)
-    return partials(q, keys, SPLIT_TILES_LONG if long else SPLIT_TILES)
+    return partials(q, keys)
 
 
 def partials_compressed(q: Tensor, *others) -> Tensor:

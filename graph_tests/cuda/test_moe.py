@@ -42,9 +42,10 @@ def with_ids(kind: str, arguments: tuple, ids: Tensor) -> tuple:
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize(("rows", "experts"), [(3, 4), (5, 12)])  # two teams of warps, and three for MXFP4
 @pytest.mark.parametrize("kind", FORMATS)
-def test_three_tokens(kind):
-    check_kernel(f"moe_{kind}", make(kind, choose(3, 4, 2), 128, 128, 4), near)
+def test_few_tokens(kind, rows, experts):
+    check_kernel(f"moe_{kind}", make(kind, choose(rows, experts, 2), 128, 128, experts), near)
 
 
 @pytest.mark.sanitize

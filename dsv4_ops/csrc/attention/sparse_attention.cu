@@ -11,7 +11,7 @@
 // the same whether one CTA goes through all units, or the units are weighed by different CTAs; and whether a CTA has 8
 // heads or 64. Who does what depends on the number of rows:
 //
-//   few rows       two kernels, sparse_attention_split.cu: where ops/attention.py gives a workspace
+//   few rows       two kernels, sparse_attention_split.cu: where ops/attention_workspace.py gives room
 //   otherwise      this kernel with the smallest tile of 16 or 32 heads (8 where there are 8) that gives each CTA an SM
 //                  of its own
 //   many           sparse_attention_wide.cu: 64 heads a CTA

@@ -33,8 +33,9 @@
 //   tensor cores       2048, the floor
 //
 // H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.3, 64 x 640 36.7, 64 x 384 24.3, 128 x 1152 114.
-// Prefill of 4096 rows that unpacks keys for each row: 355 (64 x 640) to 397 TFLOP/s (128 x 1152), some 5000 cycles a
-// unit, more than twice the floor.
+// Prefill of 4096 rows: 408 (64 x 640) to 446 TFLOP/s (128 x 1152) with keys that are unpacked once, 355 to 397 where
+// each row unpacks its own; some 4400 cycles a unit, more than twice the floor. Copiers that load a slab as soon as one
+// is written, with the fence on the reading side, change that by 1 %.
 //
 // What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
 // then the refill of the tile that it handed back last. Half of a refill waits for no load, and no fresh load is under

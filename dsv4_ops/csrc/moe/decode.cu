@@ -6,8 +6,8 @@
 //
 // One CTA stays on each SM and takes its share of all units: a unit is 32 rows of the weights of one group of up to
 // `capacity` pairs of an expert, in one pass for each 16 pairs. Work is thus divided by bytes, to 32 rows. Every CTA
-// finds the groups for itself from the ids (pairs.cuh). Its teams of 8 warps, three where groups have up to 4 pairs and
-// else two, take units in turn; each warp of a team multiplies a part of k of its own, so that a sum is made of the
+// finds the groups for itself from the ids (pairs.cuh). Its teams of 8 warps, two or, where groups have up to 4
+// pairs, three, take units in turn; each warp of a team multiplies a part of k of its own, so that a sum is made of the
 // same terms in the same order whoever else is in the batch; the eight sums of an element meet in shared memory, where
 // two warps in turn add them in the order of the warps and finish 16 rows by 8 pairs each while the others go on.
 //
@@ -28,11 +28,12 @@
 // What comes before the first product is a quarter of the first kernel at one token, and mostly waiting: so the groups
 // of up to 32 pairs are found with one barrier, and the rows of x are asked for before the weights.
 //
-// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.0 (17.1), 7168 x 3072 75.5 (44.8), NVFP4 41.9
-// (18.1) and 80.4 (47.4); MXFP4, 16 tokens on 256 experts 395 (273), 64 on 32 experts 217 (91). What was tried: 8 warps
-// an SM instead of 16 is 10 to 15 % slower; deeper rings and scales decoded once a stage, with addresses from the step
-// as they are here, give 3 to 7 % at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on w1 and w3,
-// before the wait changed nothing.
+// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 37.7 (17.1), 7168 x 3072 75.2 (44.8), NVFP4 40.1
+// (18.1) and 82.2 (47.4); MXFP4, 16 tokens on 256 experts 359 (273), 64 on 32 experts 216 (91). What was tried: 8 warps
+// an SM instead of 16 is 10 to 15 % slower; deeper rings and scales decoded once a stage give 3 to 7 % at 16 and 64
+// tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed nothing; three teams
+// instead of two take 6 to 8 % off MXFP4 4096 x 2048 at 16 and 64 tokens on 256 experts, change nothing at one token,
+// and lose 4 % at MXFP4 7168 x 3072 and up to 15 % with NVFP4, where fewer rows fit beside a third ring.
 #include <algorithm>
 #include <type_traits>
 
@@ -314,20 +315,20 @@ cudaError_t launch_teams(const Moe& moe, cudaStream_t stream) {
   return launch_kernel(kernel, at, moe, plan, ids);
 }
 
-// Whether three teams serve: their groups have at most `capacity` pairs, so an expert with more is read again for each
-// group. For FP4, whose instructions weigh most, that is worth it where experts have half as many on average: few have
-// more, and those who have took them from others.
+// Whether three teams serve: for MXFP4, whose instructions weigh most, where the rows of a full group fit. Their groups
+// have few pairs, so an expert with more is read again for each group: worth it where experts have half as many on
+// average, since few have more, and those who have took them from others.
 template <typename Format, bool kFirst>
 bool few_pairs(const Moe& moe) {
-  constexpr bool kFp4 = Format::kFormat == MoeFormat::kMxfp4 || Format::kFormat == MoeFormat::kNvfp4;
-  const int64_t capacity = plan_of<Format, kFirst, true>(moe).capacity, pairs = moe.tokens * moe.k;
-  return capacity >= moe.tokens || (kFp4 && capacity >= 2 && 2 * pairs <= capacity * moe.experts);
+  return plan_of<Format, kFirst, true>(moe).capacity == kFewRows && 2 * moe.tokens * moe.k <= kFewRows * moe.experts;
 }
 
 template <typename Format, bool kFirst>
 cudaError_t launch_product(const Moe& moe, cudaStream_t stream) {
-  return few_pairs<Format, kFirst>(moe) ? launch_teams<Format, kFirst, true>(moe, stream)
-                                        : launch_teams<Format, kFirst, false>(moe, stream);
+  if constexpr (Format::kFormat == MoeFormat::kMxfp4) {
+    if (few_pairs<Format, kFirst>(moe)) return launch_teams<Format, kFirst, true>(moe, stream);
+  }
+  return launch_teams<Format, kFirst, false>(moe, stream);
 }
 
 // x as f16 where enough of its rows fit so that hardly an expert has more.
