@@ -5,8 +5,8 @@
 //
 // The tensor cores could multiply codes by codes in half the time, but not sooner: keys must be in bf16 for the output
 // anyway, and codes beside them are bytes to bring and to write. H200, 2026-11-25, prefill of 4096 rows, 64 heads, 1152
-// keys: 446 TFLOP/s, as much as queries in bf16. With keys that each row unpacks, FP8 products reached 314 TFLOP/s where
-// bf16 products of queries in bf16 had 384.
+// keys: 446 TFLOP/s, as much as queries in bf16. With keys that each row unpacks, FP8 products reached 314 TFLOP/s
+// where bf16 products of queries in bf16 had 384.
 //
 // Codes of the next row are asked for in L2 while the last unit is added, and loaded once the output is stored: there
 // are no registers, and no room in shared memory, for them before.

@@ -1,5 +1,5 @@
-// E4M3 weights with UE8M0 scales as bf16, the format that they are multiplied in: what converting them beforehand gives,
-// bit for bit.
+// E4M3 weights with UE8M0 scales as bf16, the format that they are multiplied in: what converting them beforehand
+// gives, bit for bit.
 //
 // A code's exponent and mantissa in the places of those of bf16 are its value times 2^-120, subnormals among them. One
 // product with 2^120 times the scale rounds as the exact value does, where it is not exact: results below 2^-126 and

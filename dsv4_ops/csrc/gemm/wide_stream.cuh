@@ -24,9 +24,9 @@
 // H200, 2026-11-25, us one behind the other as in stream.cuh (floor), 64 tokens: 32768 x 1024 18.2 (8.2), 4096 x 8192
 // 20.3 (7.4). By mma.sync, with x converted in every warp, they took 22.7 and 25.0. With another loop, in which both
 // tiles of a warp are under way at once, the first took as long: what is left is not its order but staging x before the
-// first product, and eight pieces a warp that hardly fill a ring of three. Codes multiplied as they are, by FP8 wgmma for
-// all of 1 to 64 tokens, take 10 to 30 % less at 64 tokens (13.6 and 17.4) and 10 % less at 16, but 2 to 15 % more at
-// one, and sums keep 13 bits below their largest term.
+// first product, and eight pieces a warp that hardly fill a ring of three. Codes multiplied as they are, by FP8 wgmma
+// for all of 1 to 64 tokens, take 10 to 30 % less at 64 tokens (13.6 and 17.4) and 10 % less at 16, but 2 to 15 % more
+// at one, and sums keep 13 bits below their largest term.
 #pragma once
 
 #include "common/ptx_sm90_gemm.cuh"

@@ -1,8 +1,8 @@
 // W8A16 products of 9 to 64 tokens on Hopper: weights stream through shared memory and registers into wgmma.
 //
 // As in stream.cuh a warp copies pieces of 16 or 32 weight rows x 128 bytes into a ring of its own and turns them into
-// bf16 in registers, where they are the first operand of wgmma; only there the four warps of a warpgroup meet. Half of a
-// piece (64 values of k) is under way in the tensor cores while a warp converts the next half. Nothing is left to do
+// bf16 in registers, where they are the first operand of wgmma; only there the four warps of a warpgroup meet. Half of
+// a piece (64 values of k) is under way in the tensor cores while a warp converts the next half. Nothing is left to do
 // with the sums until the end, for a weight's scale is part of it.
 //
 // The order of sums is that of stream.cuh: the same steps of 16 values, the same ranges. So a token has the same bits
@@ -169,8 +169,8 @@ class WideW8a16Product {
     if (half == 0 && m + 1 == kTiles) ring.advance();  // all of the stage is in registers
   }
 
-  // The piece whose first half lies in halves[0], the `offset`th in the window of x. halves[0] and halves[1] take turns:
-  // one is read by products that are under way, one is written.
+  // The piece whose first half lies in halves[0], the `offset`th in the window of x. halves[0] and halves[1] take
+  // turns: one is read by products that are under way, one is written.
   __device__ __forceinline__ void multiply(int offset) {
     const uint32_t x_at = ptx::shared_address(shared) + offset * Shape::kPieceBytesOfX;
     const uint64_t x = ptx::wgmma_descriptor(x_at, 16, 1024, true);
