@@ -7,6 +7,7 @@ import torch
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a GPU and the CUDA kernels")
     config.addinivalue_line("markers", "sanitize: a small case of a kernel, run again under compute-sanitizer")
+    config.addinivalue_line("markers", "library: runs a kernel of cuBLAS as well, which racecheck is not asked about")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ out, follow from the number of rows, so a row alone and the row in a batch take 
 import pytest
 import torch
 
+from dsv4_ops.ops import attention_workspace
 from dsv4_ops.registry import TABLE
 from graph_tests.checks import assert_bits_equal, row_strided
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
@@ -205,8 +206,9 @@ def without_workspace(kind: str, arguments: tuple) -> tuple[torch.Tensor, torch.
     ("rows", "heads"), [pytest.param(3, 8, marks=pytest.mark.sanitize), (3, 16), (1, 64), (16, 64), (8, 128), (13, 24)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_workspace_the_bits_are_the_same(kind, rows, heads):
+def test_without_workspace_the_bits_are_the_same(kind, rows, heads, monkeypatch):
     """One CTA has all of a row and 8, 16 or 32 heads, where two kernels would share it out. One row is padding."""
+    monkeypatch.setattr(attention_workspace, "SPLIT_TILES_FEW_KEYS", attention_workspace.SPLIT_TILES)
     arguments = on_cuda(full(kind, [[-1 if row == 1 else 9 * row + 180] for row in range(rows)], heads=heads))
     assert TABLE[f"sparse_attention_{kind}"].workspace(*arguments).numel() > 0
     for one, another in zip(run(kind, arguments), without_workspace(kind, arguments), strict=True):

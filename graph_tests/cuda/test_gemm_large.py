@@ -111,6 +111,7 @@ def test_w8a16(tokens):
 
 
 @pytest.mark.sanitize
+@pytest.mark.library
 def test_w8a16_of_many_tokens_converts_rows_longer_than_a_cta():
     arguments, x, weight = operands("w8a16", (200, 4096 + 48), 24)
     assert_fp32_sum(OPS.linear_w8a16(*on_cuda(arguments)), x.cuda(), weight.cuda())
