@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv4_ops.ops import attention_workspace
 from dsv4_ops.registry import TABLE
 from graph_tests.checks import assert_bits_equal
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
@@ -15,6 +16,11 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.dsv4
 NAME = "sparse_attention_mixed"
 PLAIN = (close(2.0**-7, 2e-5), close(1e-6, 1e-5))
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_any_size_unpack_keys_once(monkeypatch):
+    monkeypatch.setattr(attention_workspace, "UNPACK_READS", 0)
 
 
 def full(positions: list[list[int]], **options) -> tuple:
