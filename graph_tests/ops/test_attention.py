@@ -215,7 +215,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize(("kind", "entries"), [("window", 160), ("selected", 160 + 36), ("compressed", 160 + 36)])
 def test_a_chunk_has_room_for_its_keys_in_bf16(kind, entries, monkeypatch):
-    """All entries that the block tables of two sequences reach, and one of zeros; nothing for few reads, rows, heads."""
+    """All entries that the block tables of two sequences reach, and one of zeros; none for few reads, rows, heads."""
     room = TABLE[f"sparse_attention_{kind}"].workspace
 
     def floats(rows: int, heads: int) -> int:
