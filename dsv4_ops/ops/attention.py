@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv4_ops.ops.attention_workspace import partials_compressed, partials_selected, partials_window
+from dsv4_ops.ops.attention_workspace import workspace_compressed, workspace_selected, workspace_window
 from dsv4_ops.ops.norm import expect_rope
 from dsv4_ops.ops.pages import KV_GROUP, kv_entry_bytes, read_kv
 from dsv4_ops.ops.rope import apply_rope
@@ -220,7 +220,7 @@ sparse_attention_window = define(
     reference=window_reference,
     check=partial(check_window, "sparse_attention_window"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_window,
+    workspace=workspace_window,
 )
 
 # as above, and compressed_pool [pages, page stride] uint8 | f32, compressed_table [B, pages of a sequence] int32,
@@ -233,7 +233,7 @@ sparse_attention_selected = define(
     reference=selected_reference,
     check=partial(check_selected, "sparse_attention_selected"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_selected,
+    workspace=workspace_selected,
 )
 
 # as above without indices: a row sees compressed entries 0 .. (position + 1) // ratio - 1
@@ -245,5 +245,5 @@ sparse_attention_compressed = define(
     reference=compressed_reference,
     check=partial(check_compressed, "sparse_attention_compressed"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_compressed,
+    workspace=workspace_compressed,
 )

@@ -16,12 +16,10 @@ from dsv4_ops.ops.attention import (
     check_selected,
     check_window,
     compressed_reference,
-    partials_compressed,
-    partials_selected,
-    partials_window,
     selected_reference,
     window_reference,
 )
+from dsv4_ops.ops.attention_workspace import workspace_compressed, workspace_selected, workspace_window
 from dsv4_ops.ops.quant import alloc_fp8, quant_fp8_reference
 from dsv4_ops.registry import Inline, define, describe, expect
 
@@ -69,7 +67,7 @@ sparse_attention_window_quant_fp8 = define(
     reference=window_quant_fp8_reference,
     check=partial(check_quantised, check_window, "sparse_attention_window_quant_fp8"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_window,
+    workspace=workspace_window,
 )
 
 sparse_attention_selected_quant_fp8 = define(
@@ -80,7 +78,7 @@ sparse_attention_selected_quant_fp8 = define(
     reference=selected_quant_fp8_reference,
     check=partial(check_quantised, check_selected, "sparse_attention_selected_quant_fp8"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_selected,
+    workspace=workspace_selected,
 )
 
 sparse_attention_compressed_quant_fp8 = define(
@@ -91,5 +89,5 @@ sparse_attention_compressed_quant_fp8 = define(
     reference=compressed_quant_fp8_reference,
     check=partial(check_quantised, check_compressed, "sparse_attention_compressed_quant_fp8"),
     inline=Inline.STATIC_SHAPES,
-    workspace=partials_compressed,
+    workspace=workspace_compressed,
 )

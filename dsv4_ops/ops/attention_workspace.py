@@ -52,14 +52,14 @@ def unpacked(q: Tensor, keys: int, entries: int, dim: int) -> Tensor:
     return q.new_empty(size // 4 if pays and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
 
-def partials_window(q: Tensor, *others) -> Tensor:
+def workspace_window(q: Tensor, *others) -> Tensor:
     window, page_size = others[-2:]
     if q.shape[1] >= UNPACK_ROWS:
         return unpacked(q, window, others[3].shape[1] * page_size, q.shape[3])
     return partials(q, window)
 
 
-def partials_selected(q: Tensor, *others) -> Tensor:
+def workspace_selected(q: Tensor, *others) -> Tensor:
     window, page_size, far_page_size = others[-3:]
     keys = window + others[6].shape[2]
     if q.shape[1] >= UNPACK_ROWS:
@@ -67,7 +67,7 @@ def partials_selected(q: Tensor, *others) -> Tensor:
     return partials(q, keys)
 
 
-def partials_compressed(q: Tensor, *others) -> Tensor:
+def workspace_compressed(q: Tensor, *others) -> Tensor:
     window, _, page_size, far_page_size = others[-4:]
     entries = others[5].shape[1] * far_page_size
     if q.shape[1] >= UNPACK_ROWS:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dsv4_ops.ops import attention_workspace
 from dsv4_ops.registry import TABLE
 from graph_tests.checks import assert_bits_equal
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
@@ -11,16 +10,11 @@ from graph_tests.cuda.test_attention import TENSOR, rows_from
 from graph_tests.ops.attention_cases import FULL, SMALL
 from graph_tests.ops.attention_mixed_cases import LAYOUTS, SEQUENCE_ARGUMENTS, make_mixed
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small_chunks_unpack_keys_once")]
 
 OPS = torch.ops.dsv4
 NAME = "sparse_attention_mixed"
 PLAIN = (close(2.0**-7, 2e-5), close(1e-6, 1e-5))
-
-
-@pytest.fixture(autouse=True)
-def chunks_of_any_size_unpack_keys_once(monkeypatch):
-    monkeypatch.setattr(attention_workspace, "UNPACK_READS", 0)
 
 
 def full(positions: list[list[int]], **options) -> tuple:

@@ -8,21 +8,15 @@ lengths follow each other. Their bits are those of a row alone, which other kern
 import pytest
 import torch
 
-from dsv4_ops.ops import attention_workspace
 from dsv4_ops.registry import TABLE
 from graph_tests.cuda.kernel_checks import assert_rows_independent, bits, check_kernel, on_cuda
 from graph_tests.cuda.test_attention import KINDS, OPS, TENSOR, close, full, rows_from
 from graph_tests.ops.attention_cases import sequence_arguments
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small_chunks_unpack_keys_once")]
 
 # Units of 64 keys of the window: none, 1 and 2; the last key alone, the first alone, all.
 LENGTHS = (-1, 0, 62, 63, 64, 126, 127, 128, 300, -1, -1, 64, 5, 1000, 190)
-
-
-@pytest.fixture(autouse=True)
-def chunks_of_any_size_unpack_keys_once(monkeypatch):
-    monkeypatch.setattr(attention_workspace, "UNPACK_READS", 0)
 
 
 def many(rows: int) -> list[list[int]]:
