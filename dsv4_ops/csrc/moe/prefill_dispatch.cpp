@@ -46,14 +46,13 @@ struct Map {
 
 using LaunchProduct = cudaError_t (*)(PrefillStep, const PrefillProduct&, cudaStream_t);
 
+// Of the experts.
 LaunchProduct launcher_of(MoeFormat format) {
   switch (format) {
     case MoeFormat::kDense:
       return launch_prefill_dense;
     case MoeFormat::kFp8:
       return launch_prefill_fp8;
-    case MoeFormat::kMxfp4:
-      return launch_prefill_mxfp4;
     case MoeFormat::kMxfp4Folded:
       return launch_prefill_folded;
     default:
@@ -197,7 +196,8 @@ cudaError_t launch_linear_fp4_prefill(const LinearPrefill& linear, cudaStream_t 
   product.row_factor = linear.x_global;
   product.row_factor_stride = linear.x_global_stride;
   product.results = linear.y;
-  return launcher_of(linear.format)(PrefillStep::kDown, product, stream);
+  if (linear.format == MoeFormat::kMxfp4) return launch_prefill_mxfp4(product, stream);
+  return launch_prefill_nvfp4(PrefillStep::kDown, product, stream);
 }
 
 }  // namespace dsv4

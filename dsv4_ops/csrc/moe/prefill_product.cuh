@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_h(const PrefillProduct& product, const Til
   for (int i = 0; i < kN / kRowStep; ++i) {
     const int row = first + i * kRowStep;
     Chunk parts[2] = {staged(memory, 0, row, chunk), staged(memory, 1, row, chunk)};
-    if constexpr (kFormat == MoeFormat::kFp8 || kFormat == MoeFormat::kMxfp4) round_fp8(parts);
+    if constexpr (kFormat == MoeFormat::kFp8) round_fp8(parts);
     uint8_t* const target = h + (row - first) * 128 + chunk * 16;
     ptx::store(target, parts[0].parts[0]);
     ptx::store(target + product.rows.capacity * 128, parts[1].parts[0]);
