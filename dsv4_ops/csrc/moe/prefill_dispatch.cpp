@@ -1,6 +1,7 @@
 // Prefill: which calls it serves, its workspace, and its launches in order (prefill.h).
 #include <algorithm>
 
+#include "common/device.h"
 #include "moe/prefill.h"
 
 namespace dsv4 {
@@ -9,12 +10,6 @@ namespace {
 constexpr int64_t kDecodeTokens = 64;  // rows of so few tokens keep their bits in every batch: decode serves them
 constexpr int64_t kMostPairs = int64_t{1} << 30;
 constexpr int kMostExperts = 8192;  // counters in shared memory
-
-bool on_hopper() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-}
 
 bool aligned(const void* pointer, int64_t stride, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride % bytes == 0;
