@@ -35,8 +35,7 @@
 // behind the other.
 #pragma once
 
-#include "common/ptx_sm90_gemm.cuh"
-#include "common/ptx_sm90_moe.cuh"
+#include "common/ptx_sm90_wgmma.cuh"
 #include "gemm/weight_ring.cuh"
 #include "gemm/wide_x.cuh"
 
@@ -247,7 +246,7 @@ class WideProduct {
 #pragma unroll
         for (int step = 0; step < kHalfSteps; ++step) {
           const uint64_t at = ptx::advance_descriptor(x, half * X::kBlockBytes + step * 32);
-          ptx::wgmma_rows<kTokens>(total[m], halves[half][step], at, 1);
+          ptx::wgmma_k16_bf16<kTokens>(total[m], halves[half][step], at, 1);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();  // the products of the half before

@@ -97,8 +97,8 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
         b = ptx::wgmma_descriptor(ptx::shared_address(memory.panels[rings.panels.stage]), 16, 1024, true);
       }
       ptx::wgmma_fence();
-      ptx::wgmma_rows<kN>(acc[0], a[step % 2][0], ptx::advance_descriptor(b, step % 4 * 32), 1);
-      ptx::wgmma_rows<kN>(acc[1], a[step % 2][1], ptx::advance_descriptor(b, step % 4 * 32), 1);
+      ptx::wgmma_k16_bf16<kN>(acc[0], a[step % 2][0], ptx::advance_descriptor(b, step % 4 * 32), 1);
+      ptx::wgmma_k16_bf16<kN>(acc[1], a[step % 2][1], ptx::advance_descriptor(b, step % 4 * 32), 1);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (step % 4 == 0) {
