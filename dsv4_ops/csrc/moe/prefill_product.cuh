@@ -376,8 +376,13 @@ __device__ __forceinline__ void consume(const PrefillProduct& product, const Pro
   }
 }
 
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// The CTA's shared memory, its barriers ready.
 template <MoeFormat kFormat>
-__device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
+__device__ __forceinline__ ProductMemory<kFormat>& start_memory() {
+  extern __shared__ __align__(1024) uint8_t memory_start[];
+  auto& memory = *reinterpret_cast<ProductMemory<kFormat>*>(memory_start);
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : memory.full_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kProducers);
     for (auto& barriers : memory.empty_weights) {
@@ -391,12 +396,14 @@ __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
     ptx::fence_async_proxy();
   }
   __syncthreads();
+  return memory;
 }
 
-// All tiles of this CTA.
+// All tiles of this CTA. Only Hopper is asked to (prefill_serves).
 template <MoeFormat kFormat, PrefillStep kStep>
 __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, const ProductTiles& tiles,
                                                ProductMemory<kFormat>& memory) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const int tile_count = block_count(product) * static_cast<int>(tiles.parts.value());
   // The same in all lanes, and known to be.
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
@@ -407,9 +414,8 @@ __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, co
     ptx::take_registers<ProductRegisters<kFormat>::kConsumer>();
     consume<kFormat, kStep>(product, tiles, memory, tile_count, warpgroup);
   }
+#endif
 }
-
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // One CTA an SM, or one a tile where these are fewer.
 template <MoeFormat kFormat, typename Kernel>
