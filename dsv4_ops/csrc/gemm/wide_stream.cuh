@@ -13,7 +13,8 @@
 // wgmma rounds as mma.sync does; the same groups, scales and ranges. So a token has the same bits with any number of
 // tokens.
 //
-//   CTA     one range of k (grid.y) of 256 rows (kTiles 2) or 128 rows (kTiles 1); of up to 32 tokens two fit an SM
+//   CTA     one range of k (grid.y) of a tile of 256 rows (kTiles 2) or 128 rows (kTiles 1), of FP8 of one tile after
+//           the other; of up to 32 tokens two fit an SM
 //   memory  x (wide_x.cuh; 256 bytes a token and piece: 16 KiB a piece of 64 tokens) | rings (8 warps x stages x 2 or
 //           4 KiB) | scales of x in fp32 [group][token]
 //
@@ -41,6 +42,9 @@
 
 namespace dsv4 {
 
+// Whether a CTA goes on to other tiles of rows. For W8A16 that would take registers that it does not have.
+constexpr bool walks(Format format) { return format == Format::kFp8; }
+
 template <int kTokens, int kTiles>
 struct WideShape {
   static constexpr int kStages = kTokens == 64 && kTiles == 1 ? 4 : 3;
@@ -56,8 +60,8 @@ class WideProduct {
   using Shape = WideShape<kTokens, kTiles>;
   using Ring = WeightRing<kFormat, kTiles, Shape::kStages>;
   using X = WideX<kFormat, kTokens>;
-  static constexpr bool kWalks = kFormat == Format::kFp8;  // on to other tiles of rows
-  static constexpr int kHalfSteps = 4;                     // of k16, of half a piece
+  static constexpr bool kWalks = walks(kFormat);
+  static constexpr int kHalfSteps = 4;       // of k16, of half a piece
   static constexpr int kSums = kTokens / 2;  // of a thread, of 16 rows of each warp
 
  public:
@@ -132,28 +136,28 @@ class WideProduct {
 
   // Half `half` of tile m of the stage, as fragments.
   __device__ __forceinline__ void convert(Half& fragments, int m, int half) const {
-    if constexpr (kFormat == Format::kFp8) {
-      convert_by(fragments, m, half, e4m3_fragment);
-    } else if (scale.large) {
-      convert_by(fragments, m, half, [this](uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
-        e4m3_bf16_fragment<true>(a, upper, lower, scale.factor);
-      });
+    if (kFormat == Format::kW8a16 && scale.large) {
+      convert_as<true>(fragments, m, half);
     } else {
-      convert_by(fragments, m, half, [this](uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
-        e4m3_bf16_fragment<false>(a, upper, lower, scale.factor);
-      });
+      convert_as<false>(fragments, m, half);
     }
   }
 
-  template <typename ToFragment>
-  __device__ __forceinline__ void convert_by(Half& fragments, int m, int half, ToFragment to_fragment) const {
+  template <bool kLargeScale>
+  __device__ __forceinline__ void convert_as(Half& fragments, int m, int half) const {
 #pragma unroll
     for (int pair = 0; pair < kHalfSteps / 2; ++pair) {
       uint32_t words[4];
       const int chunk = half * kHalfSteps + 2 * pair;
       ptx::ldmatrix_x4(words, shared + ((stage + m * kTileBytes + load_lane) ^ chunk * 16));
-      to_fragment(fragments[2 * pair], words[0], words[1]);
-      to_fragment(fragments[2 * pair + 1], words[2], words[3]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kFormat == Format::kFp8) {
+          e4m3_fragment(fragments[2 * pair + i], words[2 * i], words[2 * i + 1]);
+        } else {
+          e4m3_bf16_fragment<kLargeScale>(fragments[2 * pair + i], words[2 * i], words[2 * i + 1], scale.factor);
+        }
+      }
     }
   }
 
@@ -305,7 +309,7 @@ cudaError_t launch_wide_shape(StreamKernel kernel, const Product& product, int64
   Stream plan = plan_stream(kFormat, product, first_token, tokens);
   const int ranges = 1 << plan.range_shift;
   plan.tiles = static_cast<int>(ceil_divide(product.rows, Shape::kRowsOfCta));
-  if (kFormat == Format::kW8a16) plan.tiles_of_cta = 1;
+  if (!walks(kFormat)) plan.tiles_of_cta = 1;
   int64_t window = ceil_divide(plan.pieces, ranges);
   while (plan_x(plan, window) > kMostShared) window = (window + 1) / 2;
   const int64_t shared = plan_x(plan, window);
