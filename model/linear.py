@@ -8,7 +8,7 @@ loader writes the checkpoint's tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from model.storage import Storage
 
 FP8_BLOCK = 128
+ACTIVATION_GROUP = {"dense": 1, "fp8": FP8_BLOCK, "nvfp4": 16}  # columns of an activation that share a scale
 Parts = Mapping[str, int]  # linears of the checkpoint, by name, and how many rows of a weight each has, from the top
 
 
@@ -49,10 +50,10 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Param
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
-def require_blocks(parts: Iterable[str], size: int, block: int) -> None:
-    if size % block:
-        name = next(iter(parts))
-        raise CheckpointError(f"{name}: quantised layers need an input size that is a multiple of {block}, got {size}")
+def require_groups(name: str, size: int, activation: str) -> None:
+    group = ACTIVATION_GROUP[activation]
+    if size % group:
+        raise CheckpointError(f"{name}: quantised layers need an input size that is a multiple of {group}, got {size}")
 
 
 def slices(tensor: Tensor, rows: Sequence[int], block: int = 1) -> Iterator[Tensor]:
@@ -118,9 +119,8 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        if self.activation == "fp8":
-            require_blocks(parts, columns, FP8_BLOCK)
         self.names, self.rows = zip(*parts.items(), strict=True)
+        require_groups(self.names[0], columns, self.activation)
         rows = sum(self.rows)
         self.weight = parameter(rows, columns, dtype=torch.float8_e4m3fn, device=storage.device)
         blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
@@ -149,8 +149,8 @@ class Nvfp4Linear(nn.Module):
 
     def __init__(self, parts: Parts, columns: int, storage: Storage):
         super().__init__()
-        require_blocks(parts, columns, 16)
         ((self.name, rows),) = parts.items()
+        require_groups(self.name, columns, self.activation)
         self.rows, device = (rows,), storage.device
         self.weight = parameter(rows, columns // 2, dtype=torch.uint8, device=device)
         self.weight_scale = parameter(rows, columns // 16, dtype=torch.float8_e4m3fn, device=device)

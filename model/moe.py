@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsv4_ops import ops
 from model.config import ModelConfig
-from model.linear import FP8_BLOCK, Binding, as_bytes, fp8_binding, parameter, quantise, require_blocks
+from model.linear import FP8_BLOCK, Binding, as_bytes, fp8_binding, parameter, quantise, require_groups
 from model.storage import Storage
 
 
@@ -28,7 +28,7 @@ class Experts(nn.Module):
         count, device = self.count, self.storage.device
         if self.format == "dense":
             return {"": parameter(count, rows, columns, dtype=self.storage.dtype, device=device)}
-        require_blocks(self.name, columns, FP8_BLOCK if self.activation == "fp8" else 16)
+        require_groups(self.name, columns, self.activation)
         if self.format == "fp8":
             blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
             return {

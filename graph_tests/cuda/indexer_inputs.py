@@ -110,7 +110,6 @@ def dequantised(form: str, arguments: tuple) -> tuple[Tensor, Tensor]:
 
 # ---- FP8 products of Hopper's tensor cores ----
 
-KEPT_BITS = 13  # behind the leading one
 STEPS = 4
 
 
@@ -118,29 +117,3 @@ def order_of_steps() -> Tensor:
     """[4, 32]: the channels of a head that each step of the kernel's product takes."""
     step, thread, byte = torch.meshgrid(torch.arange(STEPS), torch.arange(4), torch.arange(8), indexing="ij")
     return (step // 2 * 64 + thread * 16 + step % 2 * 8 + byte).flatten(1)
-
-
-def exponent(x: Tensor) -> Tensor:
-    return torch.frexp(x)[1] - 1
-
-
-def cut_off(x: Tensor, exponents: Tensor) -> Tensor:
-    """Towards zero, to multiples of 2^(exponent - 13)."""
-    unit = torch.ldexp(torch.ones((), dtype=torch.float64), (exponents - KEPT_BITS).double())
-    return torch.trunc(x / unit) * unit
-
-
-def truncated_product(q: Tensor, keys: Tensor) -> Tensor:
-    """q [N, 128], keys [C, 128] fp64 -> [N, C] fp64: four steps, each the sum of 32 products and of the steps before.
-    Every addend is cut off 13 bits below the largest of their exponents (of a product: the sum of its factors'), and
-    the sum 13 bits below its own."""
-    total = torch.zeros(q.shape[0], keys.shape[0], dtype=torch.float64)
-    for channels in order_of_steps():
-        products = q[:, None, channels] * keys[None, :, channels]
-        addends = torch.cat((products, total[..., None]), dim=-1)
-        factors = exponent(q)[:, None, channels] + exponent(keys)[None, :, channels]
-        exponents = torch.cat((factors, exponent(total)[..., None]), dim=-1)
-        largest = exponents.masked_fill(addends == 0, -1000).amax(-1, keepdim=True)
-        total = cut_off(addends, largest).sum(-1)
-        total = cut_off(total, exponent(total))
-    return total

@@ -12,6 +12,7 @@
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -22,6 +23,9 @@ from graph_tests.checks import POISON, assert_bits_equal
 
 Compare = Callable[[Tensor, Tensor], None]
 REPLAYS = 3
+NEEDS_HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU"
+)
 
 
 def bits(actual: Tensor, expected: Tensor) -> None:

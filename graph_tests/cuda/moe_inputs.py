@@ -67,6 +67,20 @@ def released(kind: str, ids: Tensor, d: int, inner: int, experts: int, device: s
     return (*(part.to(device) for part in x), ids.to(device), weights.to(device), *tensors, 10.0)
 
 
+def spoil(kind: str, arguments: tuple) -> tuple:
+    """The same with NaN in row 3, and something that is not finite in row 4 and, of dense ones, 5."""
+    x, *rest = (argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments)
+    if kind == "dense":
+        x[3, 7], x[4, 200], x[5, 0] = float("nan"), float("inf"), float("-inf")
+    elif kind == "nvfp4":
+        rest[0].view(torch.uint8)[3, 5] = 0x7F
+        rest[1][4] = float("nan")
+    else:
+        x.view(torch.uint8)[3, 7] = 0x7F
+        rest[0][4, 1] = 255
+    return (x, *rest)
+
+
 def any_codes(shape: tuple) -> Tensor:
     """E4M3 of all magnitudes."""
     return pick(E4M3_CODES, shape, torch.Generator().manual_seed(9)).view(FP8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from graph_tests.checks import assert_bits_equal
-from graph_tests.cuda.kernel_checks import on_cuda
+from graph_tests.cuda.kernel_checks import NEEDS_HOPPER, on_cuda
 from graph_tests.ops.operands import fp8_rows, fp8_weight
 from graph_tests.ops.test_gemm import FORMATS, operands
 
@@ -27,9 +27,6 @@ BF16 = torch.bfloat16
 TOKENS = (65, 128, 1000, 4096)
 ROUNDING = 2.0**-8
 FP8_LOSS = 4 * 33 * 2.0**-13
-NEEDS_HOPPER = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU"
-)
 
 
 def fp8_arguments(shape: tuple, n: int, *, fp32_scale: bool = False) -> tuple[tuple, Tensor, Tensor]:

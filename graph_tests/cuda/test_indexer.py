@@ -8,13 +8,14 @@ from torch import Tensor
 
 from dsv4_ops.ops import pages
 from graph_tests.checks import assert_bits_equal, row_strided
+from graph_tests.cuda.fp8_products import truncated_product
 from graph_tests.cuda.indexer_inputs import (
     FORMS,
     RATIO,
     dequantised,
     exact_arguments,
+    order_of_steps,
     random_arguments,
-    truncated_product,
 )
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
 
@@ -87,7 +88,7 @@ def test_fp8_scores_are_those_of_truncated_products(rows):
     scores = OPS.index_scores_fp8(*on_cuda(arguments)).cpu()
     for row in range(rows):
         visible = int(positions[0, row] + 1) // RATIO
-        product = truncated_product(arguments[0][0, row].double(), codes[:visible]).relu()
+        product = truncated_product(arguments[0][0, row].double(), codes[:visible], order_of_steps()).relu()
         expected = (product * w[0, row, :, None].double()).sum(0) * scale[:visible]
         assert (scores[0, row, :visible] - expected).norm() < 5e-6 * expected.norm()
 

@@ -11,7 +11,7 @@ from dsv4_ops.registry import TABLE, Cuda
 CSRC = Path(dsv4_ops.__file__).parent / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 DEVICE_CODE = [path for path in SOURCES if path.suffix in (".cu", ".cuh")]
-PTX_UNITS = ("attention", "gemm", "index", "moe")
+PTX_UNITS = ("attention", "moe", "wgmma")
 PTX_FILES = ("ptx.cuh", "ptx_sm90.cuh", *(f"ptx_sm90_{unit}.cuh" for unit in PTX_UNITS))
 PTX = [CSRC / "common" / name for name in PTX_FILES]
 NO_TORCH = [path for path in SOURCES if path.suffix != ".cpp" and path.name != "bind.h"]

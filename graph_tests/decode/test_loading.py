@@ -1,6 +1,7 @@
 """Loading fills every parameter or refuses the checkpoint; refitting fills them at the same addresses or not at all."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from graph_tests.decode.stored_formats import CONFIG, FORMATS, LINEARS, stored, 
 from graph_tests.random_checkpoint import random_tensors, write_random_checkpoint
 from model import CheckpointError, UserError, load, refit
 from model.checkpoint_keys import expected_keys
+from model.config import ModelConfig
 from model.convert import convert
 from model.logits import compute_logits
+from model.storage import Storage
+from model.weight_formats import FP8, MXFP4, WeightFormats
 
 POISON = 0xFF  # NaN in fp32, BF16 and E4M3
 TOKENS = torch.randint(CONFIG["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(16))
@@ -205,3 +209,16 @@ def test_a_bad_refit_changes_nothing(directories, others, mode, name, change, me
     with pytest.raises(CheckpointError, match=message):
         refit(loaded, change(stored(others[name])))
     assert all(torch.equal(raw(value), raw(before[key])) for key, value in loaded.named_parameters())
+
+
+def test_inputs_of_quantised_layers_are_whole_groups():
+    """But for the grouped projection, whose activations stay as they are."""
+    storage, columns = Storage(WeightFormats(linear=FP8, experts=MXFP4), torch.device("cpu")), 192
+    needed = f"quantised layers need an input size that is a multiple of 128, got {columns}"
+    with pytest.raises(CheckpointError, match=f"^blocks.0.attn.wq_a: {needed}"):
+        storage.linear("blocks.0.attn.wq_a", 256, columns)
+    with pytest.raises(CheckpointError, match=f"^blocks.0.ffn.experts: {needed}"):
+        config = replace(ModelConfig.from_dict(CONFIG), hidden_size=columns)
+        model.moe.Experts("blocks.0.ffn.experts", config, storage)
+    grouped = model.linear.W8a16GroupedLinear({"blocks.0.attn.wo_a": 256}, columns, storage)
+    assert grouped.weight.shape == (256, columns) and grouped.weight_scale.shape == (2, 2)

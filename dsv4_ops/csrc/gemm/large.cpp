@@ -7,6 +7,7 @@
 #include <array>
 
 #include "common/bind.h"
+#include "common/device.h"
 #include "gemm/plan.h"
 #include "moe/prefill.h"
 
@@ -27,11 +28,8 @@ bool aligned(const void* data, int64_t stride, int64_t to) {
 }
 
 bool has_block_scaling() {
-  int device = 0, major = 0, runtime = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaRuntimeGetVersion(&runtime) == cudaSuccess;
-  return known && major == 9 && runtime >= kBlockScaling;
+  int runtime = 0;
+  return on_hopper() && cudaRuntimeGetVersion(&runtime) == cudaSuccess && runtime >= kBlockScaling;
 }
 
 // k a multiple of four blocks: the one distance between rows of weight scales that all versions of torch agree on.

@@ -20,11 +20,9 @@ __global__ void __launch_bounds__(kThreads, (StreamingProduct<Format::kMxfp4, kT
 }  // namespace
 
 cudaError_t launch_stream_mxfp4(const Product& product, int64_t first_token, int tokens, cudaStream_t stream) {
-  constexpr Format kFormat = Format::kMxfp4;
-  if (tokens <= 8) return launch_stream<kFormat, 1>(stream_mxfp4_kernel<1>, product, first_token, tokens, stream);
-  if (tokens <= 16) return launch_stream<kFormat, 2>(stream_mxfp4_kernel<2>, product, first_token, tokens, stream);
-  if (tokens <= 32) return launch_stream<kFormat, 4>(stream_mxfp4_kernel<4>, product, first_token, tokens, stream);
-  return launch_stream<kFormat, 8>(stream_mxfp4_kernel<8>, product, first_token, tokens, stream);
+  constexpr StreamKernels kKernels{stream_mxfp4_kernel<1>, stream_mxfp4_kernel<2>, stream_mxfp4_kernel<4>,
+                                   stream_mxfp4_kernel<8>};
+  return launch_stream<Format::kMxfp4>(kKernels, product, first_token, tokens, stream);
 }
 
 }  // namespace dsv4

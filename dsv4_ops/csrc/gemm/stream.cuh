@@ -458,10 +458,14 @@ class StreamingProduct {
   Sums total;
 };
 
-// Launch `kernel` for up to 64 tokens.
+// Kernels of StreamingProduct<kFormat, 1>, <.., 2>, <.., 4> and <.., 8>: of so many tokens at the most.
+struct StreamKernels {
+  StreamKernel of8, of16, of32, of64;
+};
+
 template <Format kFormat, int kTokenTiles>
-cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_t first_token, int tokens,
-                          cudaStream_t stream) {
+cudaError_t launch_stream_of(StreamKernel kernel, const Product& product, int64_t first_token, int tokens,
+                             cudaStream_t stream) {
   using Kernel = StreamingProduct<kFormat, kTokenTiles>;
   Stream plan = plan_stream(kFormat, product, first_token, tokens);
   constexpr bool kSplit = Kernel::kSplit;
@@ -474,6 +478,16 @@ cudaError_t launch_stream(void (*kernel)(Stream), const Product& product, int64_
   }
   const int64_t shared = Kernel::kFixedBytes + Kernel::plan_x(plan, ranges_here, window);
   return launch_tiles(kernel, plan, kSplit ? ranges : 1, shared, Kernel::kCtasOfAnSm, stream);
+}
+
+// Launch the kernel that serves up to 64 tokens.
+template <Format kFormat>
+cudaError_t launch_stream(const StreamKernels& kernels, const Product& product, int64_t first_token, int tokens,
+                          cudaStream_t stream) {
+  if (tokens <= 8) return launch_stream_of<kFormat, 1>(kernels.of8, product, first_token, tokens, stream);
+  if (tokens <= 16) return launch_stream_of<kFormat, 2>(kernels.of16, product, first_token, tokens, stream);
+  if (tokens <= 32) return launch_stream_of<kFormat, 4>(kernels.of32, product, first_token, tokens, stream);
+  return launch_stream_of<kFormat, 8>(kernels.of64, product, first_token, tokens, stream);
 }
 
 }  // namespace dsv4

@@ -58,12 +58,14 @@ inline Stream plan_stream(Format format, const Product& product, int64_t first_t
   return plan;
 }
 
-// Launch `kernel` for all tiles of `plan`. Two CTAs an SM where they fit: eight warps alone leave more than half of the
-// issue slots empty.
-inline cudaError_t launch_tiles(void (*kernel)(Stream), Stream plan, int64_t columns, int64_t shared, int ctas_of_sm,
+using StreamKernel = void (*)(Stream);
+
+// Launch `kernel` for all tiles of `plan`; where that does not say how many a CTA takes, no more CTAs than run at once.
+// Two CTAs an SM where they fit: eight warps alone leave more than half of the issue slots empty.
+inline cudaError_t launch_tiles(StreamKernel kernel, Stream plan, int64_t columns, int64_t shared, int ctas_of_sm,
                                 cudaStream_t stream) {
   const int64_t ctas = shared <= kMostOfTwo ? ctas_of_sm * kSms : kSms, groups = plan.product.groups;
-  plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * groups, ctas));
+  if (plan.tiles_of_cta == 0) plan.tiles_of_cta = static_cast<int>(ceil_divide(plan.tiles * columns * groups, ctas));
   const dim3 grid(static_cast<unsigned>(ceil_divide(plan.tiles, plan.tiles_of_cta)), static_cast<unsigned>(columns),
                   static_cast<unsigned>(groups));
   const cudaError_t status = take_all_shared_memory(reinterpret_cast<const void*>(kernel));

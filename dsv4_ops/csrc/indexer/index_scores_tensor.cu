@@ -30,7 +30,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
-#include "common/ptx_sm90_index.cuh"
+#include "common/ptx_sm90_wgmma.cuh"
 #include "common/reduce.cuh"
 #include "indexer/index_operands.cuh"
 #include "indexer/index_scores.cuh"

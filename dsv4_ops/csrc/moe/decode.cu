@@ -28,12 +28,13 @@
 // What comes before the first product is a quarter of the first kernel at one token, and mostly waiting: so the groups
 // of up to 32 pairs are found with one barrier, and the rows of x are asked for before the weights.
 //
-// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 37.7 (17.1), 7168 x 3072 75.2 (44.8), NVFP4 40.1
-// (18.1) and 82.2 (47.4); MXFP4, 16 tokens on 256 experts 359 (273), 64 on 32 experts 216 (91). What was tried: 8 warps
-// an SM instead of 16 is 10 to 15 % slower; deeper rings and scales decoded once a stage give 3 to 7 % at 16 and 64
-// tokens and take 5 % at one; reading the ids, and starting on w1 and w3, before the wait changed nothing; three teams
-// instead of two take 6 to 8 % off MXFP4 4096 x 2048 at 16 and 64 tokens on 256 experts, change nothing at one token,
-// and lose 4 % at MXFP4 7168 x 3072 and up to 15 % with NVFP4, where fewer rows fit beside a third ring.
+// H200, 2026-11-25, us warm (floor): one token MXFP4 4096 x 2048 38.7 (17.1), 7168 x 3072 74.2 (44.8), NVFP4 41.7
+// (18.1) and 81.5 (47.4); MXFP4, 16 tokens on 256 experts 359 (273), 64 on 32 experts 254, one behind the other with
+// weights of their own 215 (91). What was tried: 8 warps an SM instead of 16 is 10 to 15 % slower; deeper rings and
+// scales decoded once a stage give 3 to 7 % at 16 and 64 tokens and take 5 % at one; reading the ids, and starting on
+// w1 and w3, before the wait changed nothing; three teams instead of two take 6 to 8 % off MXFP4 4096 x 2048 at 16 and
+// 64 tokens on 256 experts, change nothing at one token, and lose 4 % at MXFP4 7168 x 3072 and up to 15 % with NVFP4,
+// where fewer rows fit beside a third ring.
 #include <algorithm>
 #include <type_traits>
 

@@ -69,9 +69,9 @@ enum class PrefillStep { kGateUp, kDown };
 // prefill_<format>.cu
 cudaError_t launch_prefill_dense(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_fp8(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
-cudaError_t launch_prefill_mxfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_folded(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
 cudaError_t launch_prefill_nvfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream);
+cudaError_t launch_prefill_mxfp4(const PrefillProduct& product, cudaStream_t stream);  // down, of linears
 
 cudaError_t launch_prefill_sort(const Moe& moe, const PrefillRows& rows, cudaStream_t stream);
 

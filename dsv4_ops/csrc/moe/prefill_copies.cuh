@@ -182,10 +182,10 @@ __device__ __forceinline__ void produce(const PrefillProduct& product, const Pro
           const uint32_t full = ptx::shared_address(memory.full_panels + panels.stage);
           ptx::mbarrier_arrive_expect(full, tile.block.rows * (Shape::kFolded ? 132 : 128));
           if constexpr (Shape::kFolded) {
-            ptx::bulk_load(ptx::shared_address(memory.panel_scales[panels.stage]), panel_scales, tile.block.rows * 4,
-                           full);
+            ptx::cp_async_bulk(ptx::shared_address(memory.panel_scales[panels.stage]), panel_scales,
+                               tile.block.rows * 4, full);
           }
-          ptx::bulk_load(ptx::shared_address(memory.panels[panels.stage]), panel, tile.block.rows * 128, full);
+          ptx::cp_async_bulk(ptx::shared_address(memory.panels[panels.stage]), panel, tile.block.rows * 128, full);
         }
         panels.advance();
         panel += product.rows.capacity * 128;

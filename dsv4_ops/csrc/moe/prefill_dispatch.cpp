@@ -1,6 +1,7 @@
 // Prefill: which calls it serves, its workspace, and its launches in order (prefill.h).
 #include <algorithm>
 
+#include "common/device.h"
 #include "moe/prefill.h"
 
 namespace dsv4 {
@@ -9,12 +10,6 @@ namespace {
 constexpr int64_t kDecodeTokens = 64;  // rows of so few tokens keep their bits in every batch: decode serves them
 constexpr int64_t kMostPairs = int64_t{1} << 30;
 constexpr int kMostExperts = 8192;  // counters in shared memory
-
-bool on_hopper() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-}
 
 bool aligned(const void* pointer, int64_t stride, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride % bytes == 0;
@@ -46,14 +41,13 @@ struct Map {
 
 using LaunchProduct = cudaError_t (*)(PrefillStep, const PrefillProduct&, cudaStream_t);
 
+// Of the experts.
 LaunchProduct launcher_of(MoeFormat format) {
   switch (format) {
     case MoeFormat::kDense:
       return launch_prefill_dense;
     case MoeFormat::kFp8:
       return launch_prefill_fp8;
-    case MoeFormat::kMxfp4:
-      return launch_prefill_mxfp4;
     case MoeFormat::kMxfp4Folded:
       return launch_prefill_folded;
     default:
@@ -197,7 +191,8 @@ cudaError_t launch_linear_fp4_prefill(const LinearPrefill& linear, cudaStream_t 
   product.row_factor = linear.x_global;
   product.row_factor_stride = linear.x_global_stride;
   product.results = linear.y;
-  return launcher_of(linear.format)(PrefillStep::kDown, product, stream);
+  if (linear.format == MoeFormat::kMxfp4) return launch_prefill_mxfp4(product, stream);
+  return launch_prefill_nvfp4(PrefillStep::kDown, product, stream);
 }
 
 }  // namespace dsv4

@@ -62,7 +62,7 @@ __device__ __forceinline__ void multiply_stage(float (&part)[kColumns / 2], uint
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kFoldSteps; ++step) {
-    ptx::wgmma_codes<kColumns>(part, a[step], ptx::advance_descriptor(b, step * 32), step > 0);
+    ptx::wgmma_k32_e4m3<kColumns>(part, a[step], ptx::advance_descriptor(b, step * 32), step > 0);
   }
   ptx::wgmma_commit();
 }

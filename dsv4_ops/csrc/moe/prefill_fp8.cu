@@ -9,17 +9,10 @@ constexpr auto kFormat = MoeFormat::kFp8;
 template <PrefillStep kStep>
 __global__ void __launch_bounds__(kProductThreads, 1)
     prefill_fp8_kernel(const __grid_constant__ PrefillProduct product, const __grid_constant__ ProductTiles tiles) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<ProductMemory<kFormat>*>(memory_start);
-  start_barriers(memory);
+  auto& memory = start_memory<kFormat>();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_tiles<kFormat, kStep>(product, tiles, memory);
-#else
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-#endif
 }
 
 }  // namespace

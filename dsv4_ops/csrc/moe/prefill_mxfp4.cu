@@ -1,33 +1,25 @@
-// gate_up and down for MXFP4 weights: prefill_product.cuh says how.
+// Linears with MXFP4 weights, whose x is in bf16 panels, as the step `down`: prefill_product.cuh says how. (Experts
+// with such weights: prefill_folded.cu.)
 #include "moe/prefill_product.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr auto kFormat = MoeFormat::kMxfp4;
+constexpr auto kStep = PrefillStep::kDown;
 
-template <PrefillStep kStep>
 __global__ void __launch_bounds__(kProductThreads, 1)
     prefill_mxfp4_kernel(const __grid_constant__ PrefillProduct product, const __grid_constant__ ProductTiles tiles) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<ProductMemory<kFormat>*>(memory_start);
-  start_barriers(memory);
+  auto& memory = start_memory<kFormat>();
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   multiply_tiles<kFormat, kStep>(product, tiles, memory);
-#else
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-#endif
 }
 
 }  // namespace
 
-cudaError_t launch_prefill_mxfp4(PrefillStep step, const PrefillProduct& product, cudaStream_t stream) {
-  const bool gate_up = step == PrefillStep::kGateUp;
-  const auto kernel = gate_up ? prefill_mxfp4_kernel<PrefillStep::kGateUp> : prefill_mxfp4_kernel<PrefillStep::kDown>;
-  return launch_product<kFormat>(kernel, step, product, stream);
+cudaError_t launch_prefill_mxfp4(const PrefillProduct& product, cudaStream_t stream) {
+  return launch_product<kFormat>(prefill_mxfp4_kernel, kStep, product, stream);
 }
 
 }  // namespace dsv4

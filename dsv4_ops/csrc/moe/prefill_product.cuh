@@ -97,8 +97,8 @@ __device__ __forceinline__ void multiply(const PrefillProduct& product, const Ti
         b = ptx::wgmma_descriptor(ptx::shared_address(memory.panels[rings.panels.stage]), 16, 1024, true);
       }
       ptx::wgmma_fence();
-      ptx::wgmma_rows<kN>(acc[0], a[step % 2][0], ptx::advance_descriptor(b, step % 4 * 32), 1);
-      ptx::wgmma_rows<kN>(acc[1], a[step % 2][1], ptx::advance_descriptor(b, step % 4 * 32), 1);
+      ptx::wgmma_k16_bf16<kN>(acc[0], a[step % 2][0], ptx::advance_descriptor(b, step % 4 * 32), 1);
+      ptx::wgmma_k16_bf16<kN>(acc[1], a[step % 2][1], ptx::advance_descriptor(b, step % 4 * 32), 1);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (step % 4 == 0) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_h(const PrefillProduct& product, const Til
   for (int i = 0; i < kN / kRowStep; ++i) {
     const int row = first + i * kRowStep;
     Chunk parts[2] = {staged(memory, 0, row, chunk), staged(memory, 1, row, chunk)};
-    if constexpr (kFormat == MoeFormat::kFp8 || kFormat == MoeFormat::kMxfp4) round_fp8(parts);
+    if constexpr (kFormat == MoeFormat::kFp8) round_fp8(parts);
     uint8_t* const target = h + (row - first) * 128 + chunk * 16;
     ptx::store(target, parts[0].parts[0]);
     ptx::store(target + product.rows.capacity * 128, parts[1].parts[0]);
@@ -376,8 +376,13 @@ __device__ __forceinline__ void consume(const PrefillProduct& product, const Pro
   }
 }
 
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// The CTA's shared memory, its barriers ready.
 template <MoeFormat kFormat>
-__device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
+__device__ __forceinline__ ProductMemory<kFormat>& start_memory() {
+  extern __shared__ __align__(1024) uint8_t memory_start[];
+  auto& memory = *reinterpret_cast<ProductMemory<kFormat>*>(memory_start);
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : memory.full_weights) ptx::mbarrier_init(ptx::shared_address(&barrier), kProducers);
     for (auto& barriers : memory.empty_weights) {
@@ -391,12 +396,14 @@ __device__ __forceinline__ void start_barriers(ProductMemory<kFormat>& memory) {
     ptx::fence_async_proxy();
   }
   __syncthreads();
+  return memory;
 }
 
-// All tiles of this CTA.
+// All tiles of this CTA. Only Hopper is asked to (prefill_serves).
 template <MoeFormat kFormat, PrefillStep kStep>
 __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, const ProductTiles& tiles,
                                                ProductMemory<kFormat>& memory) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const int tile_count = block_count(product) * static_cast<int>(tiles.parts.value());
   // The same in all lanes, and known to be.
   const int warpgroup = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
@@ -407,9 +414,8 @@ __device__ __forceinline__ void multiply_tiles(const PrefillProduct& product, co
     ptx::take_registers<ProductRegisters<kFormat>::kConsumer>();
     consume<kFormat, kStep>(product, tiles, memory, tile_count, warpgroup);
   }
+#endif
 }
-
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // One CTA an SM, or one a tile where these are fewer.
 template <MoeFormat kFormat, typename Kernel>

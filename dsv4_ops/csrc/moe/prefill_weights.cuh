@@ -12,6 +12,7 @@
 #include "common/e4m3_bf16.cuh"
 #include "common/number_formats.cuh"
 #include "common/ptx_sm90_moe.cuh"
+#include "common/ptx_sm90_wgmma.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
 #include "moe/order.cuh"
