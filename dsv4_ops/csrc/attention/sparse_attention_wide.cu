@@ -62,42 +62,40 @@ constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a r
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Queries in bf16: 8 slabs of [64 heads][128 bytes].
-struct Queries {
-  RopePart rope;
+// Queries in bf16, copied as they are.
+class Queries {
+ public:
+  __device__ __forceinline__ Queries(const SparseAttention& attention, uint32_t row, int first_head)
+      : from_(static_cast<const __nv_bfloat16*>(attention.q) +
+              (static_cast<int64_t>(row) * attention.heads + first_head) * attention.q_stride),
+        stride_(attention.q_stride),
+        heads_(attention.heads - first_head) {}
 
-  __device__ __forceinline__ static const __nv_bfloat16* of_row(const SparseAttention& attention, uint32_t row,
-                                                                int first_head) {
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
-    return static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride;
-  }
-
-  // Start copies of all but the rope slab.
-  __device__ __forceinline__ static void copy(const SparseAttention& attention, uint32_t row, int first_head,
-                                              SharedMemory& memory) {
-    const __nv_bfloat16* const q = of_row(attention, row, first_head);
-    const int heads = attention.heads - first_head, column = threadIdx.x % 8;
+  __device__ __forceinline__ void copy(SharedMemory& memory) const {
+    const int column = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kHeads; i += kConsumers / 8) {
       const int head = threadIdx.x / 8 + i;
-      const __nv_bfloat16* const from = q + min(head, heads - 1) * attention.q_stride + column * 8;
+      const __nv_bfloat16* const from = from_ + min(head, heads_ - 1) * stride_ + column * 8;
       uint8_t* const to = memory.query + chunk_offset(head, column);
 #pragma unroll
-      for (int slab = 0; slab < kNope / kSlab; ++slab) {
-        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads ? 16 : 0);
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads_ ? 16 : 0);
       }
     }
+    ptx::cp_async_commit();
   }
-  __device__ __forceinline__ void load(const SparseAttention& attention, uint32_t row, int first_head) {
-    const int heads = attention.heads - first_head, head = threadIdx.x / 4;
-    rope.load(of_row(attention, row, first_head) + min(head, heads - 1) * attention.q_stride + kNope, head < heads);
-  }
-  __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
+  __device__ __forceinline__ void finish(SharedMemory&) const {}
 
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
     multiply_slabs<0, kSlabs>(memory, stage, parity, scores);
   }
+
+ private:
+  const __nv_bfloat16* from_;
+  int64_t stride_;
+  int heads_;
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

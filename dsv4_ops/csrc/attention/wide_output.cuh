@@ -26,34 +26,23 @@ struct RoundedSlab {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* const two = sums + 4 * i + 2 * head;
-      words[i] = pack_bf16(reciprocal > 0 ? two[0] * reciprocal : 0.0f, reciprocal > 0 ? two[1] * reciprocal : 0.0f);
+      words[i] = pack_bf16(two[0] * reciprocal, two[1] * reciprocal);
     }
   }
 
-  // Of the rope slab, which is turned back, word 2 * g + i has dimensions 16 * g + 4 * (lane % 4) + 2 * i and the next
-  // one: sums have these four in the order 0 2 1 3. `turns` has (cos, sin) of the pairs.
+  // Of the rope slab, which is turned back: a word is a pair. `turns` has (cos, sin) of the pairs.
   __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const float2* turns) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int even = 8 * (i / 2) + 2 * head + i % 2;
-      const float2 turn = __ldg(turns + 8 * (i / 2) + threadIdx.x % 4 * 2 + i % 2);
-      const float2 pair{reciprocal > 0 ? sums[even] * reciprocal : 0.0f,
-                        reciprocal > 0 ? sums[even + 4] * reciprocal : 0.0f};
-      const float2 turned = rotate(pair, float2{turn.x, -turn.y});
+      const float* const two = sums + 4 * i + 2 * head;
+      const float2 turn = __ldg(turns + 4 * i + threadIdx.x % 4);
+      const float2 turned = rotate(float2{two[0] * reciprocal, two[1] * reciprocal}, float2{turn.x, -turn.y});
       words[i] = pack_bf16(turned.x, turned.y);
     }
   }
 
   // To the 64 dimensions at `o`.
-  __device__ __forceinline__ void store(bool rope, bool exists, __nv_bfloat16* o) const {
-    if (rope) {
-#pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        auto* const to = reinterpret_cast<uint2*>(o + 16 * group + threadIdx.x % 4 * 4);
-        if (exists) *to = {words[2 * group], words[2 * group + 1]};
-      }
-      return;
-    }
+  __device__ __forceinline__ void store(bool exists, __nv_bfloat16* o) const {
     const uint4 first = transpose_in_quad(words[0], words[1], words[2], words[3]);
     const uint4 second = transpose_in_quad(words[4], words[5], words[6], words[7]);
     if (!exists) return;
@@ -62,19 +51,18 @@ struct RoundedSlab {
   }
 
   // The same times a power of two as E4M3, to 64 bytes: a lane stores sixteen of them.
-  __device__ __forceinline__ void store_codes(bool rope, bool exists, float factor, uint8_t* codes) const {
-    uint32_t fours[4];
+  __device__ __forceinline__ void store_codes(bool exists, float factor, uint8_t* codes) const {
+    uint32_t fours[4];  // two codes of the first eight that a lane has, and two of the next
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       const float2 low = unpack_bf16x2(words[i]), high = unpack_bf16x2(words[i + 1]);
       fours[i / 2] = encode_e4m3x2(low.x * factor, low.y * factor) |
                      encode_e4m3x2(high.x * factor, high.y * factor) << 16;
     }
-    uint4 own = transpose_in_quad(fours[0], fours[1], fours[2], fours[3]);
-    if (!rope) {  // a word has two codes of the first eight and two of the last
-      own = {low_halves(own.x, own.y), low_halves(own.z, own.w), high_halves(own.x, own.y), high_halves(own.z, own.w)};
-    }
-    if (exists) ptx::store(codes + threadIdx.x % 4 * 16, own);
+    const uint4 own = transpose_in_quad(fours[0], fours[1], fours[2], fours[3]);
+    if (!exists) return;
+    ptx::store(codes + threadIdx.x % 4 * 16, uint4{low_halves(own.x, own.y), low_halves(own.z, own.w),
+                                                   high_halves(own.x, own.y), high_halves(own.z, own.w)});
   }
 
   __device__ __forceinline__ uint32_t max_magnitude_bits() const {
@@ -95,28 +83,47 @@ struct RunningTotal : Total {
   }
 };
 
+// A pair of values, one for each head of a thread.
+struct OfHeads {
+  float value[2];
+};
+
+// Number i of a thread's two heads.
+__device__ __forceinline__ int head_of_thread(int first_head, int i) {
+  return first_head + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * i;
+}
+
+__device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, int first_head) {
+  return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
+}
+
 // Divide, turn and store what a consuming warpgroup has of a row.
-__device__ __forceinline__ void store_output(const SparseAttention& attention, const float (&sums)[kHalfSlabs][32],
-                                             const RunningTotal (&totals)[2], uint32_t row, int first_head,
-                                             int position, int half) {
-  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
+__device__ __forceinline__ void store_output(const SparseAttention& attention, float (&sums)[kHalfSlabs][32],
+                                             const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
+                                             int first_head, int position, int half) {
+  const int lane = threadIdx.x % kWarp;
   const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int head = first_head + thread / kWarp * 16 + lane / 4 + 8 * i;
-    const bool exists = head < attention.heads;
-    const float reciprocal = finish_head(attention, row, head, totals[i], half == 0 && lane % 4 == 0);
+    const int head = head_of_thread(first_head, i);
+    const bool exists = head < attention.heads, stores_lse = half == 0 && lane % 4 == 0;
+    const float reciprocal = finish_head(attention, row, head, sinks.value[i], totals[i], stores_lse);
+    if (!(reciprocal > 0)) {  // the sums may be NaN
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) sums[slab][j / 2 * 4 + 2 * i + j % 2] = 0.0f;
+      }
+    }
     const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
-    const auto has_rope = [&](int slab) { return slab == kHalfSlabs - 1 && half == 1; };
     const auto round = [&](int slab) {
-      return has_rope(slab) ? RoundedSlab(sums[slab], i, reciprocal, turns) : RoundedSlab(sums[slab], i, reciprocal);
+      return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal, turns)
+                                                 : RoundedSlab(sums[slab], i, reciprocal);
     };
     if (attention.o_scale == nullptr) {
       __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
-        round(slab).store(has_rope(slab), exists, o + slab * kSlab);
-      }
+      for (int slab = 0; slab < kHalfSlabs; ++slab) round(slab).store(exists, o + slab * kSlab);
       continue;
     }
     const Fp8Row<kScaleGroup> output = quantised_output(attention, vector);
@@ -128,8 +135,8 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, c
       const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
       const float factor = invert_ue8m0(scale);
       const int dim = half * (kDim / 2) + slab * kSlab;
-      first.store_codes(false, exists, factor, output.q + dim);
-      second.store_codes(has_rope(slab + 1), exists, factor, output.q + dim + kSlab);
+      first.store_codes(exists, factor, output.q + dim);
+      second.store_codes(exists, factor, output.q + dim + kSlab);
       if (exists && lane % 4 == 0) output.scale[dim / kScaleGroup] = scale;
     }
   }

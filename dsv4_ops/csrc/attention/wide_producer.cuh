@@ -82,51 +82,72 @@ __device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
   return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
 }
 
-// A lane's share of one key: where its half lies, and what is loaded of it.
+// Of a lane and its two keys of a tile: where their half lies, and what is loaded of it, always one part of both keys.
 template <int kHalf>
 struct Share {
-  const uint8_t* data;
-  uint4 parts[kHalfSlabs + kHalf];
+  static constexpr int kRopeSlab = kHalf == 1 ? kHalfSlabs - 1 : kHalfSlabs;
+  const uint8_t* data[kBlocks];
+  uint32_t scales[kBlocks];  // a byte for each group of the half
+  uint4 pieces[kBlocks][kPartSlabs + kHalf];
 
-  // To the key that lane `lane` has looked up; its scales, a byte for each group of the half, under way.
-  __device__ __forceinline__ uint32_t aim(const KeyPlace& places, int lane, int quarter) {
-    data = from_lane(places.data, lane) + kHalf * (kDim / 2) + quarter * 16;
-    return ptx::load_global(from_lane(places.scales, lane) + kHalf * 4);
-  }
-
-  // What becomes a slab: 16 codes, or 16 rope dimensions.
-  __device__ __forceinline__ void load(int slab, int quarter) {
-    if (kHalf == 0 || slab < kHalfSlabs - 1) {
-      parts[slab] = ptx::load_once(data + slab * 64);
-    } else {
-      const uint8_t* const rope = data + slab * 64 + quarter * 16;
-      parts[slab] = ptx::load_once(rope);
-      parts[slab + kHalf] = ptx::load_once(rope + 16);
+  // To the keys that lanes from `first` on have looked up; their scales are under way.
+  __device__ __forceinline__ void aim(const KeyPlace& places, int first) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const int from = first + block * kBlock + lane / 4;
+      data[block] = from_lane(places.data, from) + kHalf * (kDim / 2) + lane % 4 * 16;
+      scales[block] = ptx::load_global(from_lane(places.scales, from) + kHalf * 4);
     }
   }
 
-  // The same as two chunks of bf16; the byte of each group in `factors` is at most kLargestScale.
-  __device__ __forceinline__ void unpack(int slab, uint32_t bytes, uint4& first, uint4& second) const {
-    if (kHalf == 0 || slab < kHalfSlabs - 1) {
-      unpack_e4m3(parts[slab], first_factor(__byte_perm(bytes, 0, 0x4440 + slab)), first, second);
+  // What becomes a slab of a key: 16 codes, or 16 rope dimensions.
+  template <int kPart>
+  __device__ __forceinline__ void load(int block, int slab) {
+    const uint8_t* const from = data[block] + (kPart * kPartSlabs + slab) * 64;
+    if (kPart * kPartSlabs + slab < kRopeSlab) {
+      pieces[block][slab] = ptx::load_once(from);
     } else {
-      first = parts[slab];
-      second = parts[slab + kHalf];
-      split_pairs(first, second);
+      const int quarter = threadIdx.x % 4;
+      pieces[block][slab] = ptx::load_once(from + quarter * 16);
+      pieces[block][slab + kHalf] = ptx::load_once(from + quarter * 16 + 16);
+    }
+  }
+
+  // The same as two chunks of bf16. `bytes` are scales of the half; some are above kLargestScale if `large`.
+  template <int kPart>
+  __device__ __forceinline__ void unpack(int block, int slab, uint32_t bytes, bool large, uint4& first,
+                                         uint4& second) const {
+    if (kPart * kPartSlabs + slab < kRopeSlab) {
+      const uint32_t byte = __byte_perm(bytes, 0, 0x4440 + kPart * kPartSlabs + slab);
+      unpack_e4m3(pieces[block][slab], first_factor(min(byte, kLargestScale)), first, second);
+      if (large && byte > kLargestScale) {
+        multiply_chunk(first, second_factor(byte));
+        multiply_chunk(second, second_factor(byte));
+      }
+    } else {
+      first = pieces[block][slab];
+      second = pieces[block][slab + kHalf];
     }
   }
 };
 
-// The second factor of groups with scales above kLargestScale, for the chunks at two addresses of every slab.
-template <int kHalf>
-__device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address) {
-  for (int slab = 0; slab < kHalfSlabs - kHalf; ++slab) {
-    const uint32_t byte = scales >> slab * 8 & 0xFF;
-    if (byte <= kLargestScale) continue;
-    for (const uint32_t at : {address, address ^ 16}) {
-      uint4 chunk = ptx::load_shared(at + slab * kSlabBytes);
-      multiply_chunk(chunk, second_factor(byte));
-      ptx::store_shared(at + slab * kSlabBytes, chunk);
+// Unpack a part of a tile to `tile`, this lane's first chunk of the half's first slab, and load the next part piece by
+// piece into the registers that it leaves.
+template <int kHalf, int kPart>
+__device__ __forceinline__ void write_part(Share<kHalf>& share, const uint32_t (&bytes)[kBlocks], bool large,
+                                           uint32_t tile) {
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int slab = 0; slab < kPartSlabs; ++slab) {
+      uint4 first, second;
+      share.template unpack<kPart>(block, slab, bytes[block], large, first, second);
+      const uint32_t offset = block * kBlock * kRowBytes + (kPart * kPartSlabs + slab) * kSlabBytes;
+      ptx::store_shared(tile + offset, first);
+      ptx::store_shared((tile ^ 16) + offset, second);
+      share.template load<1 - kPart>(block, slab);
+      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
     }
   }
 }
@@ -154,7 +175,7 @@ struct Given {
   __device__ __forceinline__ void give(int stage) { stages |= 1u << stage; }
 };
 
-// A part of a tile is written, and fenced.
+// A part of a tile is written.
 __device__ __forceinline__ void hand_over(const HandOvers& hand_overs, int stage, int half, int part) {
   ptx::mbarrier_arrive(hand_overs.full(stage, half * kHalfParts + part));
 }
@@ -190,44 +211,34 @@ __device__ __forceinline__ void produce(const KeySources& sources, const RowKeys
   };
   advance(0);
 
+  static_assert(kHalfParts == 2);
   Share<kHalf> share;
-  uint32_t scales[kBlocks];
-  const auto start_tile = [&](int unit) {
-    scales[0] = share.aim(ready, unit % kBatch * kWarpKeys + column, quarter);
+  share.aim(ready, 0);
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) share.load(slab, quarter);
-  };
-  start_tile(0);
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int slab = 0; slab < kPartSlabs; ++slab) share.template load<0>(block, slab);
+  }
   for (int unit = 0; unit < units; ++unit) {
     const int stage = unit % kStages;
-    given.take_back(memory.hand_overs, stage, kHalf);
+    const uint32_t tile = tiles + stage * kTileBytes, bytes[kBlocks] = {share.scales[0], share.scales[1]};
+    const uint32_t both = large_scales(bytes[0]) | large_scales(bytes[1]);
+    const bool large = __any_sync(kAllLanes, (both & (~0u >> 8 * kHalf)) != 0);
+    given.wait(memory.hand_overs, stage, kHalf, 0);
     if (kHalf == 0 && lane == 0) {
       ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
     }
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const uint32_t address = tiles + stage * kTileBytes + block * kBlock * kRowBytes;
-      const bool large = __any_sync(kAllLanes, large_scales(scales[block] & (~0u >> 8 * kHalf)) != 0);
-      const uint32_t first_scales = large ? __vminu4(scales[block], kLargestScale * 0x01010101u) : scales[block];
-      if (block == 0) scales[1] = share.aim(ready, unit % kBatch * kWarpKeys + kBlock + column, quarter);
-#pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
-        uint4 first, second;
-        share.unpack(slab, first_scales, first, second);
-        ptx::store_shared(address + slab * kSlabBytes, first);
-        ptx::store_shared((address ^ 16) + slab * kSlabBytes, second);
-        if (block == 0) share.load(slab, quarter);
-        __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
-      }
-      if (large) multiply_again<kHalf>(scales[block], address);
-    }
-    ptx::fence_async_proxy();
-#pragma unroll
-    for (int part = 0; part < kHalfParts; ++part) hand_over(memory.hand_overs, stage, kHalf, part);
+    write_part<kHalf, 0>(share, bytes, large, tile);
+    hand_over(memory.hand_overs, stage, kHalf, 0);
+    given.wait(memory.hand_overs, stage, kHalf, 1);
+    given.take_back(stage);
+    // After the last tile a part of it is loaded again, and not used.
+    const int next = min(unit + 1, units - 1);
+    if (unit + 1 == next && next % kBatch == 0) advance(next / kBatch);
+    share.aim(ready, next % kBatch * kWarpKeys);
+    write_part<kHalf, 1>(share, bytes, large, tile);
+    hand_over(memory.hand_overs, stage, kHalf, 1);
     given.give(stage);
-    if (unit + 1 == units) break;
-    if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
-    start_tile(unit + 1);
   }
 }
 

@@ -8,6 +8,11 @@
 //   full[stage][part]   producers of the half -> the warpgroup of the stage
 //   empty[stage][part]  the warpgroup of the half -> its producers
 //   weighed[stage]      the warpgroup of the stage -> the other one: weights of the unit
+//   queries             both warpgroups -> both: queries of a row
+//
+// Keys, queries and weights are read by wgmma, in the asynchronous proxy: who waits for keys or queries passes a fence
+// before it reads them, or lets others read them. Whoever writes does not: the fence waits for all of a thread's loads,
+// and producers always have some under way.
 //
 // A part is two slabs, so that a tile is filled again while the rest of it is still multiplied. That covers the rest:
 // weights of a unit are written once all of the tile is full again, hence after the other warpgroup, which read the
@@ -38,12 +43,12 @@ constexpr int kHalfProducers = kProducerWarps / 2 * kWarp;
 constexpr int kThreads = kConsumers + kProducerWarps * kWarp;
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kConsumersBarrier = 1;
-__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 2 + own; }
+__device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 1 + own; }
 
 // The mbarriers of all hand-overs. Racecheck does not follow named barriers at which one side only arrives.
 struct HandOvers {
   uint64_t full_barriers[kStages][kParts], empty_barriers[kStages][kParts], weighed_barriers[kStages];
+  uint64_t queries_barrier;
 
   // By one thread, before all others use them.
   __device__ __forceinline__ void init() {
@@ -54,6 +59,7 @@ struct HandOvers {
       }
       ptx::mbarrier_init(weighed(stage), kWarpgroup);
     }
+    ptx::mbarrier_init(queries(), kConsumers);
   }
   __device__ __forceinline__ uint32_t full(int stage, int part) const {
     return ptx::shared_address(&full_barriers[stage][part]);
@@ -62,6 +68,7 @@ struct HandOvers {
     return ptx::shared_address(&empty_barriers[stage][part]);
   }
   __device__ __forceinline__ uint32_t weighed(int stage) const { return ptx::shared_address(&weighed_barriers[stage]); }
+  __device__ __forceinline__ uint32_t queries() const { return ptx::shared_address(&queries_barrier); }
 };
 
 // A barrier that one side waits at again and again, phase by phase.
