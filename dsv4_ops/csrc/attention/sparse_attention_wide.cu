@@ -44,7 +44,6 @@
 #include <algorithm>
 
 #include "attention/wide_consumer.cuh"
-#include "attention/wide_copier.cuh"
 #include "attention/wide_output.cuh"
 #include "attention/wide_producer.cuh"
 #include "common/launch.cuh"
@@ -54,9 +53,16 @@ namespace {
 
 using namespace wide;
 
+#if PW == 4
+#ifndef CR
+#define CR 192
+#define PR 120
+#endif
+constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;  // of a thread
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
+#else
 constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
-static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
-static_assert(kThreads == 4 * kWarpgroup);
+#endif
 
 constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation
 
@@ -121,11 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::give_registers<kProducerRegisters>();
   const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
-  if constexpr (kForm == Form::kUnpacked) {
-    copy_rows(attention, memory, producer);
-  } else {
-    produce_rows(attention, memory, producer);
-  }
+  produce_rows(attention, memory, producer);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();

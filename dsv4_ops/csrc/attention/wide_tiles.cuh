@@ -5,8 +5,8 @@
 //
 // All hand-overs are mbarriers at which every thread that has touched the memory arrives:
 //
-//   full[stage][part]   producers of the half -> the warpgroup of the stage
-//   empty[stage][part]  the warpgroup of the half -> its producers
+//   full[stage][part]   producers -> the warpgroup of the stage
+//   empty[stage][part]  the warpgroup of the half -> producers
 //   weighed[stage]      the warpgroup of the stage -> the other one: weights of the unit
 //   queries             both warpgroups -> both: queries of a row
 //
@@ -37,10 +37,15 @@ constexpr int kParts = kSlabs / kPartSlabs;
 constexpr int kHalfParts = kParts / 2;
 static_assert(kHeads == kUnit);
 
-constexpr int kProducerWarps = 8;
-constexpr int kConsumers = 2 * kWarpgroup;
-constexpr int kHalfProducers = kProducerWarps / 2 * kWarp;
-constexpr int kThreads = kConsumers + kProducerWarps * kWarp;
+#ifndef PW
+#define PW 4
+#endif
+constexpr int kProducerWarps = PW;
+constexpr int kWarpKeys = kUnit / kProducerWarps;  // of a warp in a tile
+constexpr int kBlock = 8;                          // keys of a warp at a time
+constexpr int kBlocks = kWarpKeys / kBlock;        // of a warp in a tile
+constexpr int kConsumers = 2 * kWarpgroup, kProducers = kProducerWarps * kWarp;
+constexpr int kThreads = kConsumers + kProducers;
 
 // Named barriers; 0 is __syncthreads.
 __device__ __forceinline__ constexpr int warpgroup_barrier(int own) { return 1 + own; }
@@ -54,7 +59,7 @@ struct HandOvers {
   __device__ __forceinline__ void init() {
     for (int stage = 0; stage < kStages; ++stage) {
       for (int part = 0; part < kParts; ++part) {
-        ptx::mbarrier_init(full(stage, part), kHalfProducers);
+        ptx::mbarrier_init(full(stage, part), kProducers);
         ptx::mbarrier_init(empty(stage, part), kWarpgroup);
       }
       ptx::mbarrier_init(weighed(stage), kWarpgroup);
@@ -88,10 +93,17 @@ struct Weighed {
   float4 totals[kWarpgroup];
 };
 
+// Where a key lies, and the scales of its groups.
+struct FoundKey {
+  const uint8_t* data;
+  uint2 scales;
+};
+
 struct SharedMemory {
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
   Weighed weighed[kStages];
+  alignas(16) FoundKey found[kProducerWarps][kWarp];
   alignas(8) uint8_t valid[kStages][8];  // a bit for each key
   HandOvers hand_overs;
 };
