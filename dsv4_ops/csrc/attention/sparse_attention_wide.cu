@@ -61,7 +61,11 @@ using namespace wide;
 constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;  // of a thread
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
 #else
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
+#ifndef CR
+#define CR 192
+#define PR 64
+#endif
+constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;  // of a thread
 #endif
 
 constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation

@@ -13,6 +13,12 @@
 
 namespace dsv4::wide {
 
+#if PW == 4
+using Present = uint16_t;
+#else
+using Present = uint8_t;
+#endif
+
 // Of a lane: where its keys of the next tile lie, and what is loaded of them: 16 codes or half of 16 rope dimensions a
 // piece, in the order of memory.
 struct Share {
@@ -43,22 +49,33 @@ struct Share {
     }
   }
 
-  // What becomes a slab of a key, as two chunks of bf16. Some of the scales are above kLargestScale if `large`.
-  __device__ __forceinline__ void unpack(int block, int slab, uint2 bytes, bool large, uint4& first,
-                                         uint4& second) const {
+  // What becomes a slab of a key, as two chunks of bf16; but for what multiply_again does.
+  __device__ __forceinline__ void unpack(int block, int slab, uint2 bytes, uint4& first, uint4& second) const {
     if (slab == kSlabs - 1) {
       first = pieces[block][slab];
       second = pieces[block][slab + 1];
-      return;
-    }
-    const uint32_t byte = __byte_perm(slab < 4 ? bytes.x : bytes.y, 0, 0x4440 + slab % 4);
-    unpack_e4m3(pieces[block][slab], first_factor(min(byte, kLargestScale)), first, second);
-    if (large && byte > kLargestScale) {
-      multiply_chunk(first, second_factor(byte));
-      multiply_chunk(second, second_factor(byte));
+    } else {
+      unpack_e4m3(pieces[block][slab], first_factor(min(scale_of(bytes, slab), kLargestScale)), first, second);
     }
   }
+
+  __device__ __forceinline__ static uint32_t scale_of(uint2 bytes, int slab) {
+    return __byte_perm(slab < 4 ? bytes.x : bytes.y, 0, 0x4440 + slab % 4);
+  }
 };
+
+// The second factor of the chunks at two addresses of every slab of a part, where the scale is above kLargestScale.
+__device__ __forceinline__ void multiply_again(uint2 bytes, int part, uint32_t address) {
+  for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, kSlabs - 1); ++slab) {
+    const uint32_t byte = (slab < 4 ? bytes.x : bytes.y) >> slab % 4 * 8 & 0xFF;
+    if (byte <= kLargestScale) continue;
+    for (const uint32_t at : {address, address ^ 16}) {
+      uint4 chunk = ptx::load_shared(at + slab * kSlabBytes);
+      multiply_chunk(chunk, second_factor(byte));
+      ptx::store_shared(at + slab * kSlabBytes, chunk);
+    }
+  }
+}
 
 // Which stages the consumers have been given, and how often.
 struct Given {
@@ -76,16 +93,33 @@ struct Given {
   __device__ __forceinline__ void give(int stage) { stages |= 1u << stage; }
 };
 
-// Write the tiles of a row: the keys of producing warp number `warp`.
-__device__ __forceinline__ void produce_row(const KeySources& sources, const RowKeys& row, SharedMemory& memory,
-                                            int warp, Given& given) {
-  const int lane = threadIdx.x % kWarp, units = units_of_row(row), first_key = warp * kWarpKeys;
-  if (units == 0) return;
+// Write a part of this lane's keys of a tile, whose first chunks lie at `tile`, and load what follows.
+__device__ __forceinline__ void write_part(Share& share, const uint2 (&bytes)[kBlocks], bool large, int part,
+                                           uint32_t tile) {
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    const uint32_t at = tile + block * kBlock * kRowBytes;
+#pragma unroll
+    for (int slab = part * kPartSlabs; slab < (part + 1) * kPartSlabs; ++slab) {
+      uint4 first, second;
+      share.unpack(block, slab, bytes[block], first, second);
+      ptx::store_shared(at + slab * kSlabBytes, first);
+      ptx::store_shared((at ^ 16) + slab * kSlabBytes, second);
+      share.load(block, slab);
+      __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+    }
+    if (large) multiply_again(bytes[block], part, at);
+  }
+}
+
+// All rows of this CTA, by producing warp number `warp`.
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, SharedMemory& memory, int warp) {
+  const int lane = threadIdx.x % kWarp, first_key = warp * kWarpKeys;
   const uint32_t tiles =
       ptx::shared_address(memory.keys) + first_key * kRowBytes + chunk_offset(lane / 4, lane % 4 * 2);
   const uint32_t valid = ptx::shared_address(memory.valid) + first_key / 8;
-  KeyFinder finder(sources, row, memory.found[warp], warp);
-  finder.advance(0);
+  KeyFinder finder(attention, memory.found[warp], warp);
+  finder.advance();
   Share share;
   share.aim(finder, 0);
 #pragma unroll
@@ -93,57 +127,36 @@ __device__ __forceinline__ void produce_row(const KeySources& sources, const Row
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) share.load(block, slab);
   }
-  for (int unit = 0; unit < units; ++unit) {
-    const int stage = unit % kStages, next = min(unit + 1, units - 1);
-    const uint32_t tile = tiles + stage * kTileBytes, present = finder.present(unit);
-    uint2 bytes[kBlocks];
-    uint32_t large_ones = 0;
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      bytes[block] = share.scales[block];
-      large_ones |= large_scales(bytes[block].x) | large_scales(bytes[block].y & 0xFFFFFFu);
-    }
-    const bool large = __any_sync(kAllLanes, large_ones != 0);
-    // After the last tile, that tile is loaded again, and not used.
-    if (next > unit && next % kBatch == 0) finder.advance(next / kBatch);
-    share.aim(finder, next);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      given.wait(memory.hand_overs, stage, part);
-      if (part == 0 && lane == 0) ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present));
+  Given given;
+  Rows rows(attention);
+  RowKeys row;
+  while (rows.advance(row)) {
+    const int units = units_of_row(row);
+    for (int unit = 0; unit < units; ++unit) {
+      const int stage = unit % kStages, next = unit + 1 < units ? unit + 1 : 0;
+      const uint32_t present = finder.present(unit);
+      uint2 bytes[kBlocks];
+      uint32_t large_ones = 0;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-        for (int slab = part * kPartSlabs; slab < (part + 1) * kPartSlabs; ++slab) {
-          uint4 first, second;
-          share.unpack(block, slab, bytes[block], large, first, second);
-          const uint32_t offset = block * kBlock * kRowBytes + slab * kSlabBytes;
-          ptx::store_shared(tile + offset, first);
-          ptx::store_shared((tile ^ 16) + offset, second);
-          share.load(block, slab);
-          __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
-        }
+        bytes[block] = share.scales[block];
+        large_ones |= large_scales(bytes[block].x) | large_scales(bytes[block].y & 0xFFFFFFu);
       }
-      ptx::mbarrier_arrive(memory.hand_overs.full(stage, part));
+      const bool large = __any_sync(kAllLanes, large_ones != 0);
+      if (next % kBatch == 0) finder.advance();
+      share.aim(finder, next);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        given.wait(memory.hand_overs, stage, part);
+        if (part == 0 && lane == 0) {
+          ptx::store_shared(valid + 8 * stage, static_cast<Present>(present));
+        }
+        write_part(share, bytes, large, part, tiles + stage * kTileBytes);
+        ptx::mbarrier_arrive(memory.hand_overs.full(stage, part));
+      }
+      given.take_back(stage);
+      given.give(stage);
     }
-    given.take_back(stage);
-    given.give(stage);
-  }
-}
-
-// All rows of this CTA, by producing warp number `warp`.
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, SharedMemory& memory, int warp) {
-  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
-  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  const auto position = [&](uint32_t tile) {
-    return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
-  };
-  Given given;
-  int next = position(blockIdx.x);
-  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const RowKeys row = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
-    next = position(tile + gridDim.x);
-    produce_row(attention.keys, row, memory, warp, given);
   }
   for (int stage = 0; stage < kStages; ++stage) {
     for (int part = 0; part < kParts; ++part) given.wait(memory.hand_overs, stage, part);
