@@ -53,21 +53,6 @@ namespace {
 
 using namespace wide;
 
-#if PW == 4
-#ifndef CR
-#define CR 192
-#define PR 120
-#endif
-constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;  // of a thread
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfThreeWarpgroups);
-#else
-#ifndef CR
-#define CR 192
-#define PR 64
-#endif
-constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;  // of a thread
-#endif
-
 constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -110,9 +95,7 @@ class Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-enum class Form { kApart, kRunning, kUnpacked };
-
-template <Form kForm>
+template <Fold kFold, bool kQuantised>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -123,19 +106,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
   // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
-  if (own < 2) {
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
+  if (warp < kConsumers / kWarp) {
     ptx::take_registers<kConsumerRegisters>();
-    consume_rows<kForm == Form::kApart ? Fold::kApart : Fold::kRunning, Queries>(attention, attention, memory, own);
-    return;
+    consume_rows<kFold, kQuantised, Queries>(attention, attention, memory, warp / 4);
+  } else {
+    ptx::give_registers<kProducerRegisters>();
+    produce_rows(attention, memory, warp - kConsumers / kWarp);
   }
-  ptx::give_registers<kProducerRegisters>();
-  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
-  produce_rows(attention, memory, producer);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 #endif
+}
+
+template <Fold kFold>
+cudaError_t launch(const SparseAttention& attention, const Launch& at) {
+  return launch_kernel(attention.o_scale == nullptr ? sparse_attention_wide_kernel<kFold, false>
+                                                    : sparse_attention_wide_kernel<kFold, true>,
+                       at, attention);
 }
 
 }  // namespace
@@ -143,14 +132,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  if (attention.unpacked.entries != nullptr) {
-    const cudaError_t status = launch_unpack_keys(attention, stream);
-    if (status != cudaSuccess) return status;
-    return launch_kernel(sparse_attention_wide_kernel<Form::kUnpacked>, at, attention);
-  }
-  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<Form::kRunning>
-                                                          : sparse_attention_wide_kernel<Form::kApart>,
-                       at, attention);
+  return attention.rope.tokens > kMostApart ? launch<Fold::kRunning>(attention, at)
+                                            : launch<Fold::kApart>(attention, at);
 }
 
 }  // namespace dsv4

@@ -126,21 +126,17 @@ __device__ __forceinline__ OfHeads sum_of_lane(const float (&weights)[32]) {
   return sum;
 }
 
-// How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
-// (softmax.cuh): the bits do not depend on who computes the unit. Running: relative to the reference that the units so
-// far have raised, its output added by the tensor cores; the weights of a head are summed up in each lane apart, and
-// the lanes' sums at the end of the row.
-enum class Fold { kApart, kRunning };
-
 // How far a warpgroup is: the tiles of its own stage, the weights of the other one's, and queries.
 struct Phases {
   Phase full, weighed, queries;
 };
 
-// Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
+// Scores to weights for unit number `unit`, the CTA's, which lies in stage `own`, for both warpgroups. `totals` are
+// those of the units before this pair, of which this unit is the second if `second`.
 template <Fold kFold, typename Queries>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own,
+__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, uint32_t unit, bool second,
                                            const RunningTotal (&totals)[2], Phases& phases) {
+  const int own = unit % kStages;
   float scores[32];
   queries.multiply(memory, own, phases.full.parity, scores);
   phases.full.parity ^= 1;
@@ -151,9 +147,9 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory&
     sum = sum_of_heads(scores);
   } else {
     float before[2] = {totals[0].reference, totals[1].reference};
-    if (own == 1) {
-      phases.weighed.wait(memory.hand_overs.weighed(0));
-      const float4 first = memory.weighed[0].totals[threadIdx.x % kWarpgroup];
+    if (second) {
+      phases.weighed.wait(memory.hand_overs.weighed(1 - own));
+      const float4 first = memory.weighed[1 - own].totals[threadIdx.x % kWarpgroup];
       before[0] = first.x;
       before[1] = first.y;
     }
@@ -271,7 +267,7 @@ struct Output {
 // A consuming warpgroup: all rows of this CTA. `Queries` is made for a row and tile of heads; it brings queries to shared
 // memory in two steps, which all consumers take: copy() while keys are still added, finish() after that. It multiplies
 // keys by them.
-template <Fold kFold, typename Queries, typename Operands>
+template <Fold kFold, bool kQuantised, typename Queries, typename Operands>
 __device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,
                                              SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
@@ -286,6 +282,7 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     ptx::mbarrier_arrive(memory.hand_overs.queries());
   };
   Phases phases;
+  uint32_t units_before = 0;  // of the rows before
   Queries queries = queries_of(blockIdx.x);
   queries.copy(memory);
   int next_position = position(blockIdx.x);
@@ -304,11 +301,12 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     if (units == 0) next_queries.copy(memory);
     for (int first = 0; first < units; first += kStages) {
       const int last = min(first + kStages, units) - 1;
-      const bool weighs = first + own <= last;
-      if (weighs) weigh_unit<kFold>(queries, memory, own, output.totals, phases);
-      const bool has_met = kFold == Fold::kRunning && own == 1 && weighs;  // has the other's weights
+      const int mine = first + ((own ^ (units_before + first)) & 1);
+      const bool weighs = mine <= last, second = mine > first;
+      if (weighs) weigh_unit<kFold>(queries, memory, units_before + mine, second, output.totals, phases);
+      const bool has_met = kFold == Fold::kRunning && weighs && second;  // has the other's weights
       for (int unit = first; unit <= last; ++unit) {
-        const int stage = unit - first;
+        const int stage = (units_before + unit) % kStages;
         if (stage != own && !has_met) phases.weighed.wait(memory.hand_overs.weighed(stage));
         if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
@@ -317,9 +315,11 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
         output.add<kFold>(memory, stage, own);
       }
     }
+    units_before += units;
     hand_over_queries(next_queries);
     if constexpr (kFold == Fold::kRunning) output.sum_lanes();
-    store_output(attention, output.sums, output.totals, sinks, tile / head_tiles, first_head, keys.position, own);
+    store_output<kQuantised>(attention, output.sums, output.totals, sinks, tile / head_tiles, first_head,
+                             keys.position, own, memory);
     queries = next_queries;
   }
 }

@@ -1,8 +1,9 @@
 // Where the keys of a producing warp of sparse_attention_wide.cu lie.
 //
-// Keys are looked up a few tiles at a time, a batch, a lane for each key, in three steps that depend on each other: the
-// index of its entry, the page, the scales. Each has the time of a batch, and those of the next row follow without a
-// pause. What is found goes through shared memory to the four lanes that load the key.
+// Keys are looked up for four tiles at a time, a batch, a lane for each key, in three steps that depend on each other:
+// the index of its entry, the page, the scales. Each of the first two has the time of a batch, and those of the next row
+// follow without a pause. All that is looked up is copied to shared memory: loads would take registers, and scoreboards
+// that the loads of codes need.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -47,97 +48,124 @@ class Rows {
 
 class KeyFinder {
  public:
-  // For producing warp number `warp`, which has `found` for itself.
-  __device__ __forceinline__ KeyFinder(const SparseAttention& attention, FoundKey (&found)[kWarp], int warp)
-      : sources_(attention.keys), rows_(attention), found_(ptx::shared_address(found)), first_key_(warp * kWarpKeys) {
-    find_entry();
-    find_page();
-    find_entry();
-    find_key();
-    find_page();
-    find_entry();
+  // For producing warp number `warp`, whose keys go through `keys`.
+  __device__ __forceinline__ KeyFinder(const SparseAttention& attention, WarpKeys& keys, int warp)
+      : sources_(attention.keys), rows_(attention), keys_(keys), warp_(warp) {
+    find_entries();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    find_pages();
+    find_entries();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
   }
 
-  // To the first batch, then to the next one of the row, or the first of the next row with keys. By all lanes.
+  // To the first batch, then to the next one, of 0 units if there is none. By all lanes, when what the call before asked
+  // for has arrived. Scales come with one more group of copies.
   __device__ __forceinline__ void advance() {
-    const auto data = reinterpret_cast<uint64_t>(key_.data);
-    present_ = __ballot_sync(kAllLanes, key_.data != absent());  // all lanes have read the batch before
-    ptx::store_shared(found_ + threadIdx.x % kWarp * sizeof(FoundKey),
-                      uint4{static_cast<uint32_t>(data), static_cast<uint32_t>(data >> 32), key_.scales.x,
-                            key_.scales.y});
-    find_key();
-    find_page();
-    find_entry();
+    units_ = of_pages_.units;
+    __syncwarp();  // all have read the batch before
+    find_keys();
+    find_pages();
+    find_entries();
+    ptx::cp_async_commit();
     __syncwarp();
   }
 
-  // Of the batch: a key of a tile, and a bit for each that is there.
-  __device__ __forceinline__ FoundKey found(int unit, int key) const {
-    const uint4 words = ptx::load_shared(found_ + (unit % kBatch * kWarpKeys + key) * sizeof(FoundKey));
-    return {reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x),
-            uint2{words.z, words.w}};
+  __device__ __forceinline__ int units() const { return units_; }
+
+  // Of key number `key` of this warp in tile number `tile` of the batch.
+  __device__ __forceinline__ const uint8_t* data(int tile, int key) const {
+    const uint2 words = ptx::load_shared_8(ptx::shared_address(&keys_.found[tile * kWarpKeys + key].data));
+    return reinterpret_cast<const uint8_t*>(static_cast<uint64_t>(words.y) << 32 | words.x);
   }
-  __device__ __forceinline__ uint32_t present(int unit) const { return present_ >> unit % kBatch * kWarpKeys; }
+  __device__ __forceinline__ uint2 scales(int tile, int key) const {
+    return ptx::load_shared_8(ptx::shared_address(&keys_.found[tile * kWarpKeys + key].scales));
+  }
+  // A bit for each of its keys that is there.
+  __device__ __forceinline__ uint8_t present(int tile) const { return present_ >> tile * kWarpKeys; }
 
  private:
-  __device__ __forceinline__ static const uint8_t* absent() { return reinterpret_cast<const uint8_t*>(absent_key); }
+  // Keys of tiles of one row.
+  struct Batch {
+    int units = 0;
+    int first_key;
+    int window_keys;   // of the row
+    int64_t sequence;  // of the row
+  };
+
+  // Whether this lane's key of a batch is of the window.
+  __device__ __forceinline__ bool is_of_window(const Batch& batch) const {
+    return key_of(batch) < batch.window_keys;
+  }
+  __device__ __forceinline__ int key_of(const Batch& batch) const {
+    const int lane = threadIdx.x % kWarp;
+    return batch.first_key + lane / kWarpKeys * kUnit + warp_ * kWarpKeys + lane % kWarpKeys;
+  }
   __device__ __forceinline__ const Pool& pool(bool window) const {
     return window ? sources_.window_pool : sources_.compressed_pool;
   }
 
-  // The entry of this lane's key of one more batch, as entry_of_key finds it; under way if it is an index.
-  __device__ __forceinline__ void find_entry() {
-    while (unit_ >= units_) {
-      unit_ = 0;
-      const bool more = rows_.advance(row_);
-      units_ = more ? units_of_row(row_) : kBatch;
-      if (!more) row_.count = 0;
+  // Entries of one more batch, as entry_of_key finds them; indices are under way.
+  __device__ __forceinline__ void find_entries() {
+    while (row_units_ == 0 && rows_.advance(row_)) {
+      row_units_ = units_of_row(row_);
+      next_key_ = 0;
     }
+    of_entries_ = {min(row_units_, kBatch), next_key_, row_.window_keys, row_.sequence};
+    row_units_ -= of_entries_.units;
+    next_key_ += kBatch * kUnit;
+    const int key = key_of(of_entries_), place = key - row_.window_keys, ring = ring_entries(sources_);
+    const bool exists = key < row_.count && of_entries_.units > 0;
+    int32_t* const to = &keys_.entries[threadIdx.x % kWarp];
+    if (exists && place >= 0 && row_.indices != nullptr) {
+      ptx::cp_async_4(to, row_.indices + place, 4);
+      return;
+    }
+    int entry = place;
+    if (place < 0) {
+      entry = row_.first_entry + key;
+      entry -= entry < ring ? 0 : ring;
+    }
+    *to = exists ? entry : kNoEntry;
+  }
+
+  // Pages of the batch whose entries have arrived, under way.
+  __device__ __forceinline__ void find_pages() {
+    of_pages_ = of_entries_;
+    const int lane = threadIdx.x % kWarp, entry = keys_.entries[lane];
+    const bool window = is_of_window(of_pages_);
+    const Pool& from = pool(window);
+    const int page = divide(max(entry, 0), window ? sources_.window_page : sources_.compressed_page);
+    slot_ = entry < 0 ? kNoEntry : entry - page * from.page_size;
+    if (entry >= 0) ptx::cp_async_4(&keys_.pages[lane], from.table + of_pages_.sequence * from.table_stride + page, 4);
+  }
+
+  // Where the keys lie whose pages have arrived; scales are under way.
+  __device__ __forceinline__ void find_keys() {
     const int lane = threadIdx.x % kWarp;
-    const int key = (unit_ + lane / kWarpKeys) * kUnit + first_key_ + lane % kWarpKeys;
-    const int place = key - row_.window_keys, ring = ring_entries(sources_);
-    const bool exists = key < row_.count;
-    unit_ += kBatch;
-    of_window_ = place < 0;
-    int entry = of_window_ ? row_.first_entry + key : place;
-    if (of_window_ && entry >= ring) entry -= ring;
-    entry_ = exists ? entry : kNoEntry;
-    table_ = pool(of_window_).table + row_.sequence * pool(of_window_).table_stride;
-    ptx::load_global_if(entry_, row_.indices + place, exists && !of_window_ && row_.indices != nullptr);
-  }
-
-  // Its page, under way.
-  __device__ __forceinline__ void find_page() {
-    const int page = divide(max(entry_, 0), of_window_ ? sources_.window_page : sources_.compressed_page);
-    slot_ = entry_ < 0 ? kNoEntry : entry_ - page * pool(of_window_).page_size;
-    in_window_ = of_window_;
-    ptx::load_global_if(page_, table_ + page, entry_ >= 0);
-  }
-
-  // Its scales, under way.
-  __device__ __forceinline__ void find_key() {
-    key_ = {absent(), uint2{0, 0}};
-    if (slot_ < 0) return;
-    const Pool& of = pool(in_window_);
-    const uint8_t* const page = of.data + page_ * of.page_stride;
-    key_.data = page + static_cast<int64_t>(slot_) * kEntryBytes;
-    key_.scales = ptx::load_global_8(page + static_cast<int64_t>(of.page_size) * kEntryBytes + slot_ * kScaleBytes);
+    FoundKey& to = keys_.found[lane];
+    present_ = __ballot_sync(kAllLanes, slot_ >= 0);
+    if (slot_ < 0) {
+      to = {reinterpret_cast<const uint8_t*>(absent_key), uint2{0, 0}};
+      return;
+    }
+    const Pool& from = pool(is_of_window(of_pages_));
+    const uint8_t* const page = from.data + keys_.pages[lane] * from.page_stride;
+    to.data = page + static_cast<int64_t>(slot_) * kEntryBytes;
+    ptx::cp_async_8(&to.scales, page + static_cast<int64_t>(from.page_size) * kEntryBytes + slot_ * kScaleBytes);
   }
 
   const KeySources& sources_;
   Rows rows_;
-  RowKeys row_;
-  int units_ = 0, unit_ = 0;  // of the row, and the first that is not looked up
-  uint32_t found_;
-  int first_key_;
-  // Of the batch after the next but one, of the one after the next, and of the next.
-  int entry_;
-  bool of_window_;
-  const int32_t* table_;
-  int slot_, page_ = 0;
-  bool in_window_;
-  FoundKey key_;
-  uint32_t present_ = 0;  // of the batch
+  RowKeys row_ = {};
+  WarpKeys& keys_;
+  int warp_;
+  int row_units_ = 0, next_key_ = 0;  // of the row: units that are not looked up, and the first key of those
+  Batch of_entries_, of_pages_;
+  int slot_;          // of this lane's key in the page that is under way; negative: absent
+  int units_;         // of the batch
+  uint32_t present_;  // of the batch
 };
 
 }  // namespace dsv4::wide

@@ -1,5 +1,8 @@
-// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, 16 neighbouring bytes of a lane.
-// Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of them.
+// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding; through a warp's shared memory to 64
+// neighbouring bytes of each head. Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of
+// them.
+//
+// This is done once a row, while no product is under way, and its instructions are not in the caches: few of them.
 #pragma once
 
 #include "attention/output.cuh"
@@ -18,6 +21,20 @@ __device__ __forceinline__ uint4 transpose_in_quad(uint32_t a, uint32_t b, uint3
   return upper ? uint4{got.x, got.y, high.x, high.y} : uint4{low.x, low.y, got.x, got.y};
 }
 
+// (cos, -sin) of the pairs of the rope slab that a lane has: pair 4 * i + lane % 4.
+struct Turns {
+  float2 inverse[8];
+
+  __device__ __forceinline__ Turns(const Rope& rope, int position) {
+    const auto* const turns = reinterpret_cast<const float2*>(rope_row(rope.table, kRopeDim, position));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float2 turn = __ldg(turns + 4 * i + threadIdx.x % 4);
+      inverse[i] = {turn.x, -turn.y};
+    }
+  }
+};
+
 // What a lane of a quad has of a slab of a head, rounded: word i is dimensions 8 * i + 2 * (lane % 4) and the next one.
 struct RoundedSlab {
   uint32_t words[8];
@@ -30,24 +47,14 @@ struct RoundedSlab {
     }
   }
 
-  // Of the rope slab, which is turned back: a word is a pair. `turns` has (cos, sin) of the pairs.
-  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const float2* turns) {
+  // Of the rope slab, which is turned back: a word is a pair.
+  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const Turns& turns) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* const two = sums + 4 * i + 2 * head;
-      const float2 turn = __ldg(turns + 4 * i + threadIdx.x % 4);
-      const float2 turned = rotate(float2{two[0] * reciprocal, two[1] * reciprocal}, float2{turn.x, -turn.y});
+      const float2 turned = rotate(float2{two[0] * reciprocal, two[1] * reciprocal}, turns.inverse[i]);
       words[i] = pack_bf16(turned.x, turned.y);
     }
-  }
-
-  // To the 64 dimensions at `o`.
-  __device__ __forceinline__ void store(bool exists, __nv_bfloat16* o) const {
-    const uint4 first = transpose_in_quad(words[0], words[1], words[2], words[3]);
-    const uint4 second = transpose_in_quad(words[4], words[5], words[6], words[7]);
-    if (!exists) return;
-    ptx::store(o + threadIdx.x % 4 * 8, first);
-    ptx::store(o + 32 + threadIdx.x % 4 * 8, second);
   }
 
   // The same times a power of two as E4M3, to 64 bytes: a lane stores sixteen of them.
@@ -97,47 +104,88 @@ __device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, in
   return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
 }
 
+// A warp's slab of 16 heads, of which a lane has `upper` of head lane / 4 and `lower` of the head 8 further on, to `o`,
+// where the first `heads` of them exist. `staging` is the warp's.
+__device__ __forceinline__ void store_slab(const RoundedSlab& upper, const RoundedSlab& lower, uint32_t staging,
+                                           int heads, __nv_bfloat16* o) {
+  constexpr int kChunks = kStagedDims / 8, kStagedBytes = kStagedDims * 2;
+  static_assert(kChunks == 4 && kSlab == 2 * kStagedDims);
+  const int lane = threadIdx.x % kWarp;
+  // Chunks of two rows fill all banks, alike where a column of them is written.
+  const auto place = [&](int head, int chunk) { return staging + head * kStagedBytes + (chunk ^ head / 2 % 4) * 16; };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    __syncwarp();  // what was staged before has been read
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += 2) {
+      const int i = half * kChunks + chunk;
+      ptx::stmatrix(place(lane / 8 % 2 * 8 + lane % 8, chunk + lane / 16), upper.words[i], lower.words[i],
+                    upper.words[i + 1], lower.words[i + 1]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int head = lane / kChunks; head < 16; head += kWarp / kChunks) {
+      const uint4 chunk = ptx::load_shared(place(head, lane % kChunks));
+      if (head < heads) ptx::store(o + head * kDim + half * kStagedDims + lane % kChunks * 8, chunk);
+    }
+  }
+}
+
+// A lane's two slabs of a head that share a scale, as codes.
+__device__ __forceinline__ void store_group(const RoundedSlab& first, const RoundedSlab& second, int dim, bool exists,
+                                            const Fp8Row<kScaleGroup>& output) {
+  static_assert(kScaleGroup == 2 * kSlab);
+  const uint32_t bits = max(first.max_magnitude_bits(), second.max_magnitude_bits());
+  const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
+  const float factor = invert_ue8m0(scale);
+  first.store_codes(exists, factor, output.q + dim);
+  second.store_codes(exists, factor, output.q + dim + kSlab);
+  if (exists && threadIdx.x % 4 == 0) output.scale[dim / kScaleGroup] = scale;
+}
+
 // Divide, turn and store what a consuming warpgroup has of a row.
+template <bool kQuantised>
 __device__ __forceinline__ void store_output(const SparseAttention& attention, float (&sums)[kHalfSlabs][32],
                                              const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
-                                             int first_head, int position, int half) {
-  const int lane = threadIdx.x % kWarp;
-  const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
+                                             int first_head, int position, int half, SharedMemory& memory) {
+  const Turns turns(attention.rope, position);
+  const int64_t first_vector = static_cast<int64_t>(row) * attention.heads;
+  float reciprocal[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int head = head_of_thread(first_head, i);
-    const bool exists = head < attention.heads, stores_lse = half == 0 && lane % 4 == 0;
-    const float reciprocal = finish_head(attention, row, head, sinks.value[i], totals[i], stores_lse);
-    if (!(reciprocal > 0)) {  // the sums may be NaN
+    const bool stores_lse = half == 0 && threadIdx.x % 4 == 0;
+    reciprocal[i] = finish_head(attention, row, head, sinks.value[i], totals[i], stores_lse);
+    if (!(reciprocal[i] > 0)) {  // the sums may be NaN
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) {
 #pragma unroll
         for (int j = 0; j < 16; ++j) sums[slab][j / 2 * 4 + 2 * i + j % 2] = 0.0f;
       }
     }
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
-    const auto round = [&](int slab) {
-      return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal, turns)
-                                                 : RoundedSlab(sums[slab], i, reciprocal);
-    };
-    if (attention.o_scale == nullptr) {
-      __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
+  }
+  const auto round = [&](int slab, int i) {
+    return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal[i], turns)
+                                               : RoundedSlab(sums[slab], i, reciprocal[i]);
+  };
+  const int first_dim = half * (kDim / 2);
+  if constexpr (kQuantised) {
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) round(slab).store(exists, o + slab * kSlab);
-      continue;
+    for (int i = 0; i < 2; ++i) {
+      const int head = head_of_thread(first_head, i);
+      const Fp8Row<kScaleGroup> output = quantised_output(attention, first_vector + head);
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; slab += 2) {
+        store_group(round(slab, i), round(slab + 1, i), first_dim + slab * kSlab, head < attention.heads, output);
+      }
     }
-    const Fp8Row<kScaleGroup> output = quantised_output(attention, vector);
-    static_assert(kScaleGroup == 2 * kSlab);
+  } else {
+    const int warp = threadIdx.x / kWarp, head = first_head + warp % 4 * 16;
+    const uint32_t staging = ptx::shared_address(memory.output[warp]);
+    auto* const o = static_cast<__nv_bfloat16*>(attention.o) + (first_vector + head) * kDim + first_dim;
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; slab += 2) {
-      const RoundedSlab first = round(slab), second = round(slab + 1);
-      const uint32_t bits = max(first.max_magnitude_bits(), second.max_magnitude_bits());
-      const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
-      const float factor = invert_ue8m0(scale);
-      const int dim = half * (kDim / 2) + slab * kSlab;
-      first.store_codes(exists, factor, output.q + dim);
-      second.store_codes(exists, factor, output.q + dim + kSlab);
-      if (exists && lane % 4 == 0) output.scale[dim / kScaleGroup] = scale;
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+      store_slab(round(slab, 0), round(slab, 1), staging, attention.heads - head, o + slab * kSlab);
     }
   }
 }

@@ -15,10 +15,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ void store_shared(uint32_t address, uint8_t value) {
-  asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(static_cast<uint32_t>(value)) : "memory");
-}
-
 __device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
@@ -39,6 +35,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+// ld.shared.v2
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
 // ld.global: 4 bytes at an address that came from another lane, of which the compiler does not know where it points.
 __device__ __forceinline__ uint32_t load_global(const void* address) {
   uint32_t value;
@@ -46,11 +49,17 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
   return value;
 }
 
-// The same, 8 bytes.
-__device__ __forceinline__ uint2 load_global_8(const void* address) {
-  uint2 value;
-  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
-  return value;
+// cp.async.mbarrier.arrive.noinc: one arrival, when all that this thread has asked cp.async for has arrived.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// stmatrix: kMatrices matrices 8x8 of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8 in memory,
+// and holds of each (row i / 4, columns 2 * (i % 4) and the next).
+__device__ __forceinline__ void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 // barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
@@ -67,9 +76,6 @@ __device__ __forceinline__ uint32_t load_of_cta(uint32_t shared, uint32_t rank) 
                : "memory");
   return value;
 }
-
-// As kRegistersOfThreeWarpgroups of ptx_sm90.cuh, for a CTA of four.
-constexpr int kRegistersOfFourWarpgroups = 4 * 128;
 
 // ld.global, predicated: where `condition` holds, 4 bytes take the place of `value`. A branch around a load makes the
 // compiler copy what was loaded, and wait for it, where the branch ends.
