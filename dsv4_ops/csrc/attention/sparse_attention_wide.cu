@@ -58,39 +58,30 @@ constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a r
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // Queries in bf16, copied as they are.
-class Queries {
- public:
-  __device__ __forceinline__ Queries(const SparseAttention& attention, uint32_t row, int first_head)
-      : from_(static_cast<const __nv_bfloat16*>(attention.q) +
-              (static_cast<int64_t>(row) * attention.heads + first_head) * attention.q_stride),
-        stride_(attention.q_stride),
-        heads_(attention.heads - first_head) {}
-
-  __device__ __forceinline__ void copy(SharedMemory& memory) const {
-    const int column = threadIdx.x % 8;
+struct Queries {
+  __device__ __forceinline__ static void copy(const SparseAttention& attention, uint32_t row, int first_head,
+                                              SharedMemory& memory) {
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
+    const auto* const q = static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride;
+    const int heads = attention.heads - first_head, column = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kHeads; i += kConsumers / 8) {
       const int head = threadIdx.x / 8 + i;
-      const __nv_bfloat16* const from = from_ + min(head, heads_ - 1) * stride_ + column * 8;
+      const __nv_bfloat16* const from = q + min(head, heads - 1) * attention.q_stride + column * 8;
       uint8_t* const to = memory.query + chunk_offset(head, column);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads_ ? 16 : 0);
+        ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads ? 16 : 0);
       }
     }
-    ptx::cp_async_commit();
+    ptx::cp_async_arrive(memory.hand_overs.queries());
   }
-  __device__ __forceinline__ void finish(SharedMemory&) const {}
+  __device__ __forceinline__ void finish(const SparseAttention&, uint32_t, int, SharedMemory&) const {}
 
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
     multiply_slabs<0, kSlabs>(memory, stage, parity, scores);
   }
-
- private:
-  const __nv_bfloat16* from_;
-  int64_t stride_;
-  int heads_;
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

@@ -131,31 +131,20 @@ struct Phases {
   Phase full, weighed, queries;
 };
 
-// Scores to weights for unit number `unit`, the CTA's, which lies in stage `own`, for both warpgroups. `totals` are
-// those of the units before this pair, of which this unit is the second if `second`.
-template <Fold kFold, typename Queries>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, uint32_t unit, bool second,
-                                           const RunningTotal (&totals)[2], Phases& phases) {
-  const int own = unit % kStages;
-  float scores[32];
-  queries.multiply(memory, own, phases.full.parity, scores);
-  phases.full.parity ^= 1;
+// Scores of a unit of stage `own` to weights, for both warpgroups. `totals` are those of the units before.
+template <Fold kFold>
+__device__ __forceinline__ void weigh_unit(float (&scores)[32], SharedMemory& memory, int own,
+                                           const RunningTotal (&totals)[2]) {
   OfHeads reference, sum;
   const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
   if constexpr (kFold == Fold::kApart) {
     weigh(scores, valid, [](int, float largest) { return largest; }, reference);
     sum = sum_of_heads(scores);
   } else {
-    float before[2] = {totals[0].reference, totals[1].reference};
-    if (second) {
-      phases.weighed.wait(memory.hand_overs.weighed(1 - own));
-      const float4 first = memory.weighed[1 - own].totals[threadIdx.x % kWarpgroup];
-      before[0] = first.x;
-      before[1] = first.y;
-    }
     const auto raise = [&](int head, float largest) {
-      raise_reference(before[head], largest);
-      return before[head];
+      float raised = totals[head].reference;
+      raise_reference(raised, largest);
+      return raised;
     };
     weigh(scores, valid, raise, reference);
     sum = sum_of_lane(scores);
@@ -264,63 +253,71 @@ struct Output {
   }
 };
 
-// A consuming warpgroup: all rows of this CTA. `Queries` is made for a row and tile of heads; it brings queries to shared
-// memory in two steps, which all consumers take: copy() while keys are still added, finish() after that. It multiplies
-// keys by them.
+// A consuming warpgroup: all rows of this CTA. `Queries` brings those of a row and tile of heads to shared memory in two
+// steps, which all consumers take: copy() while keys are still added, finish() after that, and one arrival of each
+// thread at the barrier. It multiplies keys by the queries that are there.
 template <Fold kFold, bool kQuantised, typename Queries, typename Operands>
 __device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,
                                              SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  const auto queries_of = [&](uint32_t tile) {
-    return Queries(operands, tile / head_tiles, tile % head_tiles * kHeads);
-  };
   const auto position = [&](uint32_t tile) { return *position_of(attention.rope, tile / head_tiles); };
-  const auto hand_over_queries = [&](Queries& queries) {
-    queries.finish(memory);
-    ptx::cp_async_wait<0>();
-    ptx::mbarrier_arrive(memory.hand_overs.queries());
+  Queries queries;
+  const auto copy = [&](uint32_t tile) {
+    Queries::copy(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
+  };
+  const auto finish = [&](uint32_t tile) {
+    queries.finish(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
   };
   Phases phases;
   uint32_t units_before = 0;  // of the rows before
-  Queries queries = queries_of(blockIdx.x);
-  queries.copy(memory);
+  copy(blockIdx.x);
+  finish(blockIdx.x);
   int next_position = position(blockIdx.x);
-  hand_over_queries(queries);
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
     const uint32_t next = min(tile + gridDim.x, work - 1), first_head = tile % head_tiles * kHeads;
     const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next_position);
-    const int units = (keys.count + kUnit - 1) / kUnit;
+    const int units = units_of_row(keys);
     const OfHeads sinks = sinks_of(attention, first_head);
     next_position = position(next);
-    Queries next_queries = queries_of(next);
     phases.queries.wait(memory.hand_overs.queries());
     ptx::fence_async_proxy();
+    const auto is_own = [&](int unit) { return (units_before + unit) % kStages == own; };
+    float scores[32];
+    const auto score = [&] {
+      queries.multiply(memory, own, phases.full.parity, scores);
+      phases.full.parity ^= 1;
+    };
     Output output;
     output.clear();
-    if (units == 0) next_queries.copy(memory);
-    for (int first = 0; first < units; first += kStages) {
-      const int last = min(first + kStages, units) - 1;
-      const int mine = first + ((own ^ (units_before + first)) & 1);
-      const bool weighs = mine <= last, second = mine > first;
-      if (weighs) weigh_unit<kFold>(queries, memory, units_before + mine, second, output.totals, phases);
-      const bool has_met = kFold == Fold::kRunning && weighs && second;  // has the other's weights
-      for (int unit = first; unit <= last; ++unit) {
-        const int stage = (units_before + unit) % kStages;
-        if (stage != own && !has_met) phases.weighed.wait(memory.hand_overs.weighed(stage));
-        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
-          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
-          next_queries.copy(memory);
-        }
-        output.add<kFold>(memory, stage, own);
+    if (units == 0) copy(next);
+#ifndef OPT_A
+    if (units > 0 && is_own(0)) score();
+#endif
+    for (int unit = 0; unit < units; ++unit) {
+      const bool mine = is_own(unit);
+      if (mine) {
+#ifdef OPT_A
+        score();
+#endif
+        weigh_unit<kFold>(scores, memory, own, output.totals);
+      } else {
+#ifndef OPT_A
+        if (unit + 1 < units) score();
+#endif
+        phases.weighed.wait(memory.hand_overs.weighed(1 - own));
       }
+      if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
+        ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+        copy(next);
+      }
+      output.add<kFold>(memory, mine ? own : 1 - own, own);
     }
     units_before += units;
-    hand_over_queries(next_queries);
+    finish(next);
     if constexpr (kFold == Fold::kRunning) output.sum_lanes();
     store_output<kQuantised>(attention, output.sums, output.totals, sinks, tile / head_tiles, first_head,
                              keys.position, own, memory);
-    queries = next_queries;
   }
 }
 

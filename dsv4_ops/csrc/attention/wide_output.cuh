@@ -126,7 +126,7 @@ __device__ __forceinline__ void store_slab(const RoundedSlab& upper, const Round
 #pragma unroll
     for (int head = lane / kChunks; head < 16; head += kWarp / kChunks) {
       const uint4 chunk = ptx::load_shared(place(head, lane % kChunks));
-      if (head < heads) ptx::store(o + head * kDim + half * kStagedDims + lane % kChunks * 8, chunk);
+      ptx::store_if(o + head * kDim + half * kStagedDims + lane % kChunks * 8, chunk, head < heads);
     }
   }
 }
@@ -148,7 +148,6 @@ template <bool kQuantised>
 __device__ __forceinline__ void store_output(const SparseAttention& attention, float (&sums)[kHalfSlabs][32],
                                              const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
                                              int first_head, int position, int half, SharedMemory& memory) {
-  const Turns turns(attention.rope, position);
   const int64_t first_vector = static_cast<int64_t>(row) * attention.heads;
   float reciprocal[2];
 #pragma unroll
@@ -164,6 +163,7 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, f
       }
     }
   }
+  const Turns turns(attention.rope, position);
   const auto round = [&](int slab, int i) {
     return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal[i], turns)
                                                : RoundedSlab(sums[slab], i, reciprocal[i]);

@@ -85,6 +85,13 @@ __device__ __forceinline__ void load_global_if(int32_t& value, const int32_t* ad
                : "l"(address), "r"(static_cast<int>(condition)));
 }
 
+// st.global.v4, predicated: without a branch, across which nothing would be moved.
+__device__ __forceinline__ void store_if(void* address, uint4 value, bool condition) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(address),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<int>(condition))
+               : "memory");
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // wgmma.mma_async.m64n64k16.f32.bf16.bf16 with A from registers: d = a * b, or d += a * b. d as in ptx::wgmma. With row
