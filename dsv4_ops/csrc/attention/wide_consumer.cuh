@@ -131,20 +131,30 @@ struct Phases {
   Phase full, weighed, queries;
 };
 
-// Scores of a unit of stage `own` to weights, for both warpgroups. `totals` are those of the units before.
-template <Fold kFold>
-__device__ __forceinline__ void weigh_unit(float (&scores)[32], SharedMemory& memory, int own,
-                                           const RunningTotal (&totals)[2]) {
+// Scores to weights for the unit in stage `own`, for both warpgroups. `totals` are those of the units before this pair,
+// of which this unit is the second if `second`.
+template <Fold kFold, typename Queries>
+__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own, bool second,
+                                           const RunningTotal (&totals)[2], Phases& phases) {
+  float scores[32];
+  queries.multiply(memory, own, phases.full.parity, scores);
+  phases.full.parity ^= 1;
   OfHeads reference, sum;
   const uint64_t valid = *reinterpret_cast<const uint64_t*>(memory.valid[own]);
   if constexpr (kFold == Fold::kApart) {
     weigh(scores, valid, [](int, float largest) { return largest; }, reference);
     sum = sum_of_heads(scores);
   } else {
+    float before[2] = {totals[0].reference, totals[1].reference};
+    if (second) {
+      phases.weighed.wait(memory.hand_overs.weighed(1 - own));
+      const float4 first = memory.weighed[1 - own].totals[threadIdx.x % kWarpgroup];
+      before[0] = first.x;
+      before[1] = first.y;
+    }
     const auto raise = [&](int head, float largest) {
-      float raised = totals[head].reference;
-      raise_reference(raised, largest);
-      return raised;
+      raise_reference(before[head], largest);
+      return before[head];
     };
     weigh(scores, valid, raise, reference);
     sum = sum_of_lane(scores);
@@ -282,36 +292,24 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
     next_position = position(next);
     phases.queries.wait(memory.hand_overs.queries());
     ptx::fence_async_proxy();
-    const auto is_own = [&](int unit) { return (units_before + unit) % kStages == own; };
-    float scores[32];
-    const auto score = [&] {
-      queries.multiply(memory, own, phases.full.parity, scores);
-      phases.full.parity ^= 1;
-    };
     Output output;
     output.clear();
     if (units == 0) copy(next);
-#ifndef OPT_A
-    if (units > 0 && is_own(0)) score();
-#endif
-    for (int unit = 0; unit < units; ++unit) {
-      const bool mine = is_own(unit);
-      if (mine) {
-#ifdef OPT_A
-        score();
-#endif
-        weigh_unit<kFold>(scores, memory, own, output.totals);
-      } else {
-#ifndef OPT_A
-        if (unit + 1 < units) score();
-#endif
-        phases.weighed.wait(memory.hand_overs.weighed(1 - own));
+    for (int first = 0; first < units; first += kStages) {
+      const int last = min(first + kStages, units) - 1;
+      const int mine = first + ((own ^ (units_before + first)) & 1);
+      const bool weighs = mine <= last, second = mine > first;
+      if (weighs) weigh_unit<kFold>(queries, memory, own, second, output.totals, phases);
+      const bool has_met = kFold == Fold::kRunning && weighs && second;  // has the other's weights
+      for (int unit = first; unit <= last; ++unit) {
+        const int stage = (units_before + unit) % kStages;
+        if (stage != own && !has_met) phases.weighed.wait(memory.hand_overs.weighed(stage));
+        if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
+          ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
+          copy(next);
+        }
+        output.add<kFold>(memory, stage, own);
       }
-      if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
-        ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
-        copy(next);
-      }
-      output.add<kFold>(memory, mine ? own : 1 - own, own);
     }
     units_before += units;
     finish(next);

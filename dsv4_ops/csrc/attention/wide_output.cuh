@@ -104,32 +104,61 @@ __device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, in
   return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
 }
 
-// A warp's slab of 16 heads, of which a lane has `upper` of head lane / 4 and `lower` of the head 8 further on, to `o`,
-// where the first `heads` of them exist. `staging` is the warp's.
-__device__ __forceinline__ void store_slab(const RoundedSlab& upper, const RoundedSlab& lower, uint32_t staging,
-                                           int heads, __nv_bfloat16* o) {
-  constexpr int kChunks = kStagedDims / 8, kStagedBytes = kStagedDims * 2;
-  static_assert(kChunks == 4 && kSlab == 2 * kStagedDims);
-  const int lane = threadIdx.x % kWarp;
-  // Chunks of two rows fill all banks, alike where a column of them is written.
-  const auto place = [&](int head, int chunk) { return staging + head * kStagedBytes + (chunk ^ head / 2 % 4) * 16; };
+// A warp's slabs of 16 heads on their way to `o`, half a slab at a time: staged, read back as 16 bytes of a head, and
+// stored one half later, so that nothing waits for shared memory.
+class StagedRows {
+ public:
+  // `o` is of the first head, of which `heads` exist, and this lane's dimensions of the first slab.
+  __device__ __forceinline__ StagedRows(uint8_t* staging, __nv_bfloat16* o, int heads)
+      : staging_(ptx::shared_address(staging)), o_(o + lane() / kChunks * kDim + lane() % kChunks * 8), heads_(heads) {}
+
+  // A lane has `upper` of head lane / 4 and `lower` of the head 8 further on.
+  __device__ __forceinline__ void add(const RoundedSlab& upper, const RoundedSlab& lower, int slab) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    __syncwarp();  // what was staged before has been read
+    for (int half = 0; half < 2; ++half) {
+      __syncwarp();  // what was staged before has been read
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; chunk += 2) {
-      const int i = half * kChunks + chunk;
-      ptx::stmatrix(place(lane / 8 % 2 * 8 + lane % 8, chunk + lane / 16), upper.words[i], lower.words[i],
-                    upper.words[i + 1], lower.words[i + 1]);
-    }
-    __syncwarp();
+      for (int chunk = 0; chunk < kChunks; chunk += 2) {
+        const int i = half * kChunks + chunk;
+        ptx::stmatrix(place(lane() / 8 % 2 * 8 + lane() % 8, chunk + lane() / 16), upper.words[i], lower.words[i],
+                      upper.words[i + 1], lower.words[i + 1]);
+      }
+      __syncwarp();
+      uint4 rows[kRows];
 #pragma unroll
-    for (int head = lane / kChunks; head < 16; head += kWarp / kChunks) {
-      const uint4 chunk = ptx::load_shared(place(head, lane % kChunks));
-      ptx::store_if(o + head * kDim + half * kStagedDims + lane % kChunks * 8, chunk, head < heads);
+      for (int i = 0; i < kRows; ++i) rows[i] = ptx::load_shared(place(i * kStep + lane() / kChunks, lane() % kChunks));
+      store();
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) rows_[i] = rows[i];
+      dim_ = slab * kSlab + half * kStagedDims;
     }
   }
-}
+
+  // What was added last.
+  __device__ __forceinline__ void store() const {
+    if (dim_ < 0) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      ptx::store_if(o_ + i * kStep * kDim + dim_, rows_[i], i * kStep + lane() / kChunks < heads_);
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kStagedDims / 8, kStep = kWarp / kChunks, kRows = 16 / kStep;
+  static_assert(kChunks == 4 && kSlab == 2 * kStagedDims);
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
+  // Chunks of two rows fill all banks, alike where a column of them is written.
+  __device__ __forceinline__ uint32_t place(int head, int chunk) const {
+    return staging_ + head * kStagedDims * 2 + (chunk ^ head / 2 % 4) * 16;
+  }
+
+  uint32_t staging_;
+  __nv_bfloat16* o_;
+  int heads_;
+  int dim_ = -1;  // of what was added last
+  uint4 rows_[kRows];
+};
 
 // A lane's two slabs of a head that share a scale, as codes.
 __device__ __forceinline__ void store_group(const RoundedSlab& first, const RoundedSlab& second, int dim, bool exists,
@@ -181,12 +210,11 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, f
     }
   } else {
     const int warp = threadIdx.x / kWarp, head = first_head + warp % 4 * 16;
-    const uint32_t staging = ptx::shared_address(memory.output[warp]);
     auto* const o = static_cast<__nv_bfloat16*>(attention.o) + (first_vector + head) * kDim + first_dim;
+    StagedRows rows(memory.output[warp], o, attention.heads - head);
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) {
-      store_slab(round(slab, 0), round(slab, 1), staging, attention.heads - head, o + slab * kSlab);
-    }
+    for (int slab = 0; slab < kHalfSlabs; ++slab) rows.add(round(slab, 0), round(slab, 1), slab);
+    rows.store();
   }
 }
 

@@ -39,11 +39,7 @@ constexpr int kConsumers = 2 * kWarpgroup, kProducers = 2 * kWarpgroup;
 constexpr int kThreads = kConsumers + kProducers;
 constexpr int kWarpKeys = kUnit / (kProducers / kWarp);  // of a producing warp in a tile
 
-#ifndef CR
-#define CR 192
-#define PR 64
-#endif
-constexpr int kConsumerRegisters = CR, kProducerRegisters = PR;  // of a thread
+constexpr int kConsumerRegisters = 192, kProducerRegisters = 64;  // of a thread
 static_assert(2 * kConsumerRegisters + 2 * kProducerRegisters <= 4 * (65536 / kThreads));
 
 // How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
