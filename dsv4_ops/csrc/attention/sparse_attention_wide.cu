@@ -43,10 +43,7 @@
 // chain; with 64 KB of queries there is room for two.
 #include <algorithm>
 
-#include "attention/wide_consumer.cuh"
-#include "attention/wide_output.cuh"
-#include "attention/wide_producer.cuh"
-#include "common/launch.cuh"
+#include "attention/wide_roles.cuh"
 
 namespace dsv4 {
 namespace {
@@ -90,21 +87,7 @@ template <Fold kFold, bool kQuantised>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
-  if (threadIdx.x == 0) memory.hand_overs.init();
-  __syncthreads();
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
-  if (warp < kConsumers / kWarp) {
-    ptx::take_registers<kConsumerRegisters>();
-    consume_rows<kFold, kQuantised, Queries>(attention, attention, memory, warp / 4);
-  } else {
-    ptx::give_registers<kProducerRegisters>();
-    produce_rows(attention, memory, warp - kConsumers / kWarp);
-  }
+  attend_rows<kFold, kQuantised, Queries>(attention, attention);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
