@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dsv4_ops.ops.attention import check_selected, selected_reference
-from dsv4_ops.ops.attention_workspace import workspace_mixed
 from dsv4_ops.ops.formats import E4M3_MAX, FP8, FP8_AMAX_FLOOR, cast_e4m3
 from dsv4_ops.registry import Inline, define, describe, expect
 
@@ -62,5 +61,4 @@ sparse_attention_mixed = define(
     reference=mixed_reference,
     check=check_mixed,
     inline=Inline.STATIC_SHAPES,
-    workspace=workspace_mixed,
 )

@@ -1,7 +1,6 @@
 """What the kernels of sparse attention hand from one launch to the next: room for it, by the shapes of a call.
 
-Few rows are shared out among two kernels, many rows of a sequence read keys that are unpacked once, and all others need
-no room.
+Few rows are shared out among two kernels, all others need no room.
 """
 
 import torch
@@ -17,15 +16,6 @@ SPLIT_TILES = 16
 FEW_KEYS = 128
 SPLIT_TILES_FEW_KEYS = 4
 SPLIT_BYTES = 2**27
-# The rows of a chunk, at least so many of a sequence, read keys that are unpacked once, if they read so many, and so
-# many more for each entry there is, and the unpacked entries take at most so many bytes: a launch and an entry cost
-# about what so many reads save. H200, 2026-11-25, 64 heads, rows x keys, us of keys unpacked once and by each row: 512
-# x 640 after 32K tokens 116 and 122, 1024 x 640 after 128K 241 and 263, 4096 x 640 after 32K 844 and 966; but 256 x 640
-# after 32K 62 and 58, 512 x 640 after 128K 134 and 133, 512 x 128 of the window 46 and 41.
-UNPACK_ROWS = 128
-UNPACK_READS = 2**18
-UNPACK_READS_OF_ENTRY = 12
-UNPACK_BYTES = 2**29
 
 
 def partials(q: Tensor, keys: int) -> Tensor:
@@ -41,42 +31,16 @@ def partials(q: Tensor, keys: int) -> Tensor:
     return q.new_empty(size // 4 if few and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
 
 
-def unpacked(q: Tensor, keys: int, entries: int, dim: int) -> Tensor:
-    """Room for all `entries` of each sequence's block tables in BF16, and one of zeros, for rows of `keys` keys.
-
-    Of q the shape [B, S, H, ...] counts. Otherwise nothing, and every row unpacks the keys that it reads.
-    """
-    size = (1 + q.shape[0] * entries) * dim * 2
-    enough = q.shape[1] * keys >= UNPACK_READS + UNPACK_READS_OF_ENTRY * entries
-    pays = q.shape[2] > 32 and enough and size <= UNPACK_BYTES
-    return q.new_empty(size // 4 if pays and q.dtype == torch.bfloat16 else 0, dtype=torch.float32)
-
-
 def workspace_window(q: Tensor, *others) -> Tensor:
-    window, page_size = others[-2:]
-    if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, window, others[3].shape[1] * page_size, q.shape[3])
+    window = others[-2]
     return partials(q, window)
 
 
 def workspace_selected(q: Tensor, *others) -> Tensor:
-    window, page_size, far_page_size = others[-3:]
-    keys = window + others[6].shape[2]
-    if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, keys, others[4].shape[1] * page_size + others[5].shape[1] * far_page_size, q.shape[3])
-    return partials(q, keys)
+    indices, window = others[6], others[-3]
+    return partials(q, window + indices.shape[2])
 
 
 def workspace_compressed(q: Tensor, *others) -> Tensor:
-    window, _, page_size, far_page_size = others[-4:]
-    entries = others[5].shape[1] * far_page_size
-    if q.shape[1] >= UNPACK_ROWS:
-        return unpacked(q, window + entries, others[4].shape[1] * page_size + entries, q.shape[3])
-    return partials(q, window + entries)
-
-
-def workspace_mixed(q_nope: Tensor, q_scale: Tensor, q_rope: Tensor, *others) -> Tensor:
-    window, page_size, far_page_size = others[-3:]
-    entries = others[4].shape[1] * page_size + others[5].shape[1] * far_page_size
-    reads = window + others[6].shape[2] if q_nope.shape[1] >= UNPACK_ROWS else 0
-    return unpacked(q_rope, reads, entries, q_nope.shape[3] + q_rope.shape[3])
+    table, window, page_size = others[5], others[-4], others[-1]
+    return partials(q, window + table.shape[1] * page_size)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from dsv4_ops.registry import TABLE
 from graph_tests.checks import assert_bits_equal
 from graph_tests.cuda.kernel_checks import assert_rows_independent, check_kernel, close, on_cuda
 from graph_tests.cuda.test_attention import TENSOR, rows_from
 from graph_tests.ops.attention_cases import FULL, SMALL
 from graph_tests.ops.attention_mixed_cases import LAYOUTS, SEQUENCE_ARGUMENTS, make_mixed
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small_chunks_unpack_keys_once")]
+pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.dsv4
 NAME = "sparse_attention_mixed"
@@ -67,17 +66,7 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch():
 
 @pytest.mark.parametrize("heads", [40, 64, 128])
 def test_chunk(heads):
-    """A prefill, for whose rows the keys are unpacked once; rows that unpack them themselves have the same bits."""
-    arguments = full([rows_from(0, 140)], heads=heads)
-    op = TABLE[NAME]
-    assert op.workspace(*arguments).numel() > 0
-    check_kernel(NAME, arguments, TENSOR)
-    on_gpu = on_cuda(arguments)
-    outputs = op.overload(*on_gpu)
-    others = [torch.empty_like(output) for output in outputs]
-    op.packet.out(*on_gpu, **dict(zip(op.outputs, others, strict=True)), workspace=None)
-    for one, another in zip(outputs, others, strict=True):
-        assert_bits_equal(one.cpu(), another.cpu())
+    check_kernel(NAME, full([rows_from(0, 140)], heads=heads), TENSOR)
 
 
 @pytest.mark.sanitize

@@ -15,7 +15,7 @@ from graph_tests.cuda.test_attention import KINDS, TENSOR, full, rows_from
 from graph_tests.cuda.test_attention_wide import many
 from graph_tests.ops.attention_cases import FULL, make, sequence_arguments
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small_chunks_unpack_keys_once")]
+pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.dsv4
 BF16, F32 = torch.bfloat16, torch.float32

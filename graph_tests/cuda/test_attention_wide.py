@@ -8,12 +8,11 @@ lengths follow each other. Their bits are those of a row alone, which other kern
 import pytest
 import torch
 
-from dsv4_ops.registry import TABLE
 from graph_tests.cuda.kernel_checks import assert_rows_independent, bits, check_kernel, on_cuda
 from graph_tests.cuda.test_attention import KINDS, OPS, TENSOR, close, full, rows_from
 from graph_tests.ops.attention_cases import sequence_arguments
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("small_chunks_unpack_keys_once")]
+pytestmark = pytest.mark.cuda
 
 # Units of 64 keys of the window: none, 1 and 2; the last key alone, the first alone, all.
 LENGTHS = (-1, 0, 62, 63, 64, 126, 127, 128, 300, -1, -1, 64, 5, 1000, 190)
@@ -64,9 +63,10 @@ def test_sinks_of_infinity(kind):
     check_kernel(f"sparse_attention_{kind}", full(kind, many(70), heads=64, sink=sink), TENSOR)
 
 
+@pytest.mark.parametrize("positions", [[[20 + row] for row in range(70)], [rows_from(20, 70)]], ids=["rows", "chunk"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scale_bytes_of_any_size(kind):
-    arguments = full(kind, [[20 + row] for row in range(70)], heads=64)
+def test_scale_bytes_of_any_size(kind, positions):
+    arguments = full(kind, positions, heads=64)
     scales = arguments[1][:, 64 * 576 : 64 * 584]
     scales.copy_(torch.randint(100, 140, scales.shape, generator=torch.Generator().manual_seed(0)))
     q = (arguments[0].float() * 2.0**-14).bfloat16()
@@ -81,17 +81,10 @@ def test_queries_that_are_not_finite(kind):
     check_kernel(f"sparse_attention_{kind}", arguments, TENSOR)
 
 
-def chunk(kind: str, rows: int = 140, **options) -> tuple:
-    """Arguments of a prefill, for whose rows the keys are unpacked once."""
-    arguments = full(kind, [rows_from(0, rows)], **({"heads": 64} | options))
-    assert TABLE[f"sparse_attention_{kind}"].workspace(*arguments).numel() > 0
-    return arguments
-
-
 @pytest.mark.parametrize("heads", [40, 72, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunk_of_many_heads(kind, heads):
-    check_kernel(f"sparse_attention_{kind}", chunk(kind, heads=heads), TENSOR)
+    check_kernel(f"sparse_attention_{kind}", full(kind, [rows_from(0, 140)], heads=heads), TENSOR)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,24 +94,9 @@ def test_chunks_of_several_sequences(kind):
     check_kernel(f"sparse_attention_{kind}", arguments, TENSOR)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_unpacked_keys_are_those_of_the_pool(kind):
-    """Rows that unpack their keys themselves have the same bits; scales that take two factors are among them."""
-    arguments = chunk(kind)
-    scales = arguments[1][:, 64 * 576 : 64 * 584]
-    scales.copy_(torch.randint(100, 140, scales.shape, generator=torch.Generator().manual_seed(0)))
-    op, on_gpu = TABLE[f"sparse_attention_{kind}"], on_cuda(arguments)
-    o, lse = op.overload(*on_gpu)
-    out = {"o": torch.empty_like(o), "lse": torch.empty_like(lse)}
-    op.packet.out(*on_gpu, **out, workspace=None)
-    for one, another in zip((o, lse), out.values(), strict=True):
-        bits(one.cpu(), another.cpu())
-
-
 @pytest.mark.parametrize("page", [-1, 2**31 - 1, -(2**31), 10**6])
 def test_block_tables_may_hold_anything_where_there_is_no_page(page):
-    """Their entries are not unpacked."""
-    arguments = chunk("compressed")
+    arguments = full("compressed", [rows_from(0, 140)], heads=64)
     table = arguments[6]
     grown = torch.nn.functional.pad(table, (0, 3), value=page)
     expected = OPS.sparse_attention_compressed(*on_cuda(arguments))

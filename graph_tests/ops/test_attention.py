@@ -12,8 +12,6 @@ import torch
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb, eager_attention_forward
 
 import dsv4_ops.ops.attention  # noqa: F401
-from dsv4_ops.ops import attention_workspace
-from dsv4_ops.registry import TABLE
 from graph_tests import checks
 from graph_tests.ops.attention_cases import FULL, SMALL, make, rope_table
 
@@ -211,19 +209,3 @@ def test_wrong_arguments_are_named():
     (q, *rest), _ = make("selected", [[20, 21]])
     with pytest.raises(ValueError, match="indices must be"):
         OPS.sparse_attention_selected(q, *rest[:6], rest[6].long(), *rest[7:])
-
-
-@pytest.mark.parametrize(("kind", "entries"), [("window", 160), ("selected", 160 + 36), ("compressed", 160 + 36)])
-def test_a_chunk_has_room_for_its_keys_in_bf16(kind, entries, monkeypatch):
-    """All entries that the block tables of two sequences reach, and one of zeros; none for few reads, rows, heads."""
-    room = TABLE[f"sparse_attention_{kind}"].workspace
-
-    def floats(rows: int, heads: int) -> int:
-        positions = [list(range(rows))] * 2
-        arguments, _ = make(kind, positions, heads=heads, dims=FULL, window=32, pages=(16, 4), dtype=BF16)
-        return room(*arguments).numel()
-
-    assert floats(128, 64) == 0  # 128 rows read too little
-    monkeypatch.setattr(attention_workspace, "UNPACK_READS", 0)
-    assert floats(128, 64) == (1 + 2 * entries) * 512 * 2 // 4
-    assert floats(127, 64) == floats(128, 32) == 0

@@ -31,12 +31,6 @@ struct KeySources {
   int ratio;  // all complete entries: positions of an entry; else 0
 };
 
-// Room for every entry of the pools that a chunk can name, unpacked to bf16; pages that the pools have.
-struct UnpackedKeys {
-  uint8_t* entries;  // null: none
-  int64_t window_pages, compressed_pages;
-};
-
 struct SparseAttention {
   const void* q;     // [B, S, H, D]
   Dtype dtype;       // of q and o
@@ -44,7 +38,6 @@ struct SparseAttention {
   int64_t rows;      // B * S
   int heads;
   int dim;
-  UnpackedKeys unpacked;
   const float* sink;  // [H]
   Rope rope;          // rope.tokens is S
   KeySources keys;
@@ -69,18 +62,11 @@ bool on_tensor_cores(const SparseAttention& attention);
 // Floats of workspace with which few rows are computed by many CTAs; the results have the same bits without.
 int64_t partial_floats(const SparseAttention& attention);
 
-// The same for unpacked keys, which pay in a prefill: sequences of at least so many rows.
-constexpr int kUnpackRows = 128;
-int64_t unpacked_floats(const SparseAttention& attention);
-
 // On tensor cores, and its forms for few rows, which needs attention.partials, and with tiles of 64 heads, on a GPU of
 // so many SMs.
 cudaError_t launch_sparse_attention(const SparseAttention& attention, cudaStream_t stream);
 cudaError_t launch_sparse_attention_split(const SparseAttention& attention, int processors, cudaStream_t stream);
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream);
-
-// What the form with 64 heads reads, if attention.unpacked has entries.
-cudaError_t launch_unpack_keys(const SparseAttention& attention, cudaStream_t stream);
 
 // Any form.
 cudaError_t launch_sparse_attention_plain(const SparseAttention& attention, cudaStream_t stream);

@@ -78,7 +78,6 @@ SparseAttention describe_call(const Call& call, const Tensor& q, const Tensor& w
   attention.rope = rope;
   attention.keys.window_pool = pool;
   attention.keys.window_page = divisor(page_size);
-  attention.unpacked.window_pages = window_pool.size(0);
   attention.keys.compressed_pool.page_size = 1;
   attention.keys.window = static_cast<int>(window);
   attention.o = outputs.o.mutable_data_ptr();
@@ -93,7 +92,6 @@ void add_compressed_pool(const Call& call, SparseAttention& attention, const Ten
                 entry_bytes = dim + rope_dim + (dim - rope_dim + 511) / 512 * 8;
   attention.keys.compressed_pool = expect_pool(call, pool, table, q.size(0), page_size, entry_bytes, dim, 16);
   attention.keys.compressed_page = divisor(page_size);
-  attention.unpacked.compressed_pages = pool.size(0);
   call.expect(attention.keys.compressed_pool.plain || (dim - rope_dim) % 64 == 0, "compressed_pool",
               "float32 where D - R is no multiple of 64", pool);
 }
@@ -109,28 +107,21 @@ void add_selected(const Call& call, SparseAttention& attention, const Tensor& q,
   attention.keys.k = static_cast<int>(rows.width);
 }
 
-// Room for what kernels hand on, if it is enough for the form that wants it: floats, or none.
-float* room(const Call& call, const std::optional<Tensor>& workspace, int64_t floats) {
+// Room for what one kernel hands to the next, if it is enough; without it every row is computed by one CTA, and has the
+// same bits.
+float* room_for_partials(const Call& call, const std::optional<Tensor>& workspace, const SparseAttention& attention) {
   if (!workspace.has_value()) return nullptr;
   call.expect_rows("workspace", *workspace, {kFloat32});
   call.expect_contiguous("workspace", *workspace);
   call.rows("workspace", *workspace, 16);
-  return workspace->numel() > 0 && workspace->numel() >= floats ? mutable_data<float>(*workspace) : nullptr;
-}
-
-void take_room_to_unpack(const Call& call, SparseAttention& attention, const std::optional<Tensor>& workspace) {
-  attention.unpacked.entries = reinterpret_cast<uint8_t*>(room(call, workspace, unpacked_floats(attention)));
+  const bool enough = workspace->numel() > 0 && workspace->numel() >= partial_floats(attention);
+  return enough ? mutable_data<float>(*workspace) : nullptr;
 }
 
 void launch(const Call& call, SparseAttention attention, const std::optional<Tensor>& workspace) {
   if (attention.rows == 0) return;
   if (!on_tensor_cores(attention)) return call.check(launch_sparse_attention_plain(attention, call.stream()));
-  if (attention.rope.tokens < kUnpackRows) {
-    // Without it every row is computed by one CTA: the same bits.
-    attention.partials = room(call, workspace, partial_floats(attention));
-  } else if (attention.heads > 32) {
-    take_room_to_unpack(call, attention, workspace);
-  }
+  attention.partials = room_for_partials(call, workspace, attention);
   call.check(launch_sparse_attention(attention, call.stream()));
 }
 
@@ -198,7 +189,7 @@ std::tuple<Tensor, Tensor> sparse_attention_mixed(
     const Tensor& q_nope, const Tensor& q_scale, const Tensor& q_rope, const Tensor& window_pool,
     const Tensor& compressed_pool, const Tensor& sink, const Tensor& rope_table, const Tensor& window_table,
     const Tensor& compressed_table, const Tensor& indices, const Tensor& positions, int64_t window,
-    int64_t window_page_size, int64_t compressed_page_size, Tensor o, Tensor lse, std::optional<Tensor> workspace) {
+    int64_t window_page_size, int64_t compressed_page_size, Tensor o, Tensor lse) {
   const Call call("sparse_attention_mixed", o);
   call.expect_tensor("o", o, {kBfloat16}, {kAny, kAny, kAny, kAny});
   MixedAttention mixed{};
@@ -217,7 +208,6 @@ std::tuple<Tensor, Tensor> sparse_attention_mixed(
   mixed.queries.scale = data<float>(q_scale);
   mixed.queries.rope = q_rope.const_data_ptr();
   if (mixed.attention.rows == 0) return {o, lse};
-  if (mixed.attention.rope.tokens >= kUnpackRows) take_room_to_unpack(call, mixed.attention, workspace);
   call.check(on_tensor_cores(mixed.attention) ? launch_sparse_attention_mixed(mixed, call.stream())
                                               : launch_sparse_attention_mixed_plain(mixed, call.stream()));
   return {o, lse};

@@ -8,23 +8,17 @@
 // keys: 446 TFLOP/s, as much as queries in bf16. With keys that each row unpacks, FP8 products reached 314 TFLOP/s
 // where bf16 products of queries in bf16 had 384.
 //
-// Codes of the next row are asked for in L2 while the last unit is added, and loaded once the output is stored: there
-// are no registers, and no room in shared memory, for them before.
+// Codes of the next row are asked for in L2 while the last unit is added, and loaded once it is: there are no registers,
+// and no room in shared memory, for them before.
 #include <algorithm>
 
 #include "attention/mixed_attention.h"
-#include "attention/wide_consumer.cuh"
-#include "attention/wide_copier.cuh"
-#include "attention/wide_producer.cuh"
-#include "common/launch.cuh"
+#include "attention/wide_roles.cuh"
 
 namespace dsv4 {
 namespace {
 
 using namespace wide;
-
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
-static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -34,11 +28,9 @@ __device__ __forceinline__ int64_t vector_at(const Rope& rope, const VectorStrid
 
 constexpr int kGroups = kNope / 64;
 
-// A thread brings of head threadIdx.x / 4 16 codes of each group of 64, and multiplies products of two heads.
+// A thread brings of head threadIdx.x / 4 16 codes of each group of 64, and 16 rope dimensions. It multiplies products of
+// two other heads.
 struct Queries {
-  const uint8_t* codes;
-  bool exists;
-  RopePart rope;
   float scales[2];
 
   __device__ __forceinline__ static const uint8_t* codes_of(const MixedAttention& mixed, uint32_t row, int head) {
@@ -47,28 +39,30 @@ struct Queries {
   }
 
   __device__ __forceinline__ static void copy(const MixedAttention& mixed, uint32_t row, int first_head,
-                                              SharedMemory&) {
-    static_assert(kNope / 4 <= 128, "a line of L2 for each of four threads");
-    ptx::prefetch_l2(codes_of(mixed, row, first_head + threadIdx.x / 4) + threadIdx.x % 4 * (kNope / 4));
-  }
-  __device__ __forceinline__ void load(const MixedAttention& mixed, uint32_t row, int first_head) {
-    const int heads = mixed.attention.heads, head = first_head + threadIdx.x / 4;
-    codes = codes_of(mixed, row, head) + threadIdx.x % 4 * 16;
-    exists = head < heads;
-    const auto* const q = static_cast<const __nv_bfloat16*>(mixed.queries.rope);
-    rope.load(q + vector_at(mixed.attention.rope, mixed.queries.rope_strides, row, min(head, heads - 1)), exists);
-    const int first = first_head + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4;
+                                              SharedMemory& memory) {
+    static_assert(kConsumers == 4 * kHeads && kNope / 4 <= 128, "a line of L2 for each of four threads");
+    const int heads = mixed.attention.heads, own = threadIdx.x / 4, head = first_head + own, quarter = threadIdx.x % 4;
+    ptx::prefetch_l2(codes_of(mixed, row, head) + quarter * (kNope / 4));
+    const auto* const rope =
+        static_cast<const __nv_bfloat16*>(mixed.queries.rope) +
+        vector_at(mixed.attention.rope, mixed.queries.rope_strides, row, min(head, heads - 1)) + quarter * 16;
+    uint8_t* const slab = memory.query + kTileBytes - kSlabBytes;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int own = min(first + 8 * i, heads - 1);
-      scales[i] = mixed.queries.scale[vector_at(mixed.attention.rope, mixed.queries.scale_strides, row, own)];
+      ptx::cp_async_16(slab + chunk_offset(own, quarter * 2 + i), rope + i * 8, head < heads ? 16 : 0);
     }
+    ptx::cp_async_commit();
   }
-  __device__ __forceinline__ void store(SharedMemory& memory) {
+
+  __device__ __forceinline__ void finish(const MixedAttention& mixed, uint32_t row, int first_head,
+                                         SharedMemory& memory) {
+    const int heads = mixed.attention.heads, own = threadIdx.x / 4;
+    const bool exists = first_head + own < heads;
+    const uint8_t* const codes = codes_of(mixed, row, first_head + own) + threadIdx.x % 4 * 16;
     uint4 parts[kGroups];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) parts[group] = ptx::load_once(codes + group * 64);
-    const uint32_t at = ptx::shared_address(memory.query) + chunk_offset(threadIdx.x / 4, threadIdx.x % 4 * 2);
+    const uint32_t at = ptx::shared_address(memory.query) + chunk_offset(own, threadIdx.x % 4 * 2);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       uint4 first, second;
@@ -76,7 +70,13 @@ struct Queries {
       ptx::store_shared(at + group * kSlabBytes, first);
       ptx::store_shared((at ^ 16) + group * kSlabBytes, second);
     }
-    rope.store(memory.query + kTileBytes - kSlabBytes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int head = min(head_of_thread(first_head, i), heads - 1);
+      scales[i] = mixed.queries.scale[vector_at(mixed.attention.rope, mixed.queries.scale_strides, row, head)];
+    }
+    ptx::cp_async_wait<0>();
+    ptx::mbarrier_arrive(memory.hand_overs.queries());
   }
 
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
@@ -90,30 +90,10 @@ struct Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <bool kUnpacked>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_mixed_kernel(const __grid_constant__ MixedAttention mixed) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
-  if (threadIdx.x == 0) memory.hand_overs.init();
-  __syncthreads();
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
-  if (own < 2) {
-    ptx::take_registers<kConsumerRegisters>();
-    consume_rows<Fold::kRunning, Queries>(mixed, mixed.attention, memory, own);
-    return;
-  }
-  ptx::give_registers<kProducerRegisters>();
-  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
-  if constexpr (kUnpacked) {
-    copy_rows(mixed.attention, memory, producer);
-  } else {
-    produce_rows(mixed.attention, memory, producer);
-  }
+  attend_rows<Fold::kRunning, false, Queries>(mixed, mixed.attention);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
@@ -131,11 +111,7 @@ cudaError_t launch_sparse_attention_mixed(const MixedAttention& mixed, cudaStrea
   if (status != cudaSuccess) return status;
   const int64_t tiles = mixed.attention.rows * ((mixed.attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  if (mixed.attention.unpacked.entries == nullptr) {
-    return launch_kernel(sparse_attention_mixed_kernel<false>, at, mixed);
-  }
-  status = launch_unpack_keys(mixed.attention, stream);
-  return status == cudaSuccess ? launch_kernel(sparse_attention_mixed_kernel<true>, at, mixed) : status;
+  return launch_kernel(sparse_attention_mixed_kernel, at, mixed);
 }
 
 }  // namespace dsv4

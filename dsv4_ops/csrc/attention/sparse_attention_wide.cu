@@ -43,39 +43,23 @@
 // chain; with 64 KB of queries there is room for two.
 #include <algorithm>
 
-#include "attention/wide_consumer.cuh"
-#include "attention/wide_copier.cuh"
-#include "attention/wide_output.cuh"
-#include "attention/wide_producer.cuh"
-#include "common/launch.cuh"
+#include "attention/wide_roles.cuh"
 
 namespace dsv4 {
 namespace {
 
 using namespace wide;
 
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 192;  // of a thread
-static_assert(2 * kProducerRegisters + 2 * kConsumerRegisters <= ptx::kRegistersOfFourWarpgroups);
-static_assert(kThreads == 4 * kWarpgroup);
-
 constexpr int kMostApart = 8;  // rows of a sequence whose bits are those of a row alone: decode, speculation
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Queries in bf16: 8 slabs of [64 heads][128 bytes].
+// Queries in bf16, copied as they are.
 struct Queries {
-  RopePart rope;
-
-  __device__ __forceinline__ static const __nv_bfloat16* of_row(const SparseAttention& attention, uint32_t row,
-                                                                int first_head) {
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
-    return static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride;
-  }
-
-  // Start copies of all but the rope slab.
   __device__ __forceinline__ static void copy(const SparseAttention& attention, uint32_t row, int first_head,
                                               SharedMemory& memory) {
-    const __nv_bfloat16* const q = of_row(attention, row, first_head);
+    const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
+    const auto* const q = static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride;
     const int heads = attention.heads - first_head, column = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kHeads; i += kConsumers / 8) {
@@ -83,16 +67,13 @@ struct Queries {
       const __nv_bfloat16* const from = q + min(head, heads - 1) * attention.q_stride + column * 8;
       uint8_t* const to = memory.query + chunk_offset(head, column);
 #pragma unroll
-      for (int slab = 0; slab < kNope / kSlab; ++slab) {
+      for (int slab = 0; slab < kSlabs; ++slab) {
         ptx::cp_async_16(to + slab * kSlabBytes, from + slab * kSlab, head < heads ? 16 : 0);
       }
     }
+    ptx::cp_async_arrive(memory.hand_overs.queries());
   }
-  __device__ __forceinline__ void load(const SparseAttention& attention, uint32_t row, int first_head) {
-    const int heads = attention.heads - first_head, head = threadIdx.x / 4;
-    rope.load(of_row(attention, row, first_head) + min(head, heads - 1) * attention.q_stride + kNope, head < heads);
-  }
-  __device__ __forceinline__ void store(SharedMemory& memory) { rope.store(memory.query + kTileBytes - kSlabBytes); }
+  __device__ __forceinline__ void finish(const SparseAttention&, uint32_t, int, SharedMemory&) const {}
 
   __device__ __forceinline__ void multiply(const SharedMemory& memory, int stage, uint32_t parity,
                                            float (&scores)[32]) const {
@@ -102,36 +83,22 @@ struct Queries {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-enum class Form { kApart, kRunning, kUnpacked };
-
-template <Form kForm>
+template <Fold kFold, bool kQuantised>
 __global__ void __launch_bounds__(kThreads, 1)
     sparse_attention_wide_kernel(const __grid_constant__ SparseAttention attention) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) uint8_t memory_start[];
-  auto& memory = *reinterpret_cast<SharedMemory*>(memory_start);
-  if (threadIdx.x == 0) memory.hand_overs.init();
-  __syncthreads();
-  ptx::wait_for_predecessors();
-  ptx::launch_dependents();
-  // The same in all lanes, and known to be: what follows from it lies in uniform registers.
-  const int own = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
-  if (own < 2) {
-    ptx::take_registers<kConsumerRegisters>();
-    consume_rows<kForm == Form::kApart ? Fold::kApart : Fold::kRunning, Queries>(attention, attention, memory, own);
-    return;
-  }
-  ptx::give_registers<kProducerRegisters>();
-  const int producer = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0) - kConsumers / kWarp;
-  if constexpr (kForm == Form::kUnpacked) {
-    copy_rows(attention, memory, producer);
-  } else {
-    produce_rows(attention, memory, producer);
-  }
+  attend_rows<kFold, kQuantised, Queries>(attention, attention);
 #else
   ptx::wait_for_predecessors();
   ptx::launch_dependents();
 #endif
+}
+
+template <Fold kFold>
+cudaError_t launch(const SparseAttention& attention, const Launch& at) {
+  return launch_kernel(attention.o_scale == nullptr ? sparse_attention_wide_kernel<kFold, false>
+                                                    : sparse_attention_wide_kernel<kFold, true>,
+                       at, attention);
 }
 
 }  // namespace
@@ -139,14 +106,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_sparse_attention_wide(const SparseAttention& attention, int processors, cudaStream_t stream) {
   const int64_t tiles = attention.rows * ((attention.heads + kHeads - 1) / kHeads);
   const Launch at{dim3(std::min<int64_t>(tiles, processors)), dim3(kThreads), stream, sizeof(SharedMemory)};
-  if (attention.unpacked.entries != nullptr) {
-    const cudaError_t status = launch_unpack_keys(attention, stream);
-    if (status != cudaSuccess) return status;
-    return launch_kernel(sparse_attention_wide_kernel<Form::kUnpacked>, at, attention);
-  }
-  return launch_kernel(attention.rope.tokens > kMostApart ? sparse_attention_wide_kernel<Form::kRunning>
-                                                          : sparse_attention_wide_kernel<Form::kApart>,
-                       at, attention);
+  return attention.rope.tokens > kMostApart ? launch<Fold::kRunning>(attention, at)
+                                            : launch<Fold::kApart>(attention, at);
 }
 
 }  // namespace dsv4

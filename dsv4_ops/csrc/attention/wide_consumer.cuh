@@ -15,31 +15,6 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4::wide {
 
-// Sixteen rope dimensions of queries that a thread brings to shared memory, a slab of 64 heads by all consumers.
-struct RopePart {
-  uint4 chunks[2];
-
-  __device__ __forceinline__ void load(const __nv_bfloat16* rope, bool exists) {  // of head threadIdx.x / 4
-    static_assert(kConsumers == kHeads * kRopeDim / 16);
-    const __nv_bfloat16* const from = rope + threadIdx.x % 4 * 16;
-    chunks[0] = exists ? ptx::load_once(from) : uint4{0, 0, 0, 0};
-    chunks[1] = exists ? ptx::load_once(from + 8) : uint4{0, 0, 0, 0};
-  }
-  __device__ __forceinline__ void store(uint8_t* slab) {
-    const int head = threadIdx.x / 4, chunk = threadIdx.x % 4 * 2;
-    split_pairs(chunks[0], chunks[1]);
-    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk)) = chunks[0];
-    *reinterpret_cast<uint4*>(slab + chunk_offset(head, chunk + 1)) = chunks[1];
-  }
-};
-
-// Copies of queries have arrived, and what all consumers wrote can be read by wgmma.
-__device__ __forceinline__ void meet_with_queries() {
-  ptx::cp_async_wait<0>();
-  ptx::fence_async_proxy();
-  ptx::named_barrier(kConsumersBarrier, kConsumers);
-}
-
 // scores [64 heads, 64 keys] = queries . keys of the tile of a stage over slabs kFirst .. kEnd - 1, added to what is
 // there if kFirst > 0. Waits for a part of the tile where it gets there.
 template <int kFirst, int kEnd>
@@ -51,7 +26,10 @@ __device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int s
 #pragma unroll
   for (int slab = kFirst; slab < kEnd; ++slab) {
     const bool new_part = slab % kPartSlabs == 0;
-    if (new_part) ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kPartSlabs), parity);
+    if (new_part) {
+      ptx::mbarrier_wait(memory.hand_overs.full(stage, slab / kPartSlabs), parity);
+      ptx::fence_async_proxy();
+    }
     if (new_part || slab == kFirst) ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSlab / 16; ++step) {
@@ -64,11 +42,6 @@ __device__ __forceinline__ void multiply_slabs(const SharedMemory& memory, int s
   ptx::wgmma_wait<0>();
   ptx::pin_registers(scores);
 }
-
-// A pair of values, one for each head of a thread.
-struct OfHeads {
-  float value[2];
-};
 
 // Weights exp2(score - reference) of a unit, in the registers of the scores. What they are relative to is refer(head,
 // largest score of the unit).
@@ -153,20 +126,15 @@ __device__ __forceinline__ OfHeads sum_of_lane(const float (&weights)[32]) {
   return sum;
 }
 
-// How units are added up. Apart: each relative to its own largest score, its output from zero, then added by an FMA
-// (softmax.cuh): the bits do not depend on who computes the unit. Running: relative to the reference that the units so
-// far have raised, its output added by the tensor cores; the weights of a head are summed up in each lane apart, and
-// the lanes' sums at the end of the row.
-enum class Fold { kApart, kRunning };
-
-// How far a warpgroup is: the tiles of its own stage, and the weights of the other one's.
+// How far a warpgroup is: the tiles of its own stage, the weights of the other one's, and queries.
 struct Phases {
-  Phase full, weighed;
+  Phase full, weighed, queries;
 };
 
-// Scores to weights for the unit of stage `own`, for both warpgroups. `totals` are those of the units before this pair.
+// Scores to weights for the unit in stage `own`, for both warpgroups. `totals` are those of the units before this pair,
+// of which this unit is the second if `second`.
 template <Fold kFold, typename Queries>
-__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own,
+__device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory& memory, int own, bool second,
                                            const RunningTotal (&totals)[2], Phases& phases) {
   float scores[32];
   queries.multiply(memory, own, phases.full.parity, scores);
@@ -178,9 +146,9 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory&
     sum = sum_of_heads(scores);
   } else {
     float before[2] = {totals[0].reference, totals[1].reference};
-    if (own == 1) {
-      phases.weighed.wait(memory.hand_overs.weighed(0));
-      const float4 first = memory.weighed[0].totals[threadIdx.x % kWarpgroup];
+    if (second) {
+      phases.weighed.wait(memory.hand_overs.weighed(1 - own));
+      const float4 first = memory.weighed[1 - own].totals[threadIdx.x % kWarpgroup];
       before[0] = first.x;
       before[1] = first.y;
     }
@@ -295,41 +263,46 @@ struct Output {
   }
 };
 
-// A consuming warpgroup: all rows of this CTA. `Queries` is made from a row's operands and knows how to bring its
-// queries to shared memory and to multiply keys by them.
-template <Fold kFold, typename Queries, typename Operands>
+// A consuming warpgroup: all rows of this CTA. `Queries` brings those of a row and tile of heads to shared memory in two
+// steps, which all consumers take: copy() while keys are still added, finish() after that, and one arrival of each
+// thread at the barrier. It multiplies keys by the queries that are there.
+template <Fold kFold, bool kQuantised, typename Queries, typename Operands>
 __device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,
                                              SharedMemory& memory, int own) {
   const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
   const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
+  const auto position = [&](uint32_t tile) { return *position_of(attention.rope, tile / head_tiles); };
+  Queries queries;
   const auto copy = [&](uint32_t tile) {
     Queries::copy(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
-    ptx::cp_async_commit();
   };
-  Queries queries;
+  const auto finish = [&](uint32_t tile) {
+    queries.finish(operands, tile / head_tiles, tile % head_tiles * kHeads, memory);
+  };
   Phases phases;
-  const auto load = [&](uint32_t tile) { queries.load(operands, tile / head_tiles, tile % head_tiles * kHeads); };
+  uint32_t units_before = 0;  // of the rows before
   copy(blockIdx.x);
-  load(blockIdx.x);
-  int next_position = *position_of(attention.rope, blockIdx.x / head_tiles);
+  finish(blockIdx.x);
+  int next_position = position(blockIdx.x);
   for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const uint32_t next = min(tile + gridDim.x, work - 1);
-    const int position = next_position;
-    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, position);
-    const int units = (keys.count + kUnit - 1) / kUnit;
-    next_position = *position_of(attention.rope, next / head_tiles);
-    queries.store(memory);
-    meet_with_queries();
+    const uint32_t next = min(tile + gridDim.x, work - 1), first_head = tile % head_tiles * kHeads;
+    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next_position);
+    const int units = units_of_row(keys);
+    const OfHeads sinks = sinks_of(attention, first_head);
+    next_position = position(next);
+    phases.queries.wait(memory.hand_overs.queries());
+    ptx::fence_async_proxy();
     Output output;
     output.clear();
     if (units == 0) copy(next);
     for (int first = 0; first < units; first += kStages) {
       const int last = min(first + kStages, units) - 1;
-      const bool weighs = first + own <= last;
-      if (weighs) weigh_unit<kFold>(queries, memory, own, output.totals, phases);
-      const bool has_met = kFold == Fold::kRunning && own == 1 && weighs;  // has the other's weights
+      const int mine = first + ((own ^ (units_before + first)) & 1);
+      const bool weighs = mine <= last, second = mine > first;
+      if (weighs) weigh_unit<kFold>(queries, memory, own, second, output.totals, phases);
+      const bool has_met = kFold == Fold::kRunning && weighs && second;  // has the other's weights
       for (int unit = first; unit <= last; ++unit) {
-        const int stage = unit - first;
+        const int stage = (units_before + unit) % kStages;
         if (stage != own && !has_met) phases.weighed.wait(memory.hand_overs.weighed(stage));
         if (unit == units - 1) {  // both warpgroups have the scores of all units, but not all warps met since
           ptx::named_barrier(warpgroup_barrier(own), kWarpgroup);
@@ -338,11 +311,12 @@ __device__ __forceinline__ void consume_rows(const Operands& operands, const Spa
         output.add<kFold>(memory, stage, own);
       }
     }
-    load(next);
+    units_before += units;
+    finish(next);
     if constexpr (kFold == Fold::kRunning) output.sum_lanes();
-    store_output(attention, output.sums, output.totals, tile / head_tiles, tile % head_tiles * kHeads, position, own);
+    store_output<kQuantised>(attention, output.sums, output.totals, sinks, tile / head_tiles, first_head,
+                             keys.position, own, memory);
   }
-  ptx::cp_async_wait<0>();
 }
 
 }  // namespace dsv4::wide

@@ -1,5 +1,8 @@
-// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding, 16 neighbouring bytes of a lane.
-// Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of them.
+// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding; through a warp's shared memory to 64
+// neighbouring bytes of each head. Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of
+// them.
+//
+// This is done once a row, while no product is under way, and its instructions are not in the caches: few of them.
 #pragma once
 
 #include "attention/output.cuh"
@@ -18,6 +21,20 @@ __device__ __forceinline__ uint4 transpose_in_quad(uint32_t a, uint32_t b, uint3
   return upper ? uint4{got.x, got.y, high.x, high.y} : uint4{low.x, low.y, got.x, got.y};
 }
 
+// (cos, -sin) of the pairs of the rope slab that a lane has: pair 4 * i + lane % 4.
+struct Turns {
+  float2 inverse[8];
+
+  __device__ __forceinline__ Turns(const Rope& rope, int position) {
+    const auto* const turns = reinterpret_cast<const float2*>(rope_row(rope.table, kRopeDim, position));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float2 turn = __ldg(turns + 4 * i + threadIdx.x % 4);
+      inverse[i] = {turn.x, -turn.y};
+    }
+  }
+};
+
 // What a lane of a quad has of a slab of a head, rounded: word i is dimensions 8 * i + 2 * (lane % 4) and the next one.
 struct RoundedSlab {
   uint32_t words[8];
@@ -26,55 +43,33 @@ struct RoundedSlab {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* const two = sums + 4 * i + 2 * head;
-      words[i] = pack_bf16(reciprocal > 0 ? two[0] * reciprocal : 0.0f, reciprocal > 0 ? two[1] * reciprocal : 0.0f);
+      words[i] = pack_bf16(two[0] * reciprocal, two[1] * reciprocal);
     }
   }
 
-  // Of the rope slab, which is turned back, word 2 * g + i has dimensions 16 * g + 4 * (lane % 4) + 2 * i and the next
-  // one: sums have these four in the order 0 2 1 3. `turns` has (cos, sin) of the pairs.
-  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const float2* turns) {
+  // Of the rope slab, which is turned back: a word is a pair.
+  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const Turns& turns) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int even = 8 * (i / 2) + 2 * head + i % 2;
-      const float2 turn = __ldg(turns + 8 * (i / 2) + threadIdx.x % 4 * 2 + i % 2);
-      const float2 pair{reciprocal > 0 ? sums[even] * reciprocal : 0.0f,
-                        reciprocal > 0 ? sums[even + 4] * reciprocal : 0.0f};
-      const float2 turned = rotate(pair, float2{turn.x, -turn.y});
+      const float* const two = sums + 4 * i + 2 * head;
+      const float2 turned = rotate(float2{two[0] * reciprocal, two[1] * reciprocal}, turns.inverse[i]);
       words[i] = pack_bf16(turned.x, turned.y);
     }
   }
 
-  // To the 64 dimensions at `o`.
-  __device__ __forceinline__ void store(bool rope, bool exists, __nv_bfloat16* o) const {
-    if (rope) {
-#pragma unroll
-      for (int group = 0; group < 4; ++group) {
-        auto* const to = reinterpret_cast<uint2*>(o + 16 * group + threadIdx.x % 4 * 4);
-        if (exists) *to = {words[2 * group], words[2 * group + 1]};
-      }
-      return;
-    }
-    const uint4 first = transpose_in_quad(words[0], words[1], words[2], words[3]);
-    const uint4 second = transpose_in_quad(words[4], words[5], words[6], words[7]);
-    if (!exists) return;
-    ptx::store(o + threadIdx.x % 4 * 8, first);
-    ptx::store(o + 32 + threadIdx.x % 4 * 8, second);
-  }
-
   // The same times a power of two as E4M3, to 64 bytes: a lane stores sixteen of them.
-  __device__ __forceinline__ void store_codes(bool rope, bool exists, float factor, uint8_t* codes) const {
-    uint32_t fours[4];
+  __device__ __forceinline__ void store_codes(bool exists, float factor, uint8_t* codes) const {
+    uint32_t fours[4];  // two codes of the first eight that a lane has, and two of the next
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       const float2 low = unpack_bf16x2(words[i]), high = unpack_bf16x2(words[i + 1]);
       fours[i / 2] = encode_e4m3x2(low.x * factor, low.y * factor) |
                      encode_e4m3x2(high.x * factor, high.y * factor) << 16;
     }
-    uint4 own = transpose_in_quad(fours[0], fours[1], fours[2], fours[3]);
-    if (!rope) {  // a word has two codes of the first eight and two of the last
-      own = {low_halves(own.x, own.y), low_halves(own.z, own.w), high_halves(own.x, own.y), high_halves(own.z, own.w)};
-    }
-    if (exists) ptx::store(codes + threadIdx.x % 4 * 16, own);
+    const uint4 own = transpose_in_quad(fours[0], fours[1], fours[2], fours[3]);
+    if (!exists) return;
+    ptx::store(codes + threadIdx.x % 4 * 16, uint4{low_halves(own.x, own.y), low_halves(own.z, own.w),
+                                                   high_halves(own.x, own.y), high_halves(own.z, own.w)});
   }
 
   __device__ __forceinline__ uint32_t max_magnitude_bits() const {
@@ -95,43 +90,131 @@ struct RunningTotal : Total {
   }
 };
 
+// A pair of values, one for each head of a thread.
+struct OfHeads {
+  float value[2];
+};
+
+// Number i of a thread's two heads.
+__device__ __forceinline__ int head_of_thread(int first_head, int i) {
+  return first_head + threadIdx.x % kWarpgroup / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * i;
+}
+
+__device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, int first_head) {
+  return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
+}
+
+// A warp's slabs of 16 heads on their way to `o`, half a slab at a time: staged, read back as 16 bytes of a head, and
+// stored one half later, so that nothing waits for shared memory.
+class StagedRows {
+ public:
+  // `o` is of the first head, of which `heads` exist, and this lane's dimensions of the first slab.
+  __device__ __forceinline__ StagedRows(uint8_t* staging, __nv_bfloat16* o, int heads)
+      : staging_(ptx::shared_address(staging)), o_(o + lane() / kChunks * kDim + lane() % kChunks * 8), heads_(heads) {}
+
+  // A lane has `upper` of head lane / 4 and `lower` of the head 8 further on.
+  __device__ __forceinline__ void add(const RoundedSlab& upper, const RoundedSlab& lower, int slab) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      __syncwarp();  // what was staged before has been read
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; chunk += 2) {
+        const int i = half * kChunks + chunk;
+        ptx::stmatrix(place(lane() / 8 % 2 * 8 + lane() % 8, chunk + lane() / 16), upper.words[i], lower.words[i],
+                      upper.words[i + 1], lower.words[i + 1]);
+      }
+      __syncwarp();
+      uint4 rows[kRows];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) rows[i] = ptx::load_shared(place(i * kStep + lane() / kChunks, lane() % kChunks));
+      store();
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) rows_[i] = rows[i];
+      dim_ = slab * kSlab + half * kStagedDims;
+    }
+  }
+
+  // What was added last.
+  __device__ __forceinline__ void store() const {
+    if (dim_ < 0) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      ptx::store_if(o_ + i * kStep * kDim + dim_, rows_[i], i * kStep + lane() / kChunks < heads_);
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kStagedDims / 8, kStep = kWarp / kChunks, kRows = 16 / kStep;
+  static_assert(kChunks == 4 && kSlab == 2 * kStagedDims);
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
+  // Chunks of two rows fill all banks, alike where a column of them is written.
+  __device__ __forceinline__ uint32_t place(int head, int chunk) const {
+    return staging_ + head * kStagedDims * 2 + (chunk ^ head / 2 % 4) * 16;
+  }
+
+  uint32_t staging_;
+  __nv_bfloat16* o_;
+  int heads_;
+  int dim_ = -1;  // of what was added last
+  uint4 rows_[kRows];
+};
+
+// A lane's two slabs of a head that share a scale, as codes.
+__device__ __forceinline__ void store_group(const RoundedSlab& first, const RoundedSlab& second, int dim, bool exists,
+                                            const Fp8Row<kScaleGroup>& output) {
+  static_assert(kScaleGroup == 2 * kSlab);
+  const uint32_t bits = max(first.max_magnitude_bits(), second.max_magnitude_bits());
+  const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
+  const float factor = invert_ue8m0(scale);
+  first.store_codes(exists, factor, output.q + dim);
+  second.store_codes(exists, factor, output.q + dim + kSlab);
+  if (exists && threadIdx.x % 4 == 0) output.scale[dim / kScaleGroup] = scale;
+}
+
 // Divide, turn and store what a consuming warpgroup has of a row.
-__device__ __forceinline__ void store_output(const SparseAttention& attention, const float (&sums)[kHalfSlabs][32],
-                                             const RunningTotal (&totals)[2], uint32_t row, int first_head,
-                                             int position, int half) {
-  const int thread = threadIdx.x % kWarpgroup, lane = thread % kWarp;
-  const auto* const turns = reinterpret_cast<const float2*>(rope_row(attention.rope.table, kRopeDim, position));
+template <bool kQuantised>
+__device__ __forceinline__ void store_output(const SparseAttention& attention, float (&sums)[kHalfSlabs][32],
+                                             const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
+                                             int first_head, int position, int half, SharedMemory& memory) {
+  const int64_t first_vector = static_cast<int64_t>(row) * attention.heads;
+  float reciprocal[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int head = first_head + thread / kWarp * 16 + lane / 4 + 8 * i;
-    const bool exists = head < attention.heads;
-    const float reciprocal = finish_head(attention, row, head, totals[i], half == 0 && lane % 4 == 0);
-    const int64_t vector = static_cast<int64_t>(row) * attention.heads + head;
-    const auto has_rope = [&](int slab) { return slab == kHalfSlabs - 1 && half == 1; };
-    const auto round = [&](int slab) {
-      return has_rope(slab) ? RoundedSlab(sums[slab], i, reciprocal, turns) : RoundedSlab(sums[slab], i, reciprocal);
-    };
-    if (attention.o_scale == nullptr) {
-      __nv_bfloat16* const o = static_cast<__nv_bfloat16*>(attention.o) + vector * kDim + half * (kDim / 2);
+    const int head = head_of_thread(first_head, i);
+    const bool stores_lse = half == 0 && threadIdx.x % 4 == 0;
+    reciprocal[i] = finish_head(attention, row, head, sinks.value[i], totals[i], stores_lse);
+    if (!(reciprocal[i] > 0)) {  // the sums may be NaN
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) {
-        round(slab).store(has_rope(slab), exists, o + slab * kSlab);
-      }
-      continue;
-    }
-    const Fp8Row<kScaleGroup> output = quantised_output(attention, vector);
-    static_assert(kScaleGroup == 2 * kSlab);
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; slab += 2) {
-      const RoundedSlab first = round(slab), second = round(slab + 1);
-      const uint32_t bits = max(first.max_magnitude_bits(), second.max_magnitude_bits());
-      const uint32_t scale = fp8_group_scale(__uint_as_float(max_lanes<4>(bits)));
-      const float factor = invert_ue8m0(scale);
-      const int dim = half * (kDim / 2) + slab * kSlab;
-      first.store_codes(false, exists, factor, output.q + dim);
-      second.store_codes(has_rope(slab + 1), exists, factor, output.q + dim + kSlab);
-      if (exists && lane % 4 == 0) output.scale[dim / kScaleGroup] = scale;
+        for (int j = 0; j < 16; ++j) sums[slab][j / 2 * 4 + 2 * i + j % 2] = 0.0f;
+      }
     }
+  }
+  const Turns turns(attention.rope, position);
+  const auto round = [&](int slab, int i) {
+    return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal[i], turns)
+                                               : RoundedSlab(sums[slab], i, reciprocal[i]);
+  };
+  const int first_dim = half * (kDim / 2);
+  if constexpr (kQuantised) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int head = head_of_thread(first_head, i);
+      const Fp8Row<kScaleGroup> output = quantised_output(attention, first_vector + head);
+#pragma unroll
+      for (int slab = 0; slab < kHalfSlabs; slab += 2) {
+        store_group(round(slab, i), round(slab + 1, i), first_dim + slab * kSlab, head < attention.heads, output);
+      }
+    }
+  } else {
+    const int warp = threadIdx.x / kWarp, head = first_head + warp % 4 * 16;
+    auto* const o = static_cast<__nv_bfloat16*>(attention.o) + (first_vector + head) * kDim + first_dim;
+    StagedRows rows(memory.output[warp], o, attention.heads - head);
+#pragma unroll
+    for (int slab = 0; slab < kHalfSlabs; ++slab) rows.add(round(slab, 0), round(slab, 1), slab);
+    rows.store();
   }
 }
 

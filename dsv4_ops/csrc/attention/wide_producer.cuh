@@ -1,268 +1,102 @@
 // The producing warps of sparse_attention_wide.cu: keys of paged pools, gathered, unpacked and written to tiles.
 //
-// A warp has one half of the dimensions and 16 keys of every tile, which it takes in two blocks of 8: lane l has key
-// l / 4 of a block, and of every group of 64 dimensions the quarter l % 4, for the reasons given in producer.cuh. While
-// the first block is unpacked, the second one is loaded into the same registers, a piece after each piece; the first
-// block of the next tile is loaded once the tile is handed over. Keys are looked up for two tiles at a time, a lane for
-// each: their indices two batches ahead, their pages one batch ahead. A value is loaded into the registers that it is
-// used from: a copy at the end of a loop would wait for it.
+// A warp has 8 keys of every tile: lane l has key l / 4, and of every group of 64 dimensions the quarter l % 4, for the
+// reasons given in producer.cuh. Latency bounds it, so what counts is the bytes that it has under way: all codes of its
+// next keys, all the time. As soon as a piece of a key is unpacked, the same piece of the next key is loaded into the
+// registers that it leaves. Nothing else is loaded to registers: there are six scoreboards, and who waits for one waits
+// for all loads that share it. Rope dimensions need no unpacking, and are copied.
 #pragma once
 
-#include "attention/keys.cuh"
+#include "attention/wide_keys.cuh"
 #include "attention/wide_tiles.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
 namespace dsv4::wide {
 
-constexpr int kWarpKeys = kUnit / (kProducerWarps / 2);  // of a warp in a tile
-constexpr int kBlock = 8;                                // keys of a warp at a time
-constexpr int kBlocks = kWarpKeys / kBlock;              // of a warp in a tile
-constexpr int kBatch = kWarp / kWarpKeys;                // tiles whose keys are looked up together
-static_assert(kBlocks == 2);
+// Of a lane: where its next key lies, and 16 codes of each of its groups.
+struct Codes {
+  static constexpr int kPieces = kNope / kSlab;
+  const uint8_t* key;
+  uint4 pieces[kPieces];
 
-// What an absent key has instead of an entry: zeros, with which products are harmless.
-__device__ const uint4 absent_key[kEntryBytes / 16] = {};
-
-// A key that a lane looks up: its entry and, once that is loaded, its page.
-struct Lookup {
-  int key;
-  int entry;  // negative: absent
-  int32_t page;
-};
-
-// Where the bytes of a key lie.
-struct KeyPlace {
-  const uint8_t* data;
-  const uint8_t* scales;
-};
-
-// Entries of two batches of keys, each in a register of its own from the load to its use.
-struct Entries {
-  int32_t even = kNoEntry, odd = kNoEntry;  // of batches
-
-  // The entry of a key as entry_of_key finds it, under way if it is an index.
-  __device__ __forceinline__ void find(const KeySources& sources, const RowKeys& row, int batch, int key) {
-    const int place = key - row.window_keys, ring = ring_entries(sources);
-    const bool exists = key < row.count, window = place < 0, is_odd = batch % 2 != 0;
-    int entry = window ? row.first_entry + key : place;
-    if (window && entry >= ring) entry -= ring;
-    if (!exists) entry = kNoEntry;
-    even = is_odd ? even : entry;
-    odd = is_odd ? entry : odd;
-    const bool is_index = exists && !window && row.indices != nullptr;
-    ptx::load_global_if(even, row.indices + place, is_index && !is_odd);
-    ptx::load_global_if(odd, row.indices + place, is_index && is_odd);
-  }
-  __device__ __forceinline__ int of(int batch) const { return batch % 2 != 0 ? odd : even; }
-};
-
-// Its page, under way.
-__device__ __forceinline__ void find_page(const KeySources& sources, const RowKeys& row, Lookup& lookup) {
-  const bool window = lookup.key < row.window_keys;
-  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
-  const int page = divide(max(lookup.entry, 0), window ? sources.window_page : sources.compressed_page);
-  ptx::load_global_if(lookup.page, pool.table + row.sequence * pool.table_stride + page, lookup.entry >= 0);
-}
-
-__device__ __forceinline__ KeyPlace place_of(const KeySources& sources, const RowKeys& row, const Lookup& lookup) {
-  const auto* const absent = reinterpret_cast<const uint8_t*>(absent_key);
-  if (lookup.entry < 0) return {absent, absent};
-  const bool window = lookup.key < row.window_keys;
-  const Pool& pool = window ? sources.window_pool : sources.compressed_pool;
-  const PageDivisor divisor = window ? sources.window_page : sources.compressed_page;
-  const int slot = lookup.entry - divide(lookup.entry, divisor) * pool.page_size;
-  const uint8_t* const page = pool.data + lookup.page * pool.page_stride;
-  return {page + static_cast<int64_t>(slot) * kEntryBytes,
-          page + static_cast<int64_t>(pool.page_size) * kEntryBytes + slot * kScaleBytes};
-}
-
-template <typename T>
-__device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
-  return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
-}
-
-// A lane's share of one key: where its half lies, and what is loaded of it.
-template <int kHalf>
-struct Share {
-  const uint8_t* data;
-  uint4 parts[kHalfSlabs + kHalf];
-
-  // To the key that lane `lane` has looked up; its scales, a byte for each group of the half, under way.
-  __device__ __forceinline__ uint32_t aim(const KeyPlace& places, int lane, int quarter) {
-    data = from_lane(places.data, lane) + kHalf * (kDim / 2) + quarter * 16;
-    return ptx::load_global(from_lane(places.scales, lane) + kHalf * 4);
-  }
-
-  // What becomes a slab: 16 codes, or 16 rope dimensions.
-  __device__ __forceinline__ void load(int slab, int quarter) {
-    if (kHalf == 0 || slab < kHalfSlabs - 1) {
-      parts[slab] = ptx::load_once(data + slab * 64);
-    } else {
-      const uint8_t* const rope = data + slab * 64 + quarter * 16;
-      parts[slab] = ptx::load_once(rope);
-      parts[slab + kHalf] = ptx::load_once(rope + 16);
-    }
-  }
-
-  // The same as two chunks of bf16; the byte of each group in `factors` is at most kLargestScale.
-  __device__ __forceinline__ void unpack(int slab, uint32_t bytes, uint4& first, uint4& second) const {
-    if (kHalf == 0 || slab < kHalfSlabs - 1) {
-      unpack_e4m3(parts[slab], first_factor(__byte_perm(bytes, 0, 0x4440 + slab)), first, second);
-    } else {
-      first = parts[slab];
-      second = parts[slab + kHalf];
-      split_pairs(first, second);
-    }
+  __device__ __forceinline__ void load(int piece) {
+    pieces[piece] = ptx::load_once(key + threadIdx.x % 4 * 16 + piece * kSlab);
   }
 };
 
-// The second factor of groups with scales above kLargestScale, for the chunks at two addresses of every slab.
-template <int kHalf>
-__device__ __forceinline__ void multiply_again(uint32_t scales, uint32_t address) {
-  for (int slab = 0; slab < kHalfSlabs - kHalf; ++slab) {
-    const uint32_t byte = scales >> slab * 8 & 0xFF;
-    if (byte <= kLargestScale) continue;
-    for (const uint32_t at : {address, address ^ 16}) {
-      uint4 chunk = ptx::load_shared(at + slab * kSlabBytes);
-      multiply_chunk(chunk, second_factor(byte));
-      ptx::store_shared(at + slab * kSlabBytes, chunk);
-    }
+__device__ __forceinline__ uint32_t scale_of(uint2 scales, int group) {
+  return __byte_perm(group < 4 ? scales.x : scales.y, 0, 0x4440 + group % 4);
+}
+
+// The second factor of the chunks at `tile` of a slab, and of those next to them, where the scale is above
+// kLargestScale.
+__device__ __forceinline__ void multiply_again(uint32_t byte, uint32_t tile) {
+  if (byte <= kLargestScale) return;
+  for (const uint32_t at : {tile, tile ^ 16}) {
+    uint4 chunk = ptx::load_shared(at);
+    multiply_chunk(chunk, second_factor(byte));
+    ptx::store_shared(at, chunk);
   }
 }
 
-// Which stages the consumers have been given, and how often, by the producers of a half.
-struct Given {
-  uint32_t stages = 0, parities = 0;  // a bit of each stage
-
-  // Wait until a part of the half is the producers' again.
-  __device__ __forceinline__ void wait(const HandOvers& hand_overs, int stage, int half, int part) const {
-    if (stages >> stage & 1) {
-      ptx::mbarrier_wait(hand_overs.empty(stage, half * kHalfParts + part), parities >> stage & 1);
-    }
-  }
-  // All of it is theirs, after both waits.
-  __device__ __forceinline__ void take_back(int stage) {
-    parities ^= stages & 1u << stage;
-    stages &= ~(1u << stage);
-  }
-  __device__ __forceinline__ void take_back(const HandOvers& hand_overs, int stage, int half) {
+// All units of this CTA's rows, by producing warp number `warp`.
+__device__ __forceinline__ void produce_rows(const SparseAttention& attention, SharedMemory& memory, int warp) {
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t keys =
+      ptx::shared_address(memory.keys) + chunk_offset(warp * kWarpKeys + lane / 4, lane % 4 * 2);
+  KeyFinder finder(attention, memory.warp_keys[warp], warp);
+  finder.advance();
+  ptx::cp_async_commit();  // stands for rope dimensions of a tile before
+  Codes codes;
+  codes.key = finder.data(0, lane / 4);
 #pragma unroll
-    for (int part = 0; part < kHalfParts; ++part) wait(hand_overs, stage, half, part);
-    take_back(stage);
-  }
-  __device__ __forceinline__ void give(int stage) { stages |= 1u << stage; }
-};
-
-// A part of a tile is written, and fenced.
-__device__ __forceinline__ void hand_over(const HandOvers& hand_overs, int stage, int half, int part) {
-  ptx::mbarrier_arrive(hand_overs.full(stage, half * kHalfParts + part));
-}
-
-// Write the tiles of a row: half kHalf, and of the half's warps number `pair`.
-template <int kHalf>
-__device__ __forceinline__ void produce(const KeySources& sources, const RowKeys& row, const SharedMemory& memory,
-                                        int pair, Given& given) {
-  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const int units = (row.count + kUnit - 1) / kUnit;
-  if (units == 0) return;
-  const int first_key = pair * kWarpKeys;
-  const uint32_t tiles = ptx::shared_address(memory.keys) + kHalf * kHalfSlabs * kSlabBytes + first_key * kRowBytes +
-                         chunk_offset(column, 2 * quarter);
-  const uint32_t valid = ptx::shared_address(memory.valid) + first_key / 8;
-
-  const auto key_of = [&](int batch) {
-    return (batch * kBatch + lane / kWarpKeys) * kUnit + first_key + lane % kWarpKeys;
-  };
-  Entries entries;
-  entries.find(sources, row, 0, key_of(0));
-  entries.find(sources, row, 1, key_of(1));
-  Lookup upcoming{key_of(0), entries.of(0), 0};
-  find_page(sources, row, upcoming);
-  KeyPlace ready;
-  uint32_t present;  // of the keys in `ready`
-  const auto advance = [&](int batch) {
-    ready = place_of(sources, row, upcoming);
-    present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
-    upcoming = {key_of(batch + 1), entries.of(batch + 1), 0};
-    find_page(sources, row, upcoming);
-    entries.find(sources, row, batch + 2, key_of(batch + 2));
-  };
-  advance(0);
-
-  Share<kHalf> share;
-  uint32_t scales[kBlocks];
-  const auto start_tile = [&](int unit) {
-    scales[0] = share.aim(ready, unit % kBatch * kWarpKeys + column, quarter);
-#pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) share.load(slab, quarter);
-  };
-  start_tile(0);
-  for (int unit = 0; unit < units; ++unit) {
-    const int stage = unit % kStages;
-    given.take_back(memory.hand_overs, stage, kHalf);
-    if (kHalf == 0 && lane == 0) {
-      ptx::store_shared(valid + 8 * stage, static_cast<uint16_t>(present >> unit % kBatch * kWarpKeys));
+  for (int piece = 0; piece < Codes::kPieces; ++piece) codes.load(piece);
+  int in_batch = 0;
+  for (uint32_t unit = 0; finder.units() > 0; ++unit) {
+    const uint32_t stage = unit % kStages, tile = keys + stage * kTileBytes;
+    ptx::cp_async_wait<1>();  // all but the rope dimensions of the tile before
+    __syncwarp();
+    const uint2 scales = finder.scales(in_batch, lane / 4);
+    const uint8_t present = finder.present(in_batch);
+    const uint8_t* const rope = codes.key + kNope + lane % 4 * 32;
+    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
+    if (++in_batch == finder.units()) {
+      finder.advance();  // after the last unit, to keys that are absent, which are loaded and not used
+      in_batch = 0;
     }
+    codes.key = finder.data(in_batch, lane / 4);
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const uint32_t address = tiles + stage * kTileBytes + block * kBlock * kRowBytes;
-      const bool large = __any_sync(kAllLanes, large_scales(scales[block] & (~0u >> 8 * kHalf)) != 0);
-      const uint32_t first_scales = large ? __vminu4(scales[block], kLargestScale * 0x01010101u) : scales[block];
-      if (block == 0) scales[1] = share.aim(ready, unit % kBatch * kWarpKeys + kBlock + column, quarter);
+    for (int part = 0; part < kParts; ++part) {
+      memory.hand_overs.wait_empty(unit, part);
+      if (part == 0 && lane == 0) memory.valid[stage][warp] = present;
+      if (part == kParts - 1) {
+        uint8_t* const to = memory.keys + stage * kTileBytes + (kSlabs - 1) * kSlabBytes;
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+        for (int chunk = 0; chunk < 2; ++chunk) {
+          ptx::cp_async_16(to + chunk_offset(warp * kWarpKeys + lane / 4, lane % 4 * 2 + chunk), rope + chunk * 16, 16);
+        }
+        ptx::cp_async_commit();
+        ptx::cp_async_arrive(memory.hand_overs.full(stage, part));
+      }
+#pragma unroll
+      for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, Codes::kPieces); ++slab) {
         uint4 first, second;
-        share.unpack(slab, first_scales, first, second);
-        ptx::store_shared(address + slab * kSlabBytes, first);
-        ptx::store_shared((address ^ 16) + slab * kSlabBytes, second);
-        if (block == 0) share.load(slab, quarter);
+        unpack_e4m3(codes.pieces[slab], first_factor(min(scale_of(scales, slab), kLargestScale)), first, second);
+        ptx::store_shared(tile + slab * kSlabBytes, first);
+        ptx::store_shared((tile ^ 16) + slab * kSlabBytes, second);
+        codes.load(slab);
         __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
       }
-      if (large) multiply_again<kHalf>(scales[block], address);
+      if (large) {
+        for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, Codes::kPieces); ++slab) {
+          multiply_again(scale_of(scales, slab), tile + slab * kSlabBytes);
+        }
+      }
+      ptx::mbarrier_arrive(memory.hand_overs.full(stage, part));
     }
-    ptx::fence_async_proxy();
-#pragma unroll
-    for (int part = 0; part < kHalfParts; ++part) hand_over(memory.hand_overs, stage, kHalf, part);
-    given.give(stage);
-    if (unit + 1 == units) break;
-    if ((unit + 1) % kBatch == 0) advance((unit + 1) / kBatch);
-    start_tile(unit + 1);
   }
-}
-
-// produce(keys) for all rows of this CTA.
-template <typename Produce>
-__device__ __forceinline__ void for_rows(const SparseAttention& attention, Produce produce) {
-  const uint32_t head_tiles = (attention.heads + kHeads - 1) / kHeads;
-  const uint32_t work = static_cast<uint32_t>(attention.rows) * head_tiles;
-  const auto position = [&](uint32_t tile) {
-    return *position_of(attention.rope, min(tile, work - 1) / head_tiles);
-  };
-  int next = position(blockIdx.x);
-  for (uint32_t tile = blockIdx.x; tile < work; tile += gridDim.x) {
-    const RowKeys keys = keys_of_row(attention.keys, attention.rope, tile / head_tiles, next);
-    next = position(tile + gridDim.x);
-    produce(keys);
-  }
-}
-
-template <int kHalf>
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int pair) {
-  Given given;
-  for_rows(attention, [&](const RowKeys& keys) { produce<kHalf>(attention.keys, keys, memory, pair, given); });
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) given.take_back(memory.hand_overs, stage, kHalf);
-}
-
-// Producing warp number `warp` of the CTA.
-__device__ __forceinline__ void produce_rows(const SparseAttention& attention, const SharedMemory& memory, int warp) {
-  constexpr int kHalfWarps = kProducerWarps / 2;
-  if (warp < kHalfWarps) {
-    produce_rows<0>(attention, memory, warp);
-  } else {
-    produce_rows<1>(attention, memory, warp - kHalfWarps);
-  }
+  ptx::cp_async_wait<0>();
 }
 
 }  // namespace dsv4::wide

@@ -35,11 +35,31 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+// ld.shared.v2
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
 // ld.global: 4 bytes at an address that came from another lane, of which the compiler does not know where it points.
 __device__ __forceinline__ uint32_t load_global(const void* address) {
   uint32_t value;
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(address));
   return value;
+}
+
+// cp.async.mbarrier.arrive.noinc: one arrival, when all that this thread has asked cp.async for has arrived.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// stmatrix: kMatrices matrices 8x8 of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8 in memory,
+// and holds of each (row i / 4, columns 2 * (i % 4) and the next).
+__device__ __forceinline__ void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 // barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
@@ -57,15 +77,19 @@ __device__ __forceinline__ uint32_t load_of_cta(uint32_t shared, uint32_t rank) 
   return value;
 }
 
-// As kRegistersOfThreeWarpgroups of ptx_sm90.cuh, for a CTA of four.
-constexpr int kRegistersOfFourWarpgroups = 4 * 128;
-
 // ld.global, predicated: where `condition` holds, 4 bytes take the place of `value`. A branch around a load makes the
 // compiler copy what was loaded, and wait for it, where the branch ends.
 __device__ __forceinline__ void load_global_if(int32_t& value, const int32_t* address, bool condition) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.s32 %0, [%1];}"
                : "+r"(value)
                : "l"(address), "r"(static_cast<int>(condition)));
+}
+
+// st.global.v4, predicated: without a branch, across which nothing would be moved.
+__device__ __forceinline__ void store_if(void* address, uint4 value, bool condition) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4};}" ::"l"(address),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(static_cast<int>(condition))
+               : "memory");
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
