@@ -11,6 +11,7 @@
 #include "attention/wide_output.cuh"
 #include "attention/wide_tiles.cuh"
 #include "common/ptx.cuh"
+#include "common/ptx_sm90_wgmma.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 namespace dsv4::wide {
@@ -171,16 +172,17 @@ __device__ __forceinline__ void weigh_unit(const Queries& queries, SharedMemory&
   ptx::mbarrier_arrive(memory.hand_overs.weighed(own));
 }
 
-// Half of the output of 64 heads, not yet divided.
+// Half of the output of 64 heads, not yet divided: of each part of it, sums as ptx::wgmma lays them out.
 struct Output {
-  float sums[kHalfSlabs][32];
+  static constexpr int kPartDims = kPartSlabs * kSlab;
+  float sums[kHalfParts][kPartDims / 2];
   RunningTotal totals[2];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+    for (int part = 0; part < kHalfParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) sums[slab][i] = 0.0f;
+      for (int i = 0; i < kPartDims / 2; ++i) sums[part][i] = 0.0f;
     }
     totals[0] = totals[1] = RunningTotal();
   }
@@ -196,9 +198,11 @@ struct Output {
   __device__ __forceinline__ void rescale(float first, float second) {
     if (!__any_sync(kAllLanes, first != 1.0f || second != 1.0f)) return;
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+    for (int part = 0; part < kHalfParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) sums[slab][i] = __fmul_rn(sums[slab][i], i / 2 % 2 == 0 ? first : second);
+      for (int i = 0; i < kPartDims / 2; ++i) {
+        sums[part][i] = __fmul_rn(sums[part][i], i / 2 % 2 == 0 ? first : second);
+      }
     }
   }
 
@@ -206,60 +210,65 @@ struct Output {
   template <Fold kFold>
   __device__ __forceinline__ void add(SharedMemory& memory, int stage, int half) {
     const uint32_t keys = ptx::shared_address(memory.keys) + stage * kTileBytes + half * kHalfSlabs * kSlabBytes;
-    const uint64_t b = ptx::wgmma_descriptor(keys, 16, 1024, true);
     const Weighed& weighed = memory.weighed[stage];
     const int thread = threadIdx.x % kWarpgroup;
-    uint4 weights[kUnit / 16];
+    uint32_t weights[kUnit / 16][4];
 #pragma unroll
-    for (int i = 0; i < kUnit / 16; ++i) weights[i] = weighed.weights[i][thread];
+    for (int i = 0; i < kUnit / 16; ++i) {
+      const uint4 words = weighed.weights[i][thread];
+      weights[i][0] = words.x, weights[i][1] = words.y, weights[i][2] = words.z, weights[i][3] = words.w;
+    }
     const float4 unit = weighed.totals[thread];
-    // output [64 heads, 64 dimensions of a slab] = or += weights . keys, under way
-    const auto start = [&](int slab, float(&output)[32], bool accumulate) {
-#pragma unroll
-      for (int step = 0; step < kUnit / 16; ++step) {
-        ptx::wgmma_64<true>(output, weights[step], ptx::advance_descriptor(b, slab * kSlabBytes + step * 2048),
-                            accumulate || step > 0);
-      }
-    };
     const auto hand_back = [&](int part) {
       ptx::mbarrier_arrive(memory.hand_overs.empty(stage, half * kHalfParts + part));
     };
+    static_assert(kHalfParts == 2);
     if constexpr (kFold == Fold::kRunning) {
       rescale(totals[0].move_reference(unit.x, unit.z), totals[1].move_reference(unit.y, unit.w));
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
+      for (int part = 0; part < kHalfParts; ++part) ptx::pin_registers(sums[part]);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
-        start(slab, sums[slab], true);
-        if (slab % kPartSlabs == kPartSlabs - 1) ptx::wgmma_commit();
-      }
-      static_assert(kHalfParts == 2);
+      for (int part = 0; part < kHalfParts; ++part) start(sums[part], weights, keys, part * kPartDims, true);
       ptx::wgmma_wait<1>();
       hand_back(0);
       ptx::wgmma_wait<0>();
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) ptx::pin_registers(sums[slab]);
+      for (int part = 0; part < kHalfParts; ++part) ptx::pin_registers(sums[part]);
       hand_back(1);
     } else {
       const Step steps[2] = {totals[0].add(unit.x, unit.z), totals[1].add(unit.y, unit.w)};
       rescale(steps[0].before, steps[1].before);
-      float part[32];
+      float of_slab[kSlab / 2];
 #pragma unroll
       for (int slab = 0; slab < kHalfSlabs; ++slab) {
-        ptx::pin_registers(part);
+        ptx::pin_registers(of_slab);
         ptx::wgmma_fence();
-        start(slab, part, false);
-        ptx::wgmma_commit();
+        start(of_slab, weights, keys, slab * kSlab, false);
         ptx::wgmma_wait<0>();
-        ptx::pin_registers(part);
+        ptx::pin_registers(of_slab);
         if (slab % kPartSlabs == kPartSlabs - 1) hand_back(slab / kPartSlabs);
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          sums[slab][i] = __fmaf_rn(part[i], steps[i / 2 % 2].unit, sums[slab][i]);
+        for (int i = 0; i < kSlab / 2; ++i) {
+          float& sum = sums[slab / kPartSlabs][slab % kPartSlabs * (kSlab / 2) + i];
+          sum = __fmaf_rn(of_slab[i], steps[i / 2 % 2].unit, sum);
         }
       }
     }
+  }
+
+ private:
+  // output [64 heads, dimensions first_dim .. of the keys' half] = or += weights . keys, under way
+  template <int kCount>
+  __device__ __forceinline__ static void start(float (&output)[kCount], const uint32_t (&weights)[kUnit / 16][4],
+                                               uint32_t keys, int first_dim, bool accumulate) {
+    const uint64_t b = ptx::wgmma_descriptor(keys + first_dim / kSlab * kSlabBytes, kSlabBytes, 1024, true);
+#pragma unroll
+    for (int step = 0; step < kUnit / 16; ++step) {
+      ptx::wgmma_k16_bf16<2 * kCount, true>(output, weights[step], ptx::advance_descriptor(b, step * 2048),
+                                            accumulate || step > 0);
+    }
+    ptx::wgmma_commit();
   }
 };
 

@@ -1,5 +1,5 @@
-// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding; through a warp's shared memory to 64
-// neighbouring bytes of each head. Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of
+// From output sums, heads as rows, to rows of `o`: division, inverse rope, rounding; through a warp's shared memory to
+// whole lines. Or codes: a lane has 32 of the 128 dimensions that share a scale, and its quad all of
 // them.
 //
 // This is done once a row, while no product is under way, and its instructions are not in the caches: few of them.
@@ -39,7 +39,7 @@ struct Turns {
 struct RoundedSlab {
   uint32_t words[8];
 
-  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal) {
+  __device__ __forceinline__ RoundedSlab(const float* sums, int head, float reciprocal) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* const two = sums + 4 * i + 2 * head;
@@ -48,7 +48,7 @@ struct RoundedSlab {
   }
 
   // Of the rope slab, which is turned back: a word is a pair.
-  __device__ __forceinline__ RoundedSlab(const float (&sums)[32], int head, float reciprocal, const Turns& turns) {
+  __device__ __forceinline__ RoundedSlab(const float* sums, int head, float reciprocal, const Turns& turns) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* const two = sums + 4 * i + 2 * head;
@@ -104,60 +104,47 @@ __device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, in
   return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
 }
 
-// A warp's slabs of 16 heads on their way to `o`, half a slab at a time: staged, read back as 16 bytes of a head, and
-// stored one half later, so that nothing waits for shared memory.
-class StagedRows {
+// Slabs of 8 heads of a warp on their way to `o`: staged, read back as 16 bytes of a head, and stored when the next ones
+// are staged, so that nothing waits for shared memory. An instruction stores 128 bytes of four heads: whole lines.
+class StagedSlabs {
  public:
-  // `o` is of the first head, of which `heads` exist, and this lane's dimensions of the first slab.
-  __device__ __forceinline__ StagedRows(uint8_t* staging, __nv_bfloat16* o, int heads)
-      : staging_(ptx::shared_address(staging)), o_(o + lane() / kChunks * kDim + lane() % kChunks * 8), heads_(heads) {}
+  __device__ __forceinline__ explicit StagedSlabs(uint8_t* staging) : staging_(ptx::shared_address(staging)) {}
 
-  // A lane has `upper` of head lane / 4 and `lower` of the head 8 further on.
-  __device__ __forceinline__ void add(const RoundedSlab& upper, const RoundedSlab& lower, int slab) {
+  // `slab` of a lane is of head lane / 4, `o` of the first head and dimension; the first `heads` exist.
+  __device__ __forceinline__ void add(const RoundedSlab& slab, __nv_bfloat16* o, int heads) {
+    const int lane = threadIdx.x % kWarp, column = lane % kColumns;
+    __syncwarp();  // what was staged before has been read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      __syncwarp();  // what was staged before has been read
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; chunk += 2) {
-        const int i = half * kChunks + chunk;
-        ptx::stmatrix(place(lane() / 8 % 2 * 8 + lane() % 8, chunk + lane() / 16), upper.words[i], lower.words[i],
-                      upper.words[i + 1], lower.words[i + 1]);
-      }
-      __syncwarp();
-      uint4 rows[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) rows[i] = ptx::load_shared(place(i * kStep + lane() / kChunks, lane() % kChunks));
-      store();
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) rows_[i] = rows[i];
-      dim_ = slab * kSlab + half * kStagedDims;
+    for (int chunk = 0; chunk < kColumns; chunk += 4) {
+      ptx::stmatrix(staging_ + chunk_offset(lane % 8, chunk + lane / 8), slab.words[chunk], slab.words[chunk + 1],
+                    slab.words[chunk + 2], slab.words[chunk + 3]);
     }
+    __syncwarp();
+    uint4 rows[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      rows[i] = ptx::load_shared(staging_ + chunk_offset(i * kStep + lane / kColumns, column));
+    }
+    store();
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) rows_[i] = rows[i];
+    o_ = o + lane / kColumns * kDim + column * 8;
+    heads_ = heads - lane / kColumns;
   }
 
   // What was added last.
   __device__ __forceinline__ void store() const {
-    if (dim_ < 0) return;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      ptx::store_if(o_ + i * kStep * kDim + dim_, rows_[i], i * kStep + lane() / kChunks < heads_);
-    }
+    for (int i = 0; i < kRows; ++i) ptx::store_if(o_ + i * kStep * kDim, rows_[i], i * kStep < heads_);
   }
 
  private:
-  static constexpr int kChunks = kStagedDims / 8, kStep = kWarp / kChunks, kRows = 16 / kStep;
-  static_assert(kChunks == 4 && kSlab == 2 * kStagedDims);
-
-  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
-  // Chunks of two rows fill all banks, alike where a column of them is written.
-  __device__ __forceinline__ uint32_t place(int head, int chunk) const {
-    return staging_ + head * kStagedDims * 2 + (chunk ^ head / 2 % 4) * 16;
-  }
+  static constexpr int kColumns = kSlab / 8, kStep = kWarp / kColumns, kRows = 8 / kStep;
 
   uint32_t staging_;
-  __nv_bfloat16* o_;
-  int heads_;
-  int dim_ = -1;  // of what was added last
   uint4 rows_[kRows];
+  __nv_bfloat16* o_ = nullptr;
+  int heads_ = 0;
 };
 
 // A lane's two slabs of a head that share a scale, as codes.
@@ -174,7 +161,7 @@ __device__ __forceinline__ void store_group(const RoundedSlab& first, const Roun
 
 // Divide, turn and store what a consuming warpgroup has of a row.
 template <bool kQuantised>
-__device__ __forceinline__ void store_output(const SparseAttention& attention, float (&sums)[kHalfSlabs][32],
+__device__ __forceinline__ void store_output(const SparseAttention& attention, float (&parts)[kHalfParts][kPartSlabs * 32],
                                              const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
                                              int first_head, int position, int half, SharedMemory& memory) {
   const int64_t first_vector = static_cast<int64_t>(row) * attention.heads;
@@ -186,16 +173,17 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, f
     reciprocal[i] = finish_head(attention, row, head, sinks.value[i], totals[i], stores_lse);
     if (!(reciprocal[i] > 0)) {  // the sums may be NaN
 #pragma unroll
-      for (int slab = 0; slab < kHalfSlabs; ++slab) {
+      for (int part = 0; part < kHalfParts; ++part) {
 #pragma unroll
-        for (int j = 0; j < 16; ++j) sums[slab][j / 2 * 4 + 2 * i + j % 2] = 0.0f;
+        for (int j = 0; j < kPartSlabs * 16; ++j) parts[part][j / 2 * 4 + 2 * i + j % 2] = 0.0f;
       }
     }
   }
   const Turns turns(attention.rope, position);
   const auto round = [&](int slab, int i) {
-    return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums[slab], i, reciprocal[i], turns)
-                                               : RoundedSlab(sums[slab], i, reciprocal[i]);
+    const float* const sums = parts[slab / kPartSlabs] + slab % kPartSlabs * 32;
+    return slab == kHalfSlabs - 1 && half == 1 ? RoundedSlab(sums, i, reciprocal[i], turns)
+                                               : RoundedSlab(sums, i, reciprocal[i]);
   };
   const int first_dim = half * (kDim / 2);
   if constexpr (kQuantised) {
@@ -211,10 +199,15 @@ __device__ __forceinline__ void store_output(const SparseAttention& attention, f
   } else {
     const int warp = threadIdx.x / kWarp, head = first_head + warp % 4 * 16;
     auto* const o = static_cast<__nv_bfloat16*>(attention.o) + (first_vector + head) * kDim + first_dim;
-    StagedRows rows(memory.output[warp], o, attention.heads - head);
+    StagedSlabs staged(memory.output[warp]);
 #pragma unroll
-    for (int slab = 0; slab < kHalfSlabs; ++slab) rows.add(round(slab, 0), round(slab, 1), slab);
-    rows.store();
+    for (int slab = 0; slab < kHalfSlabs; ++slab) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        staged.add(round(slab, i), o + 8 * i * kDim + slab * kSlab, attention.heads - head - 8 * i);
+      }
+    }
+    staged.store();
   }
 }
 

@@ -112,13 +112,13 @@ struct Weighed {
   float4 totals[kWarpgroup];
 };
 
-constexpr int kStagedDims = kSlab / 2;  // of a warp's 16 heads at a time
+constexpr int kStagedBytes = 8 * kRowBytes;  // of a warp: a slab of 8 heads
 
 struct SharedMemory {
   alignas(1024) uint8_t keys[kStages * kTileBytes];
   alignas(1024) uint8_t query[kTileBytes];
   Weighed weighed[kStages];
-  alignas(16) uint8_t output[kConsumers / kWarp][16 * kStagedDims * 2];
+  alignas(128) uint8_t output[kConsumers / kWarp][kStagedBytes];
   alignas(16) WarpKeys warp_keys[kProducers / kWarp];
   alignas(8) uint8_t valid[kStages][kUnit / 8];  // a bit for each key
   HandOvers hand_overs;

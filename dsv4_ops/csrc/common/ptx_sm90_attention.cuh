@@ -92,27 +92,4 @@ __device__ __forceinline__ void store_if(void* address, uint4 value, bool condit
                : "memory");
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// wgmma.mma_async.m64n64k16.f32.bf16.bf16 with A from registers: d = a * b, or d += a * b. d as in ptx::wgmma. With row
-// = 16 * (t / 32) + t % 32 / 4 and k = 2 * (t % 4), thread t of the warpgroup holds in a[] A (row, k), (row + 8, k),
-// (row, k + 8), (row + 8, k + 8), each with its right neighbour in the high half.
-template <bool kMnMajorB>
-__device__ __forceinline__ void wgmma_64(float (&d)[32], uint4 a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %37, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(accumulate), "n"(kMnMajorB)
-      : "memory");
-}
-
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
 }  // namespace dsv4::ptx

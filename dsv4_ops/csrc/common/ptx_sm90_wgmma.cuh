@@ -74,11 +74,15 @@ __device__ __forceinline__ void wgmma_k32_e4m3(float (&d)[kN / 2], const uint32_
   DSV4_WGMMA_OF_ANY_WIDTH("k32.f32.e4m3.e4m3", "1, 1")
 }
 
-// The same of bf16, with b [kN, 16].
-template <int kN>
+// The same of bf16, with b [kN, 16], or [16, kN] if kMnMajorB.
+template <int kN, bool kMnMajorB = false>
 __device__ __forceinline__ void wgmma_k16_bf16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   static_assert(kIsWgmmaWidth<kN>);
-  DSV4_WGMMA_OF_ANY_WIDTH("k16.f32.bf16.bf16", "1, 1, 0")
+  if constexpr (kMnMajorB) {
+    DSV4_WGMMA_OF_ANY_WIDTH("k16.f32.bf16.bf16", "1, 1, 1")
+  } else {
+    DSV4_WGMMA_OF_ANY_WIDTH("k16.f32.bf16.bf16", "1, 1, 0")
+  }
 }
 
 // The same of f16.
