@@ -33,18 +33,20 @@
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 //
-// What it takes (H100 at 1980 MHz, 2026-11-25, 4096 rows of 64 heads and 640 keys, 427 TFLOP/s; 128 heads and 1152 keys
-// 488): 3700 cycles a unit and 14000 more a row. By clocks read in a CTA, of those a row's store takes 4200, in which
-// no product runs; the rest is that nothing overlaps its first scores, and that both tiles lie full meanwhile. Of the
-// time of a pair a warpgroup waits more than a third for keys and weights, and producers more than a quarter for tiles:
-// a tile comes back late because warpgroup 1 adds unit 0 after its own softmax, and a third tile has no room beside 64
-// KB of queries. Consumers alone, with tiles that are always full, reach 606 and 699 TFLOP/s.
+// What it takes (H100 at 1980 MHz, 2026-11-25, 4096 rows of 64 heads and 640 keys, 468 TFLOP/s; 128 heads and 1152 keys
+// 510): 3800 cycles a unit and 9000 more a row. By clocks read in a CTA, of those a row's store takes 4200, in which no
+// product runs; the rest is that nothing overlaps its first scores, and that both tiles lie full meanwhile. Of the time
+// of a pair a warpgroup waits about a third for keys and weights, and producers about a quarter for tiles: a tile comes
+// back late because warpgroup 1 adds unit 0 after its own softmax, and a third tile has no room beside 64 KB of
+// queries. Consumers alone, with tiles that are always full, reach 606 and 699 TFLOP/s.
 //
-// Tried on the same GPU, us of these two cases (now 805 and 2537): a proxy fence by the writers 960 and 3000; keys
-// looked up by loads into registers 910 and 2830; four producing warps with twice the keys each 910; output stored 64
-// bytes a head 806 and 2542; warpgroup 1 adds unit 0 before its own scores 920 and 2920, between scores and softmax,
-// with weights read by wgmma from shared memory for want of registers, 862 and 2682; keys of a chunk unpacked once to
-// bf16 in workspace, with producers that wait for fences, 847 and 2716.
+// Tried on the same GPU, us of these two cases (735 and 2423 as it is). Codes loaded past L1
+// (ld.global.L1::no_allocate) 808 and 2555; with that, proxy fences by the writers 960 and 3050; keys looked up by
+// loads into registers 910 and 2830; four producing warps with twice the keys each 910 and 2830; output stored 64 bytes
+// a head 801 and 2530 (longer in decode); warpgroup 1 adds unit 0 before its own scores 920 and 2920, or between scores
+// and softmax, with weights read by wgmma from shared memory for want of registers, 862 and 2682; queries copied after
+// the first keys 803 and 2530 (2 % longer in decode). Decode of 128 rows of 64 heads and 640 keys takes 32.9 us with
+// codes first to leave L1, 37.1 with codes that stay, 35.0 past L1.
 #include <algorithm>
 
 #include "attention/wide_roles.cuh"
