@@ -4,12 +4,12 @@
 // query before those of the rope dimensions are added.
 //
 // The tensor cores could multiply codes by codes in half the time, but not sooner: keys must be in bf16 for the output
-// anyway, and codes beside them are bytes to bring and to write. H200, 2026-11-25, prefill of 4096 rows, 64 heads, 1152
-// keys: 446 TFLOP/s, as much as queries in bf16. With keys that each row unpacks, FP8 products reached 314 TFLOP/s
-// where bf16 products of queries in bf16 had 384.
+// anyway, and codes beside them are bytes to bring and to write, while products of scores are not what bounds a row
+// (sparse_attention_wide.cu). FP8 products were built and measured on an H200, 2026-11-25, with the producers of that
+// day: prefill of 4096 rows, 64 heads, 1152 keys reached 314 TFLOP/s, where bf16 products of queries in bf16 had 384.
 //
-// Codes of the next row are asked for in L2 while the last unit is added, and loaded once it is: there are no registers,
-// and no room in shared memory, for them before.
+// Codes of the next row are asked for in L2 while the last unit is added, and loaded once it is: there are no
+// registers, and no room in shared memory, for them before.
 #include <algorithm>
 
 #include "attention/mixed_attention.h"
@@ -28,8 +28,8 @@ __device__ __forceinline__ int64_t vector_at(const Rope& rope, const VectorStrid
 
 constexpr int kGroups = kNope / 64;
 
-// A thread brings of head threadIdx.x / 4 16 codes of each group of 64, and 16 rope dimensions. It multiplies products of
-// two other heads.
+// A thread brings of head threadIdx.x / 4 16 codes of each group of 64, and 16 rope dimensions. It multiplies products
+// of two other heads.
 struct Queries {
   float scales[2];
 

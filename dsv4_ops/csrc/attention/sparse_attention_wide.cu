@@ -8,12 +8,13 @@
 //
 //   warpgroups 0, 1  scores and weights of every other unit for all heads (wide_consumer.cuh), and the output of 256 of
 //                    the 512 dimensions for all units: 128 registers
-//   warpgroups 2, 3  producers (wide_producer.cuh), ahead by what is free, into the next row too; in a prefill keys are
-//                    unpacked once for all rows (unpack_keys.cu) and only copied to the tiles here (wide_copier.cuh)
+//   warpgroups 2, 3  producers (wide_producer.cuh): keys from the packed pages, ahead by what is free, into the next
+//                    row too; where those lie is looked up further ahead (wide_keys.cuh)
 //
-// Heads lie on the outer dimension of both products here (wgmma m64n64k16; scores = Q . K^T, output = weights . K with
-// the weights from registers). The two warpgroups fall out of step by themselves, since the second tile is full later
-// than the first: one multiplies while the other one takes its softmax.
+// Heads lie on the outer dimension of both products here (wgmma m64n64k16: scores = Q . K^T; m64n128k16: output =
+// weights . K with the weights from registers), so rope dimensions stand as they are: a thread has both of a pair. The
+// two warpgroups fall out of step by themselves, since the second tile is full later than the first: one multiplies
+// while the other one takes its softmax.
 //
 //   warpgroup 0   scores 0 | weights 0 | output 0, left  | output 1, left
 //   warpgroup 1     scores 1 | weights 1 | output 0, right | output 1, right
@@ -22,25 +23,30 @@
 // start with the first while the others are on their way. The queries of the next row are copied while the last unit is
 // added.
 //
-// Shared memory, 212 KB: two tiles of keys 2 x 64 KB; queries 64 KB; of two units weights 8 KB and totals 2 KB each.
+// Shared memory, 226 KB: two tiles of keys 2 x 64 KB; queries 64 KB; of two units weights 8 KB and totals 2 KB each;
+// staged output 8 KB; keys that producers have looked up 6 KB.
 //
 // Cost of a unit in cycles of an SM:
 //
-//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2, from
-//                      where 64 KB of unpacked keys come
-//   issue slots        of each SM quarter: unpacking 900 (copying 100), softmax and exchange 250, output sums 256
+//   keys from memory   37 KB: 1870 at 20 bytes a cycle in decode; rows of a prefill share most of them in L2
+//   issue slots        of each SM quarter: unpacking 700, softmax and exchange 250, output sums 256
 //   shared memory      write K 512, scores read K and Q 1024, output reads K 512, exchange of weights 128: 2180
 //   tensor cores       2048, the floor
 //
-// H200, 2026-11-25, us warm of 128 rows, heads x keys: 64 x 128 12.3, 64 x 640 36.7, 64 x 384 24.3, 128 x 1152 114.
-// Prefill of 4096 rows: 408 (64 x 640) to 446 TFLOP/s (128 x 1152) with keys that are unpacked once, 355 to 397 where
-// each row unpacks its own; some 4400 cycles a unit, more than twice the floor. Copiers that load a slab as soon as one
-// is written, with the fence on the reading side, change that by 1 %.
+// What it takes (H100 at 1980 MHz, 2026-11-25, 4096 rows of 64 heads and 640 keys, 468 TFLOP/s; 128 heads and 1152 keys
+// 510): 3800 cycles a unit and 9000 more a row. By clocks read in a CTA, of those a row's store takes 4200, in which no
+// product runs; the rest is that nothing overlaps its first scores, and that both tiles lie full meanwhile. Of the time
+// of a pair a warpgroup waits about a third for keys and weights, and producers about a quarter for tiles: a tile comes
+// back late because warpgroup 1 adds unit 0 after its own softmax, and a third tile has no room beside 64 KB of
+// queries. Consumers alone, with tiles that are always full, reach 606 and 699 TFLOP/s.
 //
-// What keeps it from the floor: a warpgroup's own chain for a pair, scores (1024), softmax, output of both units, and
-// then the refill of the tile that it handed back last. Half of a refill waits for no load, and no fresh load is under
-// way where keys are handed over, since fence.proxy.async waits for it. Three tiles would take the refill out of the
-// chain; with 64 KB of queries there is room for two.
+// Tried on the same GPU, us of these two cases (735 and 2423 as it is). Codes loaded past L1
+// (ld.global.L1::no_allocate) 808 and 2555; with that, proxy fences by the writers 960 and 3050; keys looked up by
+// loads into registers 910 and 2830; four producing warps with twice the keys each 910 and 2830; output stored 64 bytes
+// a head 801 and 2530 (longer in decode); warpgroup 1 adds unit 0 before its own scores 920 and 2920, or between scores
+// and softmax, with weights read by wgmma from shared memory for want of registers, 862 and 2682; queries copied after
+// the first keys 803 and 2530 (2 % longer in decode). Decode of 128 rows of 64 heads and 640 keys takes 32.9 us with
+// codes first to leave L1, 37.1 with codes that stay, 35.0 past L1.
 #include <algorithm>
 
 #include "attention/wide_roles.cuh"

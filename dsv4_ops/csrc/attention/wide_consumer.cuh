@@ -272,8 +272,8 @@ struct Output {
   }
 };
 
-// A consuming warpgroup: all rows of this CTA. `Queries` brings those of a row and tile of heads to shared memory in two
-// steps, which all consumers take: copy() while keys are still added, finish() after that, and one arrival of each
+// A consuming warpgroup: all rows of this CTA. `Queries` brings those of a row and tile of heads to shared memory in
+// two steps, which all consumers take: copy() while keys are still added, finish() after that, and one arrival of each
 // thread at the barrier. It multiplies keys by the queries that are there.
 template <Fold kFold, bool kQuantised, typename Queries, typename Operands>
 __device__ __forceinline__ void consume_rows(const Operands& operands, const SparseAttention& attention,

@@ -1,9 +1,9 @@
 // Where the keys of a producing warp of sparse_attention_wide.cu lie.
 //
 // Keys are looked up for four tiles at a time, a batch, a lane for each key, in three steps that depend on each other:
-// the index of its entry, the page, the scales. Each of the first two has the time of a batch, and those of the next row
-// follow without a pause. All that is looked up is copied to shared memory: loads would take registers, and scoreboards
-// that the loads of codes need.
+// the index of its entry, the page, the scales. Each of the first two has the time of a batch, and those of the next
+// row follow without a pause. All that is looked up is copied to shared memory: loads would take registers, and
+// scoreboards that the loads of codes need.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -60,8 +60,8 @@ class KeyFinder {
     ptx::cp_async_wait<0>();
   }
 
-  // To the first batch, then to the next one, of 0 units if there is none. By all lanes, when what the call before asked
-  // for has arrived. Scales come with one more group of copies.
+  // To the first batch, then to the next one, of 0 units if there is none. By all lanes, when what the call before
+  // asked for has arrived. Scales come with one more group of copies.
   __device__ __forceinline__ void advance() {
     units_ = of_pages_.units;
     __syncwarp();  // all have read the batch before

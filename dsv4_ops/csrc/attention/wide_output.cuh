@@ -104,8 +104,8 @@ __device__ __forceinline__ OfHeads sinks_of(const SparseAttention& attention, in
   return {sink_of(attention, head_of_thread(first_head, 0)), sink_of(attention, head_of_thread(first_head, 1))};
 }
 
-// Slabs of 8 heads of a warp on their way to `o`: staged, read back as 16 bytes of a head, and stored when the next ones
-// are staged, so that nothing waits for shared memory. An instruction stores 128 bytes of four heads: whole lines.
+// Slabs of 8 heads of a warp on their way to `o`: staged, read back as 16 bytes of a head, and stored when the next
+// ones are staged, so that nothing waits for shared memory. An instruction stores 128 bytes of four heads: whole lines.
 class StagedSlabs {
  public:
   __device__ __forceinline__ explicit StagedSlabs(uint8_t* staging) : staging_(ptx::shared_address(staging)) {}
@@ -161,7 +161,8 @@ __device__ __forceinline__ void store_group(const RoundedSlab& first, const Roun
 
 // Divide, turn and store what a consuming warpgroup has of a row.
 template <bool kQuantised>
-__device__ __forceinline__ void store_output(const SparseAttention& attention, float (&parts)[kHalfParts][kPartSlabs * 32],
+__device__ __forceinline__ void store_output(const SparseAttention& attention,
+                                             float (&parts)[kHalfParts][kPartSlabs * 32],
                                              const RunningTotal (&totals)[2], const OfHeads& sinks, uint32_t row,
                                              int first_head, int position, int half, SharedMemory& memory) {
   const int64_t first_vector = static_cast<int64_t>(row) * attention.heads;

@@ -14,14 +14,17 @@
 
 namespace dsv4::wide {
 
-// Of a lane: where its next key lies, and 16 codes of each of its groups.
+// Of a lane: where its next key lies, and 16 codes of each of its groups. A line of a key has those of two groups, so
+// its loads go through L1. Rows of a chunk see the same keys again.
+template <Fold kFold>
 struct Codes {
   static constexpr int kPieces = kNope / kSlab;
   const uint8_t* key;
   uint4 pieces[kPieces];
 
   __device__ __forceinline__ void load(int piece) {
-    pieces[piece] = ptx::load_once(key + threadIdx.x % 4 * 16 + piece * kSlab);
+    const uint8_t* const from = key + threadIdx.x % 4 * 16 + piece * kSlab;
+    pieces[piece] = kFold == Fold::kRunning ? ptx::load_16(from) : ptx::load_shared_line(from);
   }
 };
 
@@ -41,6 +44,7 @@ __device__ __forceinline__ void multiply_again(uint32_t byte, uint32_t tile) {
 }
 
 // All units of this CTA's rows, by producing warp number `warp`.
+template <Fold kFold>
 __device__ __forceinline__ void produce_rows(const SparseAttention& attention, SharedMemory& memory, int warp) {
   const int lane = threadIdx.x % kWarp;
   const uint32_t keys =
@@ -48,10 +52,11 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
   KeyFinder finder(attention, memory.warp_keys[warp], warp);
   finder.advance();
   ptx::cp_async_commit();  // stands for rope dimensions of a tile before
-  Codes codes;
+  constexpr int kPieces = Codes<kFold>::kPieces;
+  Codes<kFold> codes;
   codes.key = finder.data(0, lane / 4);
 #pragma unroll
-  for (int piece = 0; piece < Codes::kPieces; ++piece) codes.load(piece);
+  for (int piece = 0; piece < kPieces; ++piece) codes.load(piece);
   int in_batch = 0;
   for (uint32_t unit = 0; finder.units() > 0; ++unit) {
     const uint32_t stage = unit % kStages, tile = keys + stage * kTileBytes;
@@ -80,7 +85,7 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
         ptx::cp_async_arrive(memory.hand_overs.full(stage, part));
       }
 #pragma unroll
-      for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, Codes::kPieces); ++slab) {
+      for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, kPieces); ++slab) {
         uint4 first, second;
         unpack_e4m3(codes.pieces[slab], first_factor(min(scale_of(scales, slab), kLargestScale)), first, second);
         ptx::store_shared(tile + slab * kSlabBytes, first);
@@ -89,7 +94,7 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
         __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
       }
       if (large) {
-        for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, Codes::kPieces); ++slab) {
+        for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, kPieces); ++slab) {
           multiply_again(scale_of(scales, slab), tile + slab * kSlabBytes);
         }
       }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void attend_rows(const Operands& operands, const Spar
     consume_rows<kFold, kQuantised, Queries>(operands, attention, memory, warp / 4);
   } else {
     ptx::give_registers<kProducerRegisters>();
-    produce_rows(attention, memory, warp - kConsumers / kWarp);
+    produce_rows<kFold>(attention, memory, warp - kConsumers / kWarp);
   }
 }
 

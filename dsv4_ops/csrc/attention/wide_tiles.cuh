@@ -11,7 +11,8 @@
 //
 // A part is two slabs, so that a tile is filled again while the rest of it is still multiplied. That covers the rest:
 // weights of a unit are written once all of the tile is full again, hence after the other warpgroup, which read the
-// weights before, handed its half back.//
+// weights before, handed its half back.
+//
 // Keys and queries are read by wgmma, through the asynchronous proxy. Who waits for them passes a fence before it reads
 // them or lets the other warpgroup do so. Who writes them does not: that fence waits for the loads of its thread, and
 // producers always have some under way.

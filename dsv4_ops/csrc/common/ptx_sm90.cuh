@@ -45,6 +45,11 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* globa
                : "memory");
 }
 
+// cp.async.mbarrier.arrive.noinc: an arrival, once all cp.async of this thread so far have arrived.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // mbarrier.try_wait.parity: whether the phase of this parity has ended; waits a while before it says no.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t ended;
@@ -63,6 +68,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // bar.sync: barrier `name` (1 .. 15; 0 is __syncthreads) of `threads` threads.
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// bar.arrive: these threads count for barrier `name` of `threads` threads, and go on. Who waits there sees what they
+// wrote before.
+__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 // fence.proxy.async: what this thread wrote to shared memory before can be read by wgmma after the next barrier.

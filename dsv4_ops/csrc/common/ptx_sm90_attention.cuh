@@ -5,11 +5,6 @@
 
 namespace dsv4::ptx {
 
-// bar.arrive: counts this warp at barrier `name` of `threads` threads without waiting for the others.
-__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // st.shared: an address in the shared window costs one register where a pointer costs two, and stays in that space.
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
@@ -42,19 +37,7 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
   return value;
 }
 
-// ld.global: 4 bytes at an address that came from another lane, of which the compiler does not know where it points.
-__device__ __forceinline__ uint32_t load_global(const void* address) {
-  uint32_t value;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(address));
-  return value;
-}
-
-// cp.async.mbarrier.arrive.noinc: one arrival, when all that this thread has asked cp.async for has arrived.
-__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// stmatrix: kMatrices matrices 8x8 of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8 in memory,
+// stmatrix: four matrices 8x8 of 16-bit values. Lane i gives the address of row i % 8 of matrix i / 8 in memory,
 // and holds of each (row i / 4, columns 2 * (i % 4) and the next).
 __device__ __forceinline__ void stmatrix(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),

@@ -6,17 +6,6 @@
 
 namespace dsv4::ptx {
 
-// cp.async.mbarrier.arrive.noinc: an arrival, once all cp.async of this thread so far have arrived.
-__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// bar.arrive: these threads count for barrier `name` of `threads` threads, and go on. Who waits there sees what they
-// wrote before.
-__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 // bar.red.or: as named_barrier, and whether `predicate` holds for any of its threads.
 __device__ __forceinline__ bool named_barrier_or(int name, int threads, bool predicate) {
   uint32_t any;
