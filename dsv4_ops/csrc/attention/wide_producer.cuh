@@ -43,6 +43,34 @@ __device__ __forceinline__ void multiply_again(uint32_t byte, uint32_t tile) {
   }
 }
 
+// Unpack the codes of a part of a tile, whose first chunk of this lane lies at `tile`, and load those of the next key.
+// `scales` are of the key, and some are above kLargestScale if `large`.
+template <Fold kFold>
+__device__ __forceinline__ void write_part(Codes<kFold>& codes, uint2 scales, bool large, int part, uint32_t tile) {
+  const int first_slab = part * kPartSlabs, end = min(first_slab + kPartSlabs, Codes<kFold>::kPieces);
+#pragma unroll
+  for (int slab = first_slab; slab < end; ++slab) {
+    uint4 first, second;
+    unpack_e4m3(codes.pieces[slab], first_factor(min(scale_of(scales, slab), kLargestScale)), first, second);
+    ptx::store_shared(tile + slab * kSlabBytes, first);
+    ptx::store_shared((tile ^ 16) + slab * kSlabBytes, second);
+    codes.load(slab);
+    __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
+  }
+  if (!large) return;
+  for (int slab = first_slab; slab < end; ++slab) multiply_again(scale_of(scales, slab), tile + slab * kSlabBytes);
+}
+
+// Copy this lane's quarter of a key's rope dimensions to a tile; they arrive at `barrier` by themselves.
+__device__ __forceinline__ void copy_rope(const uint8_t* key, uint32_t tile, uint32_t barrier) {
+  const uint8_t* const rope = key + kNope + threadIdx.x % 4 * 32;
+  const uint32_t to = tile + (kSlabs - 1) * kSlabBytes;
+  ptx::cp_async_16(to, rope);
+  ptx::cp_async_16(to ^ 16, rope + 16);
+  ptx::cp_async_commit();
+  ptx::cp_async_arrive(barrier);
+}
+
 // All units of this CTA's rows, by producing warp number `warp`.
 template <Fold kFold>
 __device__ __forceinline__ void produce_rows(const SparseAttention& attention, SharedMemory& memory, int warp) {
@@ -52,11 +80,10 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
   KeyFinder finder(attention, memory.warp_keys[warp], warp);
   finder.advance();
   ptx::cp_async_commit();  // stands for rope dimensions of a tile before
-  constexpr int kPieces = Codes<kFold>::kPieces;
   Codes<kFold> codes;
   codes.key = finder.data(0, lane / 4);
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) codes.load(piece);
+  for (int piece = 0; piece < Codes<kFold>::kPieces; ++piece) codes.load(piece);
   int in_batch = 0;
   for (uint32_t unit = 0; finder.units() > 0; ++unit) {
     const uint32_t stage = unit % kStages, tile = keys + stage * kTileBytes;
@@ -64,7 +91,7 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
     __syncwarp();
     const uint2 scales = finder.scales(in_batch, lane / 4);
     const uint8_t present = finder.present(in_batch);
-    const uint8_t* const rope = codes.key + kNope + lane % 4 * 32;
+    const uint8_t* const key = codes.key;
     const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y & 0xFFFFFFu)) != 0);
     if (++in_batch == finder.units()) {
       finder.advance();  // after the last unit, to keys that are absent, which are loaded and not used
@@ -75,30 +102,10 @@ __device__ __forceinline__ void produce_rows(const SparseAttention& attention, S
     for (int part = 0; part < kParts; ++part) {
       memory.hand_overs.wait_empty(unit, part);
       if (part == 0 && lane == 0) memory.valid[stage][warp] = present;
-      if (part == kParts - 1) {
-        uint8_t* const to = memory.keys + stage * kTileBytes + (kSlabs - 1) * kSlabBytes;
-#pragma unroll
-        for (int chunk = 0; chunk < 2; ++chunk) {
-          ptx::cp_async_16(to + chunk_offset(warp * kWarpKeys + lane / 4, lane % 4 * 2 + chunk), rope + chunk * 16, 16);
-        }
-        ptx::cp_async_commit();
-        ptx::cp_async_arrive(memory.hand_overs.full(stage, part));
-      }
-#pragma unroll
-      for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, kPieces); ++slab) {
-        uint4 first, second;
-        unpack_e4m3(codes.pieces[slab], first_factor(min(scale_of(scales, slab), kLargestScale)), first, second);
-        ptx::store_shared(tile + slab * kSlabBytes, first);
-        ptx::store_shared((tile ^ 16) + slab * kSlabBytes, second);
-        codes.load(slab);
-        __syncwarp();  // keeps ptxas from moving the loads to the end of the loop
-      }
-      if (large) {
-        for (int slab = part * kPartSlabs; slab < min((part + 1) * kPartSlabs, kPieces); ++slab) {
-          multiply_again(scale_of(scales, slab), tile + slab * kSlabBytes);
-        }
-      }
-      ptx::mbarrier_arrive(memory.hand_overs.full(stage, part));
+      const uint32_t full = memory.hand_overs.full(stage, part);
+      if (part == kParts - 1) copy_rope(key, tile, full);
+      write_part(codes, scales, large, part, tile);
+      ptx::mbarrier_arrive(full);
     }
   }
   ptx::cp_async_wait<0>();

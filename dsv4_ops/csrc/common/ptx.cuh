@@ -62,6 +62,11 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
                : "memory");
 }
 
+// The same to an address in the shared window, always all of it.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // cp.async.ca: 4 bytes from global to shared memory, both at multiples of 4; zeros, and no read, for `bytes` 0.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
