@@ -54,9 +54,9 @@ struct WeighedUnits {
 };
 
 // Four blocks of eight keys that a producing warp writes to their stages and hands over at once: no instruction passes
-// a wait or a fence, so with one of each for every block hardly any two run at the same time. Lane l has key l / 4 of a
-// block and quarter l % 4 of the slab's dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is
-// filled again, the wait for the weights has returned, and one thread has those copied too.
+// a wait, so with one for every block hardly any two run at the same time. Lane l has key l / 4 of a block and quarter
+// l % 4 of the slab's dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is filled again, the
+// wait for the weights has returned, and one thread has those copied too.
 template <bool kRope, typename Memory, int kBatch, int kPieces>
 __device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& weighed,
                                             const uint4 (&parts)[kBatch][kPieces], uint32_t scale, int first,
@@ -98,7 +98,6 @@ __device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& 
       multiply_chunk(*chunk_of(i, 1), second_factor(of_key));
     }
   }
-  ptx::fence_async_proxy();
 #pragma unroll
   for (int i = 0; i < kBatch; i += kBlocks) {
     if (first + i < blocks) ptx::mbarrier_arrive(ptx::shared_address(memory.full + stage_of(i)));
@@ -106,8 +105,7 @@ __device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& 
 }
 
 // A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in
-// producer.cuh. A lane loads 128 bytes at once, of two batches or one of the rope slab; while those are handed over
-// nothing is under way but the lookups of what follows.
+// producer.cuh. A lane loads 128 bytes at once, of two batches or one of the rope slab.
 template <bool kRope, typename Memory>
 __device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
                                             const WeighedUnits& weighed, int units, int slab, int warp) {
@@ -120,11 +118,16 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
   int found = 0;  // batches
   const auto find_entries = [&](Lookup(&lookups)[kBatches]) {
 #pragma unroll
-    for (int i = 0; i < kBatches; ++i) lookups[i] = own.find_entry(sources, row, found++);
+    for (int i = 0; i < kBatches; ++i) {
+      lookups[i].key = own.key(found++);
+      const SoughtEntry sought(sources, row, lookups[i].key);
+      lookups[i].entry = sought.entry;
+      ptx::load_global_if(lookups[i].entry, sought.index, sought.is_index);
+    }
   };
   const auto find_pages = [&] {
 #pragma unroll
-    for (int i = 0; i < kBatches; ++i) find_page(sources, row, upcoming[i]);
+    for (int i = 0; i < kBatches; ++i) upcoming[i].find_page(sources, row);
   };
   find_entries(upcoming);
   find_entries(later);
@@ -135,7 +138,7 @@ __device__ __forceinline__ void gather_slab(const KeySources& sources, const Row
     KeyPlace places[kBatches];
 #pragma unroll
     for (int i = 0; i < kBatches; ++i) {
-      places[i] = place_of(sources, row, upcoming[i]);
+      places[i] = upcoming[i].place(sources, row);
       upcoming[i] = later[i];
       scales[i] = kRope ? 0 : places[i].scales[slab];
     }
@@ -178,6 +181,7 @@ __device__ __forceinline__ void fold_units(Memory& memory, int units, int group,
       const int unit = min(first + i, units - 1);
       ptx::mbarrier_wait(ptx::shared_address(memory.full + unit % Memory::kDepth), unit / Memory::kDepth & 1);
     }
+    ptx::fence_async_proxy();
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage_of(i)].keys),

@@ -84,6 +84,7 @@ __device__ __forceinline__ void score_units(const Tiles& tiles, SharedMemory<kHe
     const int stage = unit % kCount;
     float scores[kHeads / 2];
     ptx::mbarrier_wait(tiles.full_barrier(stage), unit / kCount & 1);
+    ptx::fence_async_proxy();  // also for the adding warpgroup, which waits for what comes of this
     multiply_queries<kHeads>(ptx::shared_address(tiles.keys) + stage * kTileBytes, ptx::shared_address(memory.query),
                              scores);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
   if (warpgroup > Role::kScorers) {
     change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
     const WarpKeys<Role::kProducerWarps> own(0, units, 1, threadIdx.x / kWarp - 4 * (1 + Role::kScorers));
-    const FirstLookups lookups(attention.keys, keys, own);
+    const Lookups lookups(attention.keys, keys, own);
     produce<Role::kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, own, lookups);
     return;
   }

@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
   if (group >= Role::kGroups) {
     change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
     const int actual = ptx::load_relaxed(position);
-    FirstLookups lookups(attention.keys, keys, own);
+    Lookups lookups(attention.keys, keys, own);
     if (actual != guess) {
       keys = keys_of_row(attention.keys, attention.rope, row, actual);
       own = WarpKeys<Role::kProducerWarps>(first, units_of_row(keys), step, own.warp);
-      lookups = FirstLookups(attention.keys, keys, own);
+      lookups = Lookups(attention.keys, keys, own);
     }
     produce_parts(attention.keys, keys, memory, own, lookups);
     return;

@@ -42,6 +42,13 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
   return value;
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ uint2 load_global_8(const void* address) {
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+  return value;
+}
+
 // barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
 // wrote to shared memory before is seen by all after.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
