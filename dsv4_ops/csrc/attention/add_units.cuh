@@ -53,113 +53,142 @@ struct WeighedUnits {
   }
 };
 
-// Four blocks of eight keys that a producing warp writes to their stages and hands over at once: no instruction passes
-// a wait, so with one for every block hardly any two run at the same time. Lane l has key l / 4 of a block and quarter
-// l % 4 of the slab's dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is filled again, the
-// wait for the weights has returned, and one thread has those copied too.
-template <bool kRope, typename Memory, int kBatch, int kPieces>
-__device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& weighed,
-                                            const uint4 (&parts)[kBatch][kPieces], uint32_t scale, int first,
-                                            int blocks, int warp) {
-  constexpr int kBlocks = WarpKeys<Memory::kGatherWarps>::kBlocks;
-  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const auto stage_of = [&](int i) { return (first + i) / kBlocks % Memory::kDepth; };
-  const auto chunk_of = [&](int i, int chunk) {
-    const int key = (i % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
-    return reinterpret_cast<uint4*>(memory.stages[stage_of(i)].keys + chunk_offset(key, 2 * quarter + chunk));
-  };
-#pragma unroll
-  for (int i = 0; i < kBatch; i += kBlocks) {
-    const int unit = (first + i) / kBlocks, use = unit / Memory::kDepth;
-    if (first + i >= blocks || use == 0) continue;
-    ptx::mbarrier_wait(ptx::shared_address(memory.empty + stage_of(i)), (use - 1) & 1);
-    if (warp == 0 && lane == 0) weighed.copy(memory, unit);
-  }
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    uint4 a, b;
-    if constexpr (kRope) {
-      a = parts[i][0];
-      b = parts[i][1];
-      split_pairs(a, b);
-    } else {
-      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
-      unpack_e4m3(parts[i][0], first_factor(min(of_key, kLargestScale)), a, b);
-    }
-    if (first + i >= blocks) continue;
-    *chunk_of(i, 0) = a;
-    *chunk_of(i, 1) = b;
-  }
-  if (!kRope && __any_sync(kAllLanes, scale > kLargestScale)) {
-    for (int i = 0; i < kBatch; ++i) {
-      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
-      if (first + i >= blocks || of_key <= kLargestScale) continue;
-      multiply_chunk(*chunk_of(i, 0), second_factor(of_key));
-      multiply_chunk(*chunk_of(i, 1), second_factor(of_key));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kBatch; i += kBlocks) {
-    if (first + i < blocks) ptx::mbarrier_arrive(ptx::shared_address(memory.full + stage_of(i)));
-  }
-}
+// What a lane has of some blocks of eight keys, on their way to shared memory: of block i and key l / 4, quarter l % 4 of
+// the slab's dimensions.
+template <bool kRope>
+struct SlabBlocks {
+  static constexpr int kCount = kRope ? 2 : 4, kPieces = kRope ? 2 : 1;
+  uint4 parts[kCount][kPieces];
+  uint32_t scale;  // not of the rope slab: of the key that lane l has looked up
+};
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in
-// producer.cuh. A lane loads 128 bytes at once, of two batches or one of the rope slab.
+// A producing warp of add_units_kernel: one slab of all keys, in steps of some blocks. As in producer.cuh, the blocks of
+// a step are waited for, then those of the next are loaded, then the first are unpacked. All blocks of a step are handed
+// over together: no instruction passes a wait, so with one for every block hardly any two would run at the same time.
 template <bool kRope, typename Memory>
-__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
-                                            const WeighedUnits& weighed, int units, int slab, int warp) {
+struct SlabGatherer {
   using Keys = WarpKeys<Memory::kGatherWarps>;
-  constexpr int kBatch = Keys::kBatch, kBatches = kRope ? 1 : 2, kPieces = kRope ? 2 : 1;
-  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
-  const Keys own(0, units, 1, warp);
-  Lookup upcoming[kBatches], later[kBatches];
-  int found = 0;  // batches
-  const auto find_entries = [&](Lookup(&lookups)[kBatches]) {
+  using Blocks = SlabBlocks<kRope>;
+  static constexpr int kUnits = Blocks::kCount / Keys::kBlocks;  // of a step
+  const KeySources& sources;
+  const RowKeys& row;
+  Memory& memory;
+  const WeighedUnits& weighed;
+  int slab, warp;
+  Keys own;
+  Lookups lookups;
+  KeyPlace places{};
+
+  __device__ __forceinline__ SlabGatherer(const KeySources& sources, const RowKeys& row, Memory& memory,
+                                          const WeighedUnits& weighed, int units, int slab, int warp)
+      : sources(sources),
+        row(row),
+        memory(memory),
+        weighed(weighed),
+        slab(slab),
+        warp(warp),
+        own(0, units, 1, warp),
+        lookups(sources, row, own) {}
+
+  __device__ __forceinline__ int unit(int step, int i) const { return step * kUnits + i; }
+  __device__ __forceinline__ bool exists(int step, int i) const { return unit(step, i) * Keys::kBlocks < own.blocks; }
+  static __device__ __forceinline__ uint32_t address(const uint64_t (&barriers)[Memory::kDepth], int unit) {
+    return ptx::shared_address(barriers + unit % Memory::kDepth);
+  }
+
+  __device__ __forceinline__ void load(int step, Blocks& blocks) {
+    const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
+    const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+    const int batch = step * Blocks::kCount / Keys::kBatch, first = step * Blocks::kCount % Keys::kBatch;
+    if (first == 0) places = lookups.upcoming.place(sources, row);
+    if (!kRope) blocks.scale = places.scales[slab];
 #pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-      lookups[i].key = own.key(found++);
-      const SoughtEntry sought(sources, row, lookups[i].key);
-      lookups[i].entry = sought.entry;
-      ptx::load_global_if(lookups[i].entry, sought.index, sought.is_index);
+    for (int i = 0; i < Blocks::kCount; ++i) {
+      const uint8_t* const data = from_lane(places.data, (first + i) * kBlock + column) + offset;
+#pragma unroll
+      for (int piece = 0; piece < Blocks::kPieces; ++piece) blocks.parts[i][piece] = ptx::load_once(data + piece * 16);
     }
-  };
-  const auto find_pages = [&] {
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) upcoming[i].find_page(sources, row);
-  };
-  find_entries(upcoming);
-  find_entries(later);
-  find_pages();
-  for (int first = 0; first < own.blocks; first += kBatches * kBatch) {
-    uint4 parts[kBatches][kBatch][kPieces];
-    uint32_t scales[kBatches];
-    KeyPlace places[kBatches];
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-      places[i] = upcoming[i].place(sources, row);
-      upcoming[i] = later[i];
-      scales[i] = kRope ? 0 : places[i].scales[slab];
+    if (first == 0) {
+      lookups.find_pages(sources, row, own, batch + 1);
+      lookups.find_entries(sources, row, own, batch + 2);
     }
+    __syncwarp();  // keeps ptxas from moving the loads to where they are used
+  }
+
+  // The stages of a step are free. Where one is filled again, the wait for the weights has returned, and one thread has
+  // those copied too.
+  __device__ __forceinline__ void wait(int step) {
 #pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
+    for (int i = 0; i < kUnits; ++i) {
+      const int use = unit(step, i) / Memory::kDepth;
+      if (!exists(step, i) || use == 0) continue;
+      ptx::mbarrier_wait(address(memory.empty, unit(step, i)), (use - 1) & 1);
+      if (warp == 0 && threadIdx.x % kWarp == 0) weighed.copy(memory, unit(step, i));
+    }
+  }
+
+  __device__ __forceinline__ void write(int step, const Blocks& blocks, bool large) {
+    const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
+    const auto scale_of = [&](int i) { return __shfl_sync(kAllLanes, blocks.scale, i * kBlock + column); };
+    const auto chunk_of = [&](int i, int chunk) {
+      const int key = (i % Keys::kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
+      auto& stage = memory.stages[unit(step, i / Keys::kBlocks) % Memory::kDepth];
+      return reinterpret_cast<uint4*>(stage.keys + chunk_offset(key, 2 * quarter + chunk));
+    };
 #pragma unroll
-      for (int block = 0; block < kBatch; ++block) {
-        const uint8_t* const data = from_lane(places[i].data, block * kBlock + column) + offset;
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) parts[i][block][piece] = ptx::load_once(data + piece * 16);
+    for (int i = 0; i < Blocks::kCount; ++i) {
+      uint4 a, b;
+      if constexpr (kRope) {
+        a = blocks.parts[i][0];
+        b = blocks.parts[i][1];
+      } else {
+        unpack_e4m3(blocks.parts[i][0], first_factor(min(scale_of(i), kLargestScale)), a, b);
+      }
+      if (!exists(step, i / Keys::kBlocks)) continue;
+      *chunk_of(i, 0) = a;
+      *chunk_of(i, 1) = b;
+    }
+    if (large) {
+      for (int i = 0; i < Blocks::kCount; ++i) {
+        const uint32_t scale = scale_of(i);
+        if (!exists(step, i / Keys::kBlocks) || scale <= kLargestScale) continue;
+        multiply_chunk(*chunk_of(i, 0), second_factor(scale));
+        multiply_chunk(*chunk_of(i, 1), second_factor(scale));
       }
     }
-    find_pages();
-    find_entries(later);
-    __syncwarp();  // keeps ptxas from moving the loads to where they are used
 #pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-      write_batch<kRope>(memory, weighed, parts[i], scales[i], first + i * kBatch, own.blocks, warp);
+    for (int i = 0; i < kUnits; ++i) {
+      if (exists(step, i)) ptx::mbarrier_arrive(address(memory.full, unit(step, i)));
     }
   }
-}
+
+  __device__ __forceinline__ void next(int step, int steps, Blocks& blocks, Blocks& following) {
+    bool large = false;
+    if constexpr (kRope) {
+#pragma unroll
+      for (auto& pieces : blocks.parts) {
+        split_pairs(pieces[0], pieces[1]);
+        ptx::pin_registers(pieces[0], pieces[1]);
+      }
+    } else {
+      large = __any_sync(kAllLanes, blocks.scale > kLargestScale);
+    }
+    wait(step);
+    if (step + 1 < steps) load(step + 1, following);
+    write(step, blocks, large);
+  }
+
+  __device__ __forceinline__ void gather() {
+    const int steps = (own.blocks + Blocks::kCount - 1) / Blocks::kCount;
+    Blocks even, odd;
+    if (steps > 0) load(0, even);
+    for (int step = 0; step < steps; step += 2) {
+      next(step, steps, even, odd);
+      if (step + 1 == steps) break;
+      next(step + 1, steps, odd, even);
+    }
+  }
+};
 
 // A consuming warpgroup: the fold over all units. Every warp has the totals of all heads, head l % kHeads in lane l.
 // Products of kTogether units are under way while steps are computed; where fewer are left, the last one is multiplied

@@ -27,7 +27,7 @@
 //                        each unit, in order: 95 instructions of a warp | denominator | output through shared memory
 //
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
-// gathering warps bound the second kernel, with 60 instructions for 8 keys.
+// gathering warps bound the second kernel.
 //
 // H200, 2026-11-25, us warm, heads x keys: one row 64 x 128 5.6, 64 x 640 8.1, 128 x 1152 11.5, 64 x 8320 57; 16 rows
 // 64 x 640 16.3, of which the first kernel takes the first 6. Where more CTAs want to be on an SM than fit, the form
@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kAddThreads, 2)
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
     if (slab == kSlabs - 1) {
-      gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+      SlabGatherer<true, Memory>(attention.keys, keys, memory, weighed, row_units, slab, gatherer).gather();
     } else {
-      gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+      SlabGatherer<false, Memory>(attention.keys, keys, memory, weighed, row_units, slab, gatherer).gather();
     }
   } else {
     const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;

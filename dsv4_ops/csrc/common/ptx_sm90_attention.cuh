@@ -75,6 +75,14 @@ __device__ __forceinline__ void load_global_if(int32_t& value, const int32_t* ad
                : "l"(address), "r"(static_cast<int>(condition)));
 }
 
+// No instruction: the compiler may not move what gives these values behind it.
+__device__ __forceinline__ void pin_registers(uint4& a, uint4& b) {
+  asm volatile(""
+               : "+r"(a.x), "+r"(a.y), "+r"(a.z), "+r"(a.w), "+r"(b.x), "+r"(b.y), "+r"(b.z), "+r"(b.w)
+               :
+               : "memory");
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // wgmma.mma_async.m64n64k16.f32.bf16.bf16 with A from registers: d = a * b, or d += a * b. d as in ptx::wgmma. With row
