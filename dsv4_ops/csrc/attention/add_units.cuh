@@ -53,8 +53,8 @@ struct WeighedUnits {
   }
 };
 
-// What a lane has of some blocks of eight keys on their way to shared memory: of key l / 4 of each, quarter l % 4 of the
-// slab's dimensions.
+// What a lane has of some blocks of eight keys on their way to shared memory: of key l / 4 of each, quarter l % 4 of
+// the slab's dimensions.
 template <bool kRope>
 struct SlabBlocks {
   static constexpr int kCount = kRope ? 2 : 4, kPieces = kRope ? 2 : 1;
@@ -63,8 +63,8 @@ struct SlabBlocks {
 };
 
 // A producing warp of add_units_kernel: one slab of all keys, in steps of some blocks. As in producer.cuh, the blocks
-// of a step are waited for, then those of the next are loaded, then the first are unpacked. All of a step is handed over
-// together: no instruction passes a wait, so with one for every block hardly any two would run at the same time.
+// of a step are waited for, then those of the next are loaded, then the first are unpacked. All of a step is handed
+// over together: no instruction passes a wait, so with one for every block hardly any two would run at the same time.
 template <bool kRope, typename Memory>
 struct SlabGatherer {
   using Keys = WarpKeys<Memory::kGatherWarps>;

@@ -9,9 +9,10 @@
 // A warp has 4.5 KB under way all the time, and waits once a block, for loads as old as it takes to unpack one. ptxas
 // has one scoreboard for all loads whose use is not in the same basic block, so a wait for one of them is a wait for
 // the newest. Hence a block is waited for, then the next one is loaded, into registers of its own, then the first one
-// is unpacked. No thread here passes a fence.proxy.async, which waits for its loads too: who waits for a tile does, before
-// wgmma reads it. Keys are looked up 32 at a time, a lane for each, for four blocks: their indices two batches ahead,
-// their pages one batch ahead. A value is loaded into the register that it is used from: a copy would wait for it.
+// is unpacked. No thread here passes a fence.proxy.async, which waits for its loads too: who waits for a tile does,
+// before wgmma reads it. Keys are looked up 32 at a time, a lane for each, for four blocks: their indices two batches
+// ahead, their pages one batch ahead. A value is loaded into the register that it is used from: a copy would wait for
+// it.
 #pragma once
 
 #include <climits>
