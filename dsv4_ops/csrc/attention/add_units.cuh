@@ -190,49 +190,60 @@ struct SlabGatherer {
   }
 };
 
-// A consuming warpgroup: the fold over all units. Every warp has the totals of all heads, head l % kHeads in lane l.
-// Products of kTogether units are under way while steps are computed; where fewer are left, the last one is multiplied
-// again, and not added: a branch around products would make ptxas serialise them all.
+// A consuming warpgroup: the fold over kCount units, whose products are all under way while the first is added. Every
+// warp has the totals of all heads, head l % kHeads in lane l.
+template <int kHeads, int kCount, typename Memory>
+__device__ __forceinline__ void fold_together(Memory& memory, int first, int group, float (&output)[kHeads / 2],
+                                              Total& total) {
+  const int head = threadIdx.x % min(kHeads, kWarp);
+  const auto stage_of = [&](int i) { return (first + i) % Memory::kDepth; };
+  const auto weights_of = [&](int i) {
+    return memory.stages[stage_of(i)].weights + group * (kHeads / 8 * kHandedBytes);
+  };
+  float parts[kCount][kHeads / 2];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    ptx::mbarrier_wait(ptx::shared_address(memory.full + stage_of(i)), (first + i) / Memory::kDepth & 1);
+  }
+  ptx::fence_async_proxy();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage_of(i)].keys),
+                                           ptx::shared_address(weights_of(i)), 0, parts[i]);
+  }
+  Step own[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float2 of_unit = *totals_of(weights_of(i), head);
+    own[i] = total.add(of_unit.x, of_unit.y);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    wait_for_slab(kCount - 1 - i);
+    ptx::pin_registers(parts[i]);
+    ptx::mbarrier_arrive(ptx::shared_address(memory.empty + stage_of(i)));
+    const Steps<kHeads> steps(own[i]);
+    if (steps.rescale) rescale_output<kHeads>(output, steps);
+    add_output<kHeads>(output, parts[i], steps);
+  }
+}
+
+// All units, kTogether or what is left at a time. A branch around the products of some would make ptxas serialise all.
 template <int kHeads, int kTogether, typename Memory>
 __device__ __forceinline__ void fold_units(Memory& memory, int units, int group, float (&output)[kHeads / 2],
                                            Total& total) {
-  const int head = threadIdx.x % min(kHeads, kWarp);
+  static_assert(kTogether == 2 || kTogether == 4);
 #pragma unroll
   for (int i = 0; i < kHeads / 2; ++i) output[i] = 0.0f;
-  for (int first = 0; first < units; first += kTogether) {
-    const auto stage_of = [&](int i) { return min(first + i, units - 1) % Memory::kDepth; };
-    const auto weights_of = [&](int i) {
-      return memory.stages[stage_of(i)].weights + group * (kHeads / 8 * kHandedBytes);
-    };
-    float parts[kTogether][kHeads / 2];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int unit = min(first + i, units - 1);
-      ptx::mbarrier_wait(ptx::shared_address(memory.full + unit % Memory::kDepth), unit / Memory::kDepth & 1);
-    }
-    ptx::fence_async_proxy();
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage_of(i)].keys),
-                                             ptx::shared_address(weights_of(i)), 0, parts[i]);
-    }
-    Step own[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const float2 of_unit = *totals_of(weights_of(i), head);
-      if (first + i < units) own[i] = total.add(of_unit.x, of_unit.y);
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i >= units) break;
-      ptx::pin_registers(parts[i]);
-      ptx::mbarrier_arrive(ptx::shared_address(memory.empty + stage_of(i)));
-      const Steps<kHeads> steps(own[i]);
-      if (steps.rescale) rescale_output<kHeads>(output, steps);
-      add_output<kHeads>(output, parts[i], steps);
-    }
+  int first = 0;
+  for (; first + kTogether <= units; first += kTogether) {
+    fold_together<kHeads, kTogether>(memory, first, group, output, total);
   }
+  if (kTogether == 4 && units - first >= 2) {
+    fold_together<kHeads, 2>(memory, first, group, output, total);
+    first += 2;
+  }
+  if (first < units) fold_together<kHeads, 1>(memory, first, group, output, total);
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
