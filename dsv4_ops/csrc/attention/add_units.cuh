@@ -28,7 +28,7 @@ struct AddMemory {
   };
   Stage stages[kDepth];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
-  float reciprocals[kAll];
+  uint32_t magnitudes[kGroups][kHeads];
   alignas(8) uint64_t full[kDepth];
   uint64_t empty[kDepth];
 };

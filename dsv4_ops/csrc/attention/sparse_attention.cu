@@ -69,7 +69,6 @@ struct SharedMemory {
   float2 totals[kRing<kHeads>][kHeads];  // largest score and sum
   alignas(16) float largest[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
   alignas(16) float sum[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
-  float reciprocals[kHeads];
   uint64_t weighed[kRing<kHeads>];  // mbarriers: weights and totals of the tile are written
 };
 
@@ -188,16 +187,13 @@ __global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
   }
   change_registers<Role::kFirstRegisters, Role::kAdderRegisters>();
   Result<kHeads> result;
-  const float sink = thread < kHeads ? sink_of(attention, first_head + thread) : 0.0f;
+  const int head = first_head + thread % kHeads;  // whose total this thread has
+  const float sink = sink_of(attention, head);
   const float2 turn = inverse_turn(attention.rope, keys.position);
   add_units<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
-  if (thread < kHeads) {
-    memory.reciprocals[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
-  }
-  ptx::named_barrier(kAdderBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(memory.reciprocals, reciprocal);
+  take_columns<kHeads>(finish_head(attention, row, head, sink, result.total, thread < kHeads), reciprocal);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     finish_slab<kHeads>(result.output[slab], reciprocal, slab == kSlabs - 1, turn);

@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     }
   } else {
     const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
-    const int own_head = first_head + group * kHeads;
-    const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+    const int own_head = first_head + group * kHeads, head = own_head + thread % kHeads;
+    const float sink = sink_of(attention, head);
     const float2 turn = inverse_turn(attention.rope, position);
     ptx::wait_for_predecessors();
     ptx::launch_dependents();
@@ -167,19 +167,14 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     float output[kHeads / 2];
     Total total;
     fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
-    float* const reciprocals = memory.reciprocals + group * kHeads;
-    if (thread < kHeads) {
-      reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
-    }
-    ptx::named_barrier(kBarrier + group, kWarpgroup);
     float reciprocal[kColumns<kHeads>];
-    load_columns<kHeads>(reciprocals, reciprocal);
+    take_columns<kHeads>(finish_head(attention, row, head, sink, total, slab == 0 && thread < kHeads), reciprocal);
     finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
     stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
     ptx::named_barrier(kBarrier + group, kWarpgroup);
     const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
     if constexpr (kQuantised) {
-      store_half_groups<kHeads>(memory.staging[group], reinterpret_cast<uint32_t*>(reciprocals), attention, vector,
+      store_half_groups<kHeads>(memory.staging[group], memory.magnitudes[group], attention, vector,
                                 attention.heads - own_head, slab);
     } else {
       store_rows<kHeads, kSlab>(memory.staging[group], attention, vector, attention.heads - own_head, slab * kSlab);
