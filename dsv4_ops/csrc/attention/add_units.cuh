@@ -2,9 +2,9 @@
 //
 // A CTA owns a slab of 64 dimensions of a row and a tile of heads. 384 threads: one or two consuming warpgroups of up
 // to 32 heads each, the other warps gather keys. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and
-// totals, which are copied as one; there are 6 to 10 of them, so that two CTAs fit an SM. Where the output is
-// quantised, two slabs share a scale: their CTAs are a cluster, and each reads the largest magnitudes of the other
-// one's heads from its shared memory.
+// totals, which are copied as one; there are 6 to 12 of them, as many whole steps of the gathering warps as fit an SM
+// beside the first kernel. Where the output is quantised, two slabs share a scale: their CTAs are a cluster, and each
+// reads the largest magnitudes of the other one's heads from its shared memory.
 #pragma once
 
 #include "attention/handed_units.cuh"
@@ -21,12 +21,10 @@ struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
   static constexpr int kGatherWarps = kAddThreads / 32 - 4 * kGroups;
   static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
-  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
-  struct Stage {
-    alignas(1024) uint8_t keys[kSlabBytes];
-    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
-  };
-  Stage stages[kDepth];
+  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 12;  // stages
+  static constexpr int kWeightBytes = kAll / 8 * kHandedBytes;
+  alignas(1024) uint8_t keys[kDepth][kSlabBytes];
+  alignas(128) uint8_t weights[kDepth][kWeightBytes];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
   uint32_t magnitudes[kGroups][kHeads];
   alignas(8) uint64_t full[kDepth];
@@ -44,12 +42,12 @@ struct WeighedUnits {
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
   __device__ __forceinline__ void copy(Memory& memory, int unit) const {
-    constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
-    typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
-    const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
+    const int stage = unit % Memory::kDepth;
+    const uint32_t full = ptx::shared_address(memory.full + stage);
     const HandedUnit from(partials, padded, first + unit);
-    ptx::mbarrier_arrive_expect(full, kBytes);
-    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.of_heads(first_head), kBytes, full);
+    ptx::mbarrier_arrive_expect(full, Memory::kWeightBytes);
+    ptx::cp_async_bulk(ptx::shared_address(memory.weights[stage]), from.of_heads(first_head), Memory::kWeightBytes,
+                       full);
   }
 };
 
@@ -132,8 +130,8 @@ struct SlabGatherer {
     const auto scale_of = [&](int i) { return __shfl_sync(kAllLanes, blocks.scale, i * kBlock + column); };
     const auto chunk_of = [&](int i, int chunk) {
       const int key = (i % Keys::kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
-      auto& stage = memory.stages[unit(step, i / Keys::kBlocks) % Memory::kDepth];
-      return reinterpret_cast<uint4*>(stage.keys + chunk_offset(key, 2 * quarter + chunk));
+      uint8_t* const keys = memory.keys[unit(step, i / Keys::kBlocks) % Memory::kDepth];
+      return reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + chunk));
     };
 #pragma unroll
     for (int i = 0; i < Blocks::kCount; ++i) {
@@ -198,7 +196,7 @@ __device__ __forceinline__ void fold_together(Memory& memory, int first, int gro
   const int head = threadIdx.x % min(kHeads, kWarp);
   const auto stage_of = [&](int i) { return (first + i) % Memory::kDepth; };
   const auto weights_of = [&](int i) {
-    return memory.stages[stage_of(i)].weights + group * (kHeads / 8 * kHandedBytes);
+    return memory.weights[stage_of(i)] + group * (kHeads / 8 * kHandedBytes);
   };
   float parts[kCount][kHeads / 2];
 #pragma unroll
@@ -208,7 +206,7 @@ __device__ __forceinline__ void fold_together(Memory& memory, int first, int gro
   ptx::fence_async_proxy();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage_of(i)].keys),
+    multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.keys[stage_of(i)]),
                                            ptx::shared_address(weights_of(i)), 0, parts[i]);
   }
   Step own[kCount];

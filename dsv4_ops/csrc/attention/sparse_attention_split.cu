@@ -217,16 +217,17 @@ cudaError_t launch_weigh(const SparseAttention& attention, int units, int proces
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
-// Two CTAs of add_units_kernel fit an SM, but where there are SMs enough each asks for more than half of the memory:
-// two on one would take twice as long, while the SM of a CTA of the first kernel waits for work.
+// Two CTAs of add_units_kernel with 32 heads or more fit an SM, but where there are SMs enough each asks for more than
+// half of the memory: two on one would take twice as long, while the SM of a CTA of the first kernel waits for work.
 template <int kHeads, int kGroups>
 cudaError_t launch_add(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   using Memory = AddMemory<kHeads, kGroups>;
-  static_assert(sizeof(Memory) <= kHalfOfShared && kHalfOfShared + 16 + sizeof(WeighMemory<64>) <= kSharedOfTwo);
+  constexpr size_t kAlone = std::max(sizeof(Memory), kHalfOfShared + 16);
+  static_assert(kAlone + sizeof(WeighMemory<64>) <= kSharedOfTwo);
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
   const bool alone = static_cast<int64_t>(tiles) * kSlabs <= processors;
   const bool quantised = attention.o_scale != nullptr;
-  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory),
+  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kAlone : sizeof(Memory),
                   quantised ? 2u : 1u};
   return launch_in_turn(quantised ? add_units_kernel<kHeads, kGroups, true> : add_units_kernel<kHeads, kGroups, false>,
                         at, attention, units, padded_heads(attention.heads));
