@@ -3,8 +3,8 @@
 // A warp takes blocks of 8 keys: lane l has key l / 4, and of every group of 64 dimensions the quarter l % 4. So a load
 // of the warp reads 64 bytes in a row of each key, and the eight lanes that L1 serves at a time read from two keys.
 // Lanes the other way round read from eight: then a load takes 25 cycles of L1's data pipe (measured on an H200), more
-// in all than all else that a unit asks of it. Eight lanes of a store have the even chunks of one key and the odd ones
-// of the next: all banks.
+// in all than all else that a unit asks of it. A line of L1 has two such rows: it is kept for the second. Eight lanes
+// of a store have the even chunks of one key and the odd ones of the next: all banks.
 //
 // A warp has 4.5 KB under way all the time, and waits once a block, for loads as old as it takes to unpack one. ptxas
 // has one scoreboard for all loads whose use is not in the same basic block, so a wait for one of them is a wait for
@@ -128,7 +128,7 @@ __device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
 __device__ __forceinline__ uint4 load_part(const KeyPlace& key, int load, int quarter) {
   constexpr int kGroups = kNope / 64;
   const uint8_t* const address = key.data + quarter * 16;
-  return ptx::load_once(load < kGroups ? address + load * 64 : address + quarter * 16 + kNope + (load - kGroups) * 16);
+  return ptx::load_16(load < kGroups ? address + load * 64 : address + quarter * 16 + kNope + (load - kGroups) * 16);
 }
 
 // Whether a group has a scale above kLargestScale, and the scales up to that: the first factors.

@@ -28,6 +28,24 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return value;
 }
 
+// ld.global.v4, ld.global.L1::evict_first.v4: 16 bytes of a line of which the SM soon loads the rest. The line stays in
+// L1, or goes first when others need its place.
+__device__ __forceinline__ uint4 load_16(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_shared_line(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.L1::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
 // st.global.v4: 16 bytes. An assignment may become several stores: the compiler takes vectors apart, and does not
 // always find them again where a thread writes to several rows.
 __device__ __forceinline__ void store(void* address, uint4 value) {
