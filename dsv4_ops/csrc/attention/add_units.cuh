@@ -104,7 +104,9 @@ struct SlabGatherer {
     for (int i = 0; i < Blocks::kCount; ++i) {
       const uint8_t* const data = from_lane(places.data, (first + i) * kBlock + column) + offset;
 #pragma unroll
-      for (int piece = 0; piece < Blocks::kPieces; ++piece) blocks.parts[i][piece] = ptx::load_16(data + piece * 16);
+      for (int piece = 0; piece < Blocks::kPieces; ++piece) {
+        blocks.parts[i][piece] = ptx::load_shared_line(data + piece * 16);
+      }
     }
     if (first == 0) {
       lookups.find_pages(sources, row, own, batch + 1);

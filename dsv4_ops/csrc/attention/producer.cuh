@@ -127,8 +127,9 @@ __device__ __forceinline__ const T* from_lane(const T* pointer, int lane) {
 // dimensions.
 __device__ __forceinline__ uint4 load_part(const KeyPlace& key, int load, int quarter) {
   constexpr int kGroups = kNope / 64;
-  const uint8_t* const address = key.data + quarter * 16;
-  return ptx::load_16(load < kGroups ? address + load * 64 : address + quarter * 16 + kNope + (load - kGroups) * 16);
+  const uint8_t* const codes = key.data + quarter * 16;
+  const uint8_t* const rope = key.data + kNope + quarter * 32;
+  return ptx::load_shared_line(load < kGroups ? codes + load * 64 : rope + (load - kGroups) * 16);
 }
 
 // Whether a group has a scale above kLargestScale, and the scales up to that: the first factors.

@@ -91,13 +91,13 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
     return;
   }
   change_registers<Role::kFirstRegisters, Role::kConsumerRegisters>();
-  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row));
-  if (first >= row_units) return;
+  const int actual = ptx::load_relaxed(position);  // under way while queries are copied
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
                        attention.heads - first_head, memory.query, threadIdx.x, Role::kGroups * kWarpgroup);
   ptx::fence_async_proxy();
   ptx::named_barrier(kQueryBarrier, Role::kGroups * kWarpgroup);
+  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row, actual));
   constexpr int kOwn = Role::kHeadsOfGroup;
   const uint32_t query = ptx::shared_address(memory.query) + group * (kOwn * kRowBytes);
   float* const sums = memory.sum + group * kOwn * kWarpsOfGroup;
