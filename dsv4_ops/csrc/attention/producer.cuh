@@ -3,8 +3,12 @@
 // A warp takes blocks of 8 keys: lane l has key l / 4, and of every group of 64 dimensions the quarter l % 4. So a load
 // of the warp reads 64 bytes in a row of each key, and the eight lanes that L1 serves at a time read from two keys.
 // Lanes the other way round read from eight: then a load takes 25 cycles of L1's data pipe (measured on an H200), more
-// in all than all else that a unit asks of it. A line of L1 has two such rows: it is kept for the second. Eight lanes
-// of a store have the even chunks of one key and the odd ones of the next: all banks.
+// in all than all else that a unit asks of it. Eight lanes of a store have the even chunks of one key and the odd ones
+// of the next: all banks.
+//
+// A line of L1 has two such rows, so it has to stay for the second one, and then to go: H100, 2026-11-25, us of 128
+// rows of 16 heads and 640 keys by L1::evict_first 26.0, by plain loads 27.3, by L1::no_allocate 30.9; with no load at
+// all 17.2.
 //
 // A warp has 4.5 KB under way all the time, and waits once a block, for loads as old as it takes to unpack one. ptxas
 // has one scoreboard for all loads whose use is not in the same basic block, so a wait for one of them is a wait for

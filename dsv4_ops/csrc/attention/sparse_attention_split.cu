@@ -24,7 +24,7 @@
 //                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights
 //                        | sums of four warps | end of the kernel
 //   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold for
-//                        each unit, in order: 95 instructions of a warp | denominator | output through shared memory
+//                        each unit, in order | denominator | output through shared memory
 //
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
 // gathering warps bound the second kernel.
