@@ -65,8 +65,7 @@ __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
-// fence.proxy.async: what this thread wrote to shared memory before can be read by wgmma after the next barrier; or
-// what others wrote and handed over before, by wgmma of this warp. Waits for all loads of this thread.
+// fence.proxy.async: what this thread wrote to shared memory before can be read by wgmma after the next barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // stmatrix.trans: kMatrices matrices 8x8 of 16-bit values, transposed. Lane i gives the address of row i % 8 of matrix

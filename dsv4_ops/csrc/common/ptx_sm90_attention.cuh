@@ -42,17 +42,25 @@ __device__ __forceinline__ uint32_t load_global(const void* address) {
   return value;
 }
 
-// The same of 8 bytes.
+// barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
+// wrote to shared memory before is seen by all after.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// ld.global.v2: 8 bytes.
 __device__ __forceinline__ uint2 load_global_8(const void* address) {
   uint2 value;
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
   return value;
 }
 
-// barrier.cluster.arrive.release and .wait.acquire: all threads of a cluster meet, but those that have ended; what each
-// wrote to shared memory before is seen by all after.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// No instruction: the compiler may not move what gives these values behind it.
+__device__ __forceinline__ void pin_registers(uint4& a, uint4& b) {
+  asm volatile(""
+               : "+r"(a.x), "+r"(a.y), "+r"(a.z), "+r"(a.w), "+r"(b.x), "+r"(b.y), "+r"(b.z), "+r"(b.w)
+               :
+               : "memory");
+}
 
 // mapa, ld.shared::cluster: the word at this address in the shared memory of CTA number `rank` of the cluster.
 __device__ __forceinline__ uint32_t load_of_cta(uint32_t shared, uint32_t rank) {
@@ -73,14 +81,6 @@ __device__ __forceinline__ void load_global_if(int32_t& value, const int32_t* ad
   asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.s32 %0, [%1];}"
                : "+r"(value)
                : "l"(address), "r"(static_cast<int>(condition)));
-}
-
-// No instruction: the compiler may not move what gives these values behind it.
-__device__ __forceinline__ void pin_registers(uint4& a, uint4& b) {
-  asm volatile(""
-               : "+r"(a.x), "+r"(a.y), "+r"(a.z), "+r"(a.w), "+r"(b.x), "+r"(b.y), "+r"(b.z), "+r"(b.w)
-               :
-               : "memory");
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
