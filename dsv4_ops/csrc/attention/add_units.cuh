@@ -2,9 +2,9 @@
 //
 // A CTA owns a slab of 64 dimensions of a row and a tile of heads. 384 threads: one or two consuming warpgroups of up
 // to 32 heads each, the other warps gather keys. A stage is a unit: 8 KB of keys, 136 bytes a head of weights and
-// totals, which are copied as one; there are 6 to 10 of them, so that two CTAs fit an SM. Where the output is
-// quantised, two slabs share a scale: their CTAs are a cluster, and each reads the largest magnitudes of the other
-// one's heads from its shared memory.
+// totals, which are copied as one; there are 6 to 12 of them, as many whole steps of the gathering warps as fit an SM
+// beside the first kernel. Where the output is quantised, two slabs share a scale: their CTAs are a cluster, and each
+// reads the largest magnitudes of the other one's heads from its shared memory.
 #pragma once
 
 #include "attention/handed_units.cuh"
@@ -21,14 +21,12 @@ struct AddMemory {
   static constexpr int kAll = kHeads * kGroups;
   static constexpr int kGatherWarps = kAddThreads / 32 - 4 * kGroups;
   static_assert(kUnit % (kGatherWarps * 8) == 0, "whole blocks of a warp in a unit");
-  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 10;  // stages
-  struct Stage {
-    alignas(1024) uint8_t keys[kSlabBytes];
-    alignas(128) uint8_t weights[kAll / 8 * kHandedBytes];
-  };
-  Stage stages[kDepth];
+  static constexpr int kDepth = kAll == 64 ? 6 : kAll == 32 ? 8 : 12;  // stages
+  static constexpr int kWeightBytes = kAll / 8 * kHandedBytes;
+  alignas(1024) uint8_t keys[kDepth][kSlabBytes];
+  alignas(128) uint8_t weights[kDepth][kWeightBytes];
   alignas(16) uint8_t staging[kGroups][kHeads * kStagingStride<kSlab>];
-  float reciprocals[kAll];
+  uint32_t magnitudes[kGroups][kHeads];
   alignas(8) uint64_t full[kDepth];
   uint64_t empty[kDepth];
 };
@@ -44,162 +42,208 @@ struct WeighedUnits {
   // One thread: weights and totals of a unit, for the heads of this CTA.
   template <typename Memory>
   __device__ __forceinline__ void copy(Memory& memory, int unit) const {
-    constexpr uint32_t kBytes = sizeof(Memory::Stage::weights);
-    typename Memory::Stage& stage = memory.stages[unit % Memory::kDepth];
-    const uint32_t full = ptx::shared_address(memory.full + unit % Memory::kDepth);
+    const int stage = unit % Memory::kDepth;
+    const uint32_t full = ptx::shared_address(memory.full + stage);
     const HandedUnit from(partials, padded, first + unit);
-    ptx::mbarrier_arrive_expect(full, kBytes);
-    ptx::cp_async_bulk(ptx::shared_address(stage.weights), from.of_heads(first_head), kBytes, full);
+    ptx::mbarrier_arrive_expect(full, Memory::kWeightBytes);
+    ptx::cp_async_bulk(ptx::shared_address(memory.weights[stage]), from.of_heads(first_head), Memory::kWeightBytes,
+                       full);
   }
 };
 
-// Four blocks of eight keys that a producing warp writes to their stages and hands over at once: no instruction passes
-// a wait or a fence, so with one of each for every block hardly any two run at the same time. Lane l has key l / 4 of a
-// block and quarter l % 4 of the slab's dimensions, in `parts`; `scale` is that of key l of the batch. Where a stage is
-// filled again, the wait for the weights has returned, and one thread has those copied too.
-template <bool kRope, typename Memory, int kBatch, int kPieces>
-__device__ __forceinline__ void write_batch(Memory& memory, const WeighedUnits& weighed,
-                                            const uint4 (&parts)[kBatch][kPieces], uint32_t scale, int first,
-                                            int blocks, int warp) {
-  constexpr int kBlocks = WarpKeys<Memory::kGatherWarps>::kBlocks;
-  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const auto stage_of = [&](int i) { return (first + i) / kBlocks % Memory::kDepth; };
-  const auto chunk_of = [&](int i, int chunk) {
-    const int key = (i % kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
-    return reinterpret_cast<uint4*>(memory.stages[stage_of(i)].keys + chunk_offset(key, 2 * quarter + chunk));
-  };
-#pragma unroll
-  for (int i = 0; i < kBatch; i += kBlocks) {
-    const int unit = (first + i) / kBlocks, use = unit / Memory::kDepth;
-    if (first + i >= blocks || use == 0) continue;
-    ptx::mbarrier_wait(ptx::shared_address(memory.empty + stage_of(i)), (use - 1) & 1);
-    if (warp == 0 && lane == 0) weighed.copy(memory, unit);
+// What a lane has of some blocks of eight keys on their way to shared memory: of key l / 4 of each, quarter l % 4 of
+// the slab's dimensions.
+template <bool kRope>
+struct SlabBlocks {
+  static constexpr int kCount = kRope ? 2 : 4, kPieces = kRope ? 2 : 1;
+  uint4 parts[kCount][kPieces];
+  uint32_t scale;  // not of the rope slab: of the key that lane l has looked up
+};
+
+// A producing warp of add_units_kernel: one slab of all keys, in steps of some blocks. As in producer.cuh, the blocks
+// of a step are waited for, then those of the next are loaded, then the first are unpacked. All of a step is handed
+// over together: no instruction passes a wait, so with one for every block hardly any two would run at the same time.
+template <bool kRope, typename Memory>
+struct SlabGatherer {
+  using Keys = WarpKeys<Memory::kGatherWarps>;
+  using Blocks = SlabBlocks<kRope>;
+  static constexpr int kUnits = Blocks::kCount / Keys::kBlocks;  // of a step
+  const KeySources& sources;
+  const RowKeys& row;
+  Memory& memory;
+  const WeighedUnits& weighed;
+  int slab, warp;
+  Keys own;
+  Lookups lookups;
+  KeyPlace places{};
+
+  __device__ __forceinline__ SlabGatherer(const KeySources& sources, const RowKeys& row, Memory& memory,
+                                          const WeighedUnits& weighed, int units, int slab, int warp)
+      : sources(sources),
+        row(row),
+        memory(memory),
+        weighed(weighed),
+        slab(slab),
+        warp(warp),
+        own(0, units, 1, warp),
+        lookups(sources, row, own) {}
+
+  __device__ __forceinline__ int unit(int step, int i) const { return step * kUnits + i; }
+  __device__ __forceinline__ bool exists(int step, int i) const { return unit(step, i) * Keys::kBlocks < own.blocks; }
+  static __device__ __forceinline__ uint32_t address(const uint64_t (&barriers)[Memory::kDepth], int unit) {
+    return ptx::shared_address(barriers + unit % Memory::kDepth);
   }
+
+  __device__ __forceinline__ void load(int step, Blocks& blocks) {
+    const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
+    const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
+    const int batch = step * Blocks::kCount / Keys::kBatch, first = step * Blocks::kCount % Keys::kBatch;
+    if (first == 0) places = lookups.upcoming.place(sources, row);
+    if (!kRope) blocks.scale = places.scales[slab];
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    uint4 a, b;
+    for (int i = 0; i < Blocks::kCount; ++i) {
+      const uint8_t* const data = from_lane(places.data, (first + i) * kBlock + column) + offset;
+#pragma unroll
+      for (int piece = 0; piece < Blocks::kPieces; ++piece) {
+        blocks.parts[i][piece] = ptx::load_shared_line(data + piece * 16);
+      }
+    }
+    if (first == 0) {
+      lookups.find_pages(sources, row, own, batch + 1);
+      lookups.find_entries(sources, row, own, batch + 2);
+    }
+    __syncwarp();  // keeps ptxas from moving the loads to where they are used
+  }
+
+  // The stages of a step are free. Where one is filled again, the wait for the weights has returned, and one thread has
+  // those copied too.
+  __device__ __forceinline__ void wait(int step) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int use = unit(step, i) / Memory::kDepth;
+      if (!exists(step, i) || use == 0) continue;
+      ptx::mbarrier_wait(address(memory.empty, unit(step, i)), (use - 1) & 1);
+      if (warp == 0 && threadIdx.x % kWarp == 0) weighed.copy(memory, unit(step, i));
+    }
+  }
+
+  __device__ __forceinline__ void write(int step, const Blocks& blocks, bool large) {
+    const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
+    const auto scale_of = [&](int i) { return __shfl_sync(kAllLanes, blocks.scale, i * kBlock + column); };
+    const auto chunk_of = [&](int i, int chunk) {
+      const int key = (i % Keys::kBlocks * Memory::kGatherWarps + warp) * kBlock + column;
+      uint8_t* const keys = memory.keys[unit(step, i / Keys::kBlocks) % Memory::kDepth];
+      return reinterpret_cast<uint4*>(keys + chunk_offset(key, 2 * quarter + chunk));
+    };
+#pragma unroll
+    for (int i = 0; i < Blocks::kCount; ++i) {
+      uint4 a, b;
+      if constexpr (kRope) {
+        a = blocks.parts[i][0];
+        b = blocks.parts[i][1];
+      } else {
+        unpack_e4m3(blocks.parts[i][0], first_factor(min(scale_of(i), kLargestScale)), a, b);
+      }
+      if (!exists(step, i / Keys::kBlocks)) continue;
+      *chunk_of(i, 0) = a;
+      *chunk_of(i, 1) = b;
+    }
+    if (large) {
+      for (int i = 0; i < Blocks::kCount; ++i) {
+        const uint32_t scale = scale_of(i);
+        if (!exists(step, i / Keys::kBlocks) || scale <= kLargestScale) continue;
+        multiply_chunk(*chunk_of(i, 0), second_factor(scale));
+        multiply_chunk(*chunk_of(i, 1), second_factor(scale));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if (exists(step, i)) ptx::mbarrier_arrive(address(memory.full, unit(step, i)));
+    }
+  }
+
+  __device__ __forceinline__ void next(int step, int steps, Blocks& blocks, Blocks& following) {
+    bool large = false;
     if constexpr (kRope) {
-      a = parts[i][0];
-      b = parts[i][1];
-      split_pairs(a, b);
+#pragma unroll
+      for (auto& pieces : blocks.parts) {
+        split_pairs(pieces[0], pieces[1]);
+        ptx::pin_registers(pieces[0], pieces[1]);
+      }
     } else {
-      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
-      unpack_e4m3(parts[i][0], first_factor(min(of_key, kLargestScale)), a, b);
+      large = __any_sync(kAllLanes, blocks.scale > kLargestScale);
     }
-    if (first + i >= blocks) continue;
-    *chunk_of(i, 0) = a;
-    *chunk_of(i, 1) = b;
+    wait(step);
+    if (step + 1 < steps) load(step + 1, following);
+    write(step, blocks, large);
   }
-  if (!kRope && __any_sync(kAllLanes, scale > kLargestScale)) {
-    for (int i = 0; i < kBatch; ++i) {
-      const uint32_t of_key = __shfl_sync(kAllLanes, scale, i * kBlock + column);
-      if (first + i >= blocks || of_key <= kLargestScale) continue;
-      multiply_chunk(*chunk_of(i, 0), second_factor(of_key));
-      multiply_chunk(*chunk_of(i, 1), second_factor(of_key));
+
+  __device__ __forceinline__ void gather() {
+    const int steps = (own.blocks + Blocks::kCount - 1) / Blocks::kCount;
+    Blocks even, odd;
+    if (steps > 0) load(0, even);
+    for (int step = 0; step < steps; step += 2) {
+      next(step, steps, even, odd);
+      if (step + 1 == steps) break;
+      next(step + 1, steps, odd, even);
     }
+  }
+};
+
+// A consuming warpgroup: the fold over kCount units, whose products are all under way while the first is added. Every
+// warp has the totals of all heads, head l % kHeads in lane l.
+template <int kHeads, int kCount, typename Memory>
+__device__ __forceinline__ void fold_together(Memory& memory, int first, int group, float (&output)[kHeads / 2],
+                                              Total& total) {
+  const int head = threadIdx.x % min(kHeads, kWarp);
+  const auto stage_of = [&](int i) { return (first + i) % Memory::kDepth; };
+  const auto weights_of = [&](int i) {
+    return memory.weights[stage_of(i)] + group * (kHeads / 8 * kHandedBytes);
+  };
+  float parts[kCount][kHeads / 2];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    ptx::mbarrier_wait(ptx::shared_address(memory.full + stage_of(i)), (first + i) / Memory::kDepth & 1);
   }
   ptx::fence_async_proxy();
 #pragma unroll
-  for (int i = 0; i < kBatch; i += kBlocks) {
-    if (first + i < blocks) ptx::mbarrier_arrive(ptx::shared_address(memory.full + stage_of(i)));
+  for (int i = 0; i < kCount; ++i) {
+    multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.keys[stage_of(i)]),
+                                           ptx::shared_address(weights_of(i)), 0, parts[i]);
+  }
+  Step own[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float2 of_unit = *totals_of(weights_of(i), head);
+    own[i] = total.add(of_unit.x, of_unit.y);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    wait_for_slab(kCount - 1 - i);
+    ptx::pin_registers(parts[i]);
+    ptx::mbarrier_arrive(ptx::shared_address(memory.empty + stage_of(i)));
+    const Steps<kHeads> steps(own[i]);
+    if (steps.rescale) rescale_output<kHeads>(output, steps);
+    add_output<kHeads>(output, parts[i], steps);
   }
 }
 
-// A producing warp of add_units_kernel: one slab of all keys, in blocks of eight and batches of four as in
-// producer.cuh. A lane loads 128 bytes at once, of two batches or one of the rope slab; while those are handed over
-// nothing is under way but the lookups of what follows.
-template <bool kRope, typename Memory>
-__device__ __forceinline__ void gather_slab(const KeySources& sources, const RowKeys& row, Memory& memory,
-                                            const WeighedUnits& weighed, int units, int slab, int warp) {
-  using Keys = WarpKeys<Memory::kGatherWarps>;
-  constexpr int kBatch = Keys::kBatch, kBatches = kRope ? 1 : 2, kPieces = kRope ? 2 : 1;
-  const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4;
-  const int offset = kRope ? kNope + quarter * 32 : slab * kSlab + quarter * 16;
-  const Keys own(0, units, 1, warp);
-  Lookup upcoming[kBatches], later[kBatches];
-  int found = 0;  // batches
-  const auto find_entries = [&](Lookup(&lookups)[kBatches]) {
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) lookups[i] = own.find_entry(sources, row, found++);
-  };
-  const auto find_pages = [&] {
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) find_page(sources, row, upcoming[i]);
-  };
-  find_entries(upcoming);
-  find_entries(later);
-  find_pages();
-  for (int first = 0; first < own.blocks; first += kBatches * kBatch) {
-    uint4 parts[kBatches][kBatch][kPieces];
-    uint32_t scales[kBatches];
-    KeyPlace places[kBatches];
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-      places[i] = place_of(sources, row, upcoming[i]);
-      upcoming[i] = later[i];
-      scales[i] = kRope ? 0 : places[i].scales[slab];
-    }
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-#pragma unroll
-      for (int block = 0; block < kBatch; ++block) {
-        const uint8_t* const data = from_lane(places[i].data, block * kBlock + column) + offset;
-#pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) parts[i][block][piece] = ptx::load_once(data + piece * 16);
-      }
-    }
-    find_pages();
-    find_entries(later);
-    __syncwarp();  // keeps ptxas from moving the loads to where they are used
-#pragma unroll
-    for (int i = 0; i < kBatches; ++i) {
-      write_batch<kRope>(memory, weighed, parts[i], scales[i], first + i * kBatch, own.blocks, warp);
-    }
-  }
-}
-
-// A consuming warpgroup: the fold over all units. Every warp has the totals of all heads, head l % kHeads in lane l.
-// Products of kTogether units are under way while steps are computed; where fewer are left, the last one is multiplied
-// again, and not added: a branch around products would make ptxas serialise them all.
+// All units, kTogether or what is left at a time. A branch around the products of some would make ptxas serialise all.
 template <int kHeads, int kTogether, typename Memory>
 __device__ __forceinline__ void fold_units(Memory& memory, int units, int group, float (&output)[kHeads / 2],
                                            Total& total) {
-  const int head = threadIdx.x % min(kHeads, kWarp);
+  static_assert(kTogether == 2 || kTogether == 4);
 #pragma unroll
   for (int i = 0; i < kHeads / 2; ++i) output[i] = 0.0f;
-  for (int first = 0; first < units; first += kTogether) {
-    const auto stage_of = [&](int i) { return min(first + i, units - 1) % Memory::kDepth; };
-    const auto weights_of = [&](int i) {
-      return memory.stages[stage_of(i)].weights + group * (kHeads / 8 * kHandedBytes);
-    };
-    float parts[kTogether][kHeads / 2];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int unit = min(first + i, units - 1);
-      ptx::mbarrier_wait(ptx::shared_address(memory.full + unit % Memory::kDepth), unit / Memory::kDepth & 1);
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      multiply_weights<kHeads, kHandedBytes>(ptx::shared_address(memory.stages[stage_of(i)].keys),
-                                             ptx::shared_address(weights_of(i)), 0, parts[i]);
-    }
-    Step own[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const float2 of_unit = *totals_of(weights_of(i), head);
-      if (first + i < units) own[i] = total.add(of_unit.x, of_unit.y);
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (first + i >= units) break;
-      ptx::pin_registers(parts[i]);
-      ptx::mbarrier_arrive(ptx::shared_address(memory.empty + stage_of(i)));
-      const Steps<kHeads> steps(own[i]);
-      if (steps.rescale) rescale_output<kHeads>(output, steps);
-      add_output<kHeads>(output, parts[i], steps);
-    }
+  int first = 0;
+  for (; first + kTogether <= units; first += kTogether) {
+    fold_together<kHeads, kTogether>(memory, first, group, output, total);
   }
+  if (kTogether == 4 && units - first >= 2) {
+    fold_together<kHeads, 2>(memory, first, group, output, total);
+    first += 2;
+  }
+  if (first < units) fold_together<kHeads, 1>(memory, first, group, output, total);
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

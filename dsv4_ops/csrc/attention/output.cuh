@@ -149,12 +149,4 @@ __device__ __forceinline__ float finish_head(const SparseAttention& attention, i
   return finish_head(attention, row, head, sink_of(attention, head), total, store_lse);
 }
 
-template <int kHeads>
-__device__ __forceinline__ void load_columns(const float* heads, float (&values)[kColumns<kHeads>]) {
-#pragma unroll
-  for (int column = 0; column < kColumns<kHeads>; ++column) {
-    values[column] = heads[head_of_column(column, threadIdx.x % kWarp)];
-  }
-}
-
 }  // namespace dsv4

@@ -110,25 +110,26 @@ struct Total {
   }
 };
 
-// The steps of a thread's columns, from the lanes of its warp, of which lane l has the step of head l % kHeads: were
-// each thread to compute those of its columns, that would be more instructions than all else that adds a unit.
+// The values of a thread's columns, from the lanes of its warp, of which lane l has that of head l % kHeads.
+template <int kHeads>
+__device__ __forceinline__ void take_columns(float own, float (&values)[kColumns<kHeads>]) {
+  static_assert(kHeads <= kWarp);
+#pragma unroll
+  for (int column = 0; column < kColumns<kHeads>; ++column) {
+    values[column] = __shfl_sync(kAllLanes, own, head_of_column(column, threadIdx.x % kWarp));
+  }
+}
+
+// The steps of a thread's columns. Were each thread to compute them, that would be more instructions than all else that
+// adds a unit.
 template <int kHeads>
 struct Steps {
-  static_assert(kHeads <= kWarp);
   bool rescale;  // `before` is not 1 everywhere in this warp; else it is not set
   float before[kColumns<kHeads>], unit[kColumns<kHeads>];
 
   __device__ __forceinline__ explicit Steps(const Step& own) : rescale(__any_sync(kAllLanes, own.before != 1.0f)) {
-    take_columns(own.unit, unit);
-    if (rescale) take_columns(own.before, before);
-  }
-
- private:
-  __device__ __forceinline__ static void take_columns(float own, float (&values)[kColumns<kHeads>]) {
-#pragma unroll
-    for (int column = 0; column < kColumns<kHeads>; ++column) {
-      values[column] = __shfl_sync(kAllLanes, own, head_of_column(column, threadIdx.x % kWarp));
-    }
+    take_columns<kHeads>(own.unit, unit);
+    if (rescale) take_columns<kHeads>(own.before, before);
   }
 };
 

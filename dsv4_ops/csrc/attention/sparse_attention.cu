@@ -47,8 +47,8 @@ struct Roles {
   static constexpr int kScorers = kHeads <= 16 ? 2 : 1;  // warpgroups
   static constexpr int kWarpgroups = 1 + kScorers + 2, kThreads = kWarpgroups * kWarpgroup;
   static constexpr int kProducerWarps = 8;
-  static constexpr int kAdderRegisters = kHeads <= 16 ? 128 : 208, kScorerRegisters = 64;
-  static constexpr int kProducerRegisters = kHeads <= 16 ? 112 : 120;
+  static constexpr int kAdderRegisters = kHeads <= 16 ? 128 : 200, kScorerRegisters = 56;
+  static constexpr int kProducerRegisters = kHeads <= 16 ? 120 : 128;
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;  // at the start of the kernel
   static_assert(kAdderRegisters + kScorers * kScorerRegisters + 2 * kProducerRegisters <=
                 kWarpgroups * kFirstRegisters);
@@ -69,7 +69,6 @@ struct SharedMemory {
   float2 totals[kRing<kHeads>][kHeads];  // largest score and sum
   alignas(16) float largest[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
   alignas(16) float sum[Roles<kHeads>::kScorers][kHeads * kWarpsOfGroup];
-  float reciprocals[kHeads];
   uint64_t weighed[kRing<kHeads>];  // mbarriers: weights and totals of the tile are written
 };
 
@@ -84,6 +83,7 @@ __device__ __forceinline__ void score_units(const Tiles& tiles, SharedMemory<kHe
     const int stage = unit % kCount;
     float scores[kHeads / 2];
     ptx::mbarrier_wait(tiles.full_barrier(stage), unit / kCount & 1);
+    ptx::fence_async_proxy();  // also for the adding warpgroup, which waits for what comes of this
     multiply_queries<kHeads>(ptx::shared_address(tiles.keys) + stage * kTileBytes, ptx::shared_address(memory.query),
                              scores);
     const uint64_t valid = *reinterpret_cast<const uint64_t*>(tiles.valid + stage * 8);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
   if (warpgroup > Role::kScorers) {
     change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
     const WarpKeys<Role::kProducerWarps> own(0, units, 1, threadIdx.x / kWarp - 4 * (1 + Role::kScorers));
-    const FirstLookups lookups(attention.keys, keys, own);
+    const Lookups lookups(attention.keys, keys, own);
     produce<Role::kProducerWarps, kRing<kHeads>>(attention.keys, keys, tiles, own, lookups);
     return;
   }
@@ -187,16 +187,13 @@ __global__ void __launch_bounds__(Roles<kHeads>::kThreads, 1)
   }
   change_registers<Role::kFirstRegisters, Role::kAdderRegisters>();
   Result<kHeads> result;
-  const float sink = thread < kHeads ? sink_of(attention, first_head + thread) : 0.0f;
+  const int head = first_head + thread % kHeads;  // whose total this thread has
+  const float sink = sink_of(attention, head);
   const float2 turn = inverse_turn(attention.rope, keys.position);
   add_units<kHeads, kHeads == 32 ? 2 : 4>(tiles, memory, units, result);
 
-  if (thread < kHeads) {
-    memory.reciprocals[thread] = finish_head(attention, row, first_head + thread, sink, result.total, true);
-  }
-  ptx::named_barrier(kAdderBarrier, kWarpgroup);
   float reciprocal[kColumns<kHeads>];
-  load_columns<kHeads>(memory.reciprocals, reciprocal);
+  take_columns<kHeads>(finish_head(attention, row, head, sink, result.total, thread < kHeads), reciprocal);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     finish_slab<kHeads>(result.output[slab], reciprocal, slab == kSlabs - 1, turn);

@@ -24,10 +24,10 @@
 //                        quarter) .. the last quarter | its 8 dependent wgmma | largest scores of four warps | weights
 //                        | sums of four warps | end of the kernel
 //   add_units_kernel     (before the wait: position, index, page, keys, unpacked) | weights | 4 wgmma and a fold for
-//                        each unit, in order: 95 instructions of a warp | denominator | output through shared memory
+//                        each unit, in order | denominator | output through shared memory
 //
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
-// gathering warps bound the second kernel, with 60 instructions for 8 keys.
+// gathering warps bound the second kernel.
 //
 // H200, 2026-11-25, us warm, heads x keys: one row 64 x 128 5.6, 64 x 640 8.1, 128 x 1152 11.5, 64 x 8320 57; 16 rows
 // 64 x 640 16.3, of which the first kernel takes the first 6. Where more CTAs want to be on an SM than fit, the form
@@ -81,23 +81,23 @@ __global__ void __launch_bounds__(WeighRoles<kHeads>::kThreads, 2)
   if (group >= Role::kGroups) {
     change_registers<Role::kFirstRegisters, Role::kProducerRegisters>();
     const int actual = ptx::load_relaxed(position);
-    FirstLookups lookups(attention.keys, keys, own);
+    Lookups lookups(attention.keys, keys, own);
     if (actual != guess) {
       keys = keys_of_row(attention.keys, attention.rope, row, actual);
       own = WarpKeys<Role::kProducerWarps>(first, units_of_row(keys), step, own.warp);
-      lookups = FirstLookups(attention.keys, keys, own);
+      lookups = Lookups(attention.keys, keys, own);
     }
     produce_parts(attention.keys, keys, memory, own, lookups);
     return;
   }
   change_registers<Role::kFirstRegisters, Role::kConsumerRegisters>();
-  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row));
-  if (first >= row_units) return;
+  const int actual = ptx::load_relaxed(position);  // under way while queries are copied
   const int64_t vector = static_cast<int64_t>(row) * attention.heads + first_head;
   load_queries<kHeads>(static_cast<const __nv_bfloat16*>(attention.q) + vector * attention.q_stride, attention.q_stride,
                        attention.heads - first_head, memory.query, threadIdx.x, Role::kGroups * kWarpgroup);
   ptx::fence_async_proxy();
   ptx::named_barrier(kQueryBarrier, Role::kGroups * kWarpgroup);
+  const int row_units = units_of_row(keys_of_row(attention.keys, attention.rope, row, actual));
   constexpr int kOwn = Role::kHeadsOfGroup;
   const uint32_t query = ptx::shared_address(memory.query) + group * (kOwn * kRowBytes);
   float* const sums = memory.sum + group * kOwn * kWarpsOfGroup;
@@ -148,14 +148,14 @@ __global__ void __launch_bounds__(kAddThreads, 2)
   if (warp >= 4 * kGroups) {
     const int gatherer = warp - 4 * kGroups;
     if (slab == kSlabs - 1) {
-      gather_slab<true>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+      SlabGatherer<true, Memory>(attention.keys, keys, memory, weighed, row_units, slab, gatherer).gather();
     } else {
-      gather_slab<false>(attention.keys, keys, memory, weighed, row_units, slab, gatherer);
+      SlabGatherer<false, Memory>(attention.keys, keys, memory, weighed, row_units, slab, gatherer).gather();
     }
   } else {
     const int group = kGroups == 1 ? 0 : warp / 4, thread = threadIdx.x % kWarpgroup;
-    const int own_head = first_head + group * kHeads;
-    const float sink = thread < kHeads ? sink_of(attention, own_head + thread) : 0.0f;
+    const int own_head = first_head + group * kHeads, head = own_head + thread % kHeads;
+    const float sink = sink_of(attention, head);
     const float2 turn = inverse_turn(attention.rope, position);
     ptx::wait_for_predecessors();
     ptx::launch_dependents();
@@ -167,19 +167,14 @@ __global__ void __launch_bounds__(kAddThreads, 2)
     float output[kHeads / 2];
     Total total;
     fold_units<kHeads, kTogether>(memory, row_units, group, output, total);
-    float* const reciprocals = memory.reciprocals + group * kHeads;
-    if (thread < kHeads) {
-      reciprocals[thread] = finish_head(attention, row, own_head + thread, sink, total, slab == 0);
-    }
-    ptx::named_barrier(kBarrier + group, kWarpgroup);
     float reciprocal[kColumns<kHeads>];
-    load_columns<kHeads>(reciprocals, reciprocal);
+    take_columns<kHeads>(finish_head(attention, row, head, sink, total, slab == 0 && thread < kHeads), reciprocal);
     finish_slab<kHeads>(output, reciprocal, slab == kSlabs - 1, turn);
     stage_slab<kHeads, kSlab>(output, memory.staging[group], 0);
     ptx::named_barrier(kBarrier + group, kWarpgroup);
     const int64_t vector = static_cast<int64_t>(row) * attention.heads + own_head;
     if constexpr (kQuantised) {
-      store_half_groups<kHeads>(memory.staging[group], reinterpret_cast<uint32_t*>(reciprocals), attention, vector,
+      store_half_groups<kHeads>(memory.staging[group], memory.magnitudes[group], attention, vector,
                                 attention.heads - own_head, slab);
     } else {
       store_rows<kHeads, kSlab>(memory.staging[group], attention, vector, attention.heads - own_head, slab * kSlab);
@@ -222,16 +217,17 @@ cudaError_t launch_weigh(const SparseAttention& attention, int units, int proces
   return launch_in_turn(weigh_units_kernel<kHeads>, at, attention, units, padded_heads(attention.heads));
 }
 
-// Two CTAs of add_units_kernel fit an SM, but where there are SMs enough each asks for more than half of the memory:
-// two on one would take twice as long, while the SM of a CTA of the first kernel waits for work.
+// Two CTAs of add_units_kernel with 32 heads or more fit an SM, but where there are SMs enough each asks for more than
+// half of the memory: two on one would take twice as long, while the SM of a CTA of the first kernel waits for work.
 template <int kHeads, int kGroups>
 cudaError_t launch_add(const SparseAttention& attention, int units, int processors, cudaStream_t stream) {
   using Memory = AddMemory<kHeads, kGroups>;
-  static_assert(sizeof(Memory) <= kHalfOfShared && kHalfOfShared + 16 + sizeof(WeighMemory<64>) <= kSharedOfTwo);
+  constexpr size_t kAlone = std::max(sizeof(Memory), kHalfOfShared + 16);
+  static_assert(kAlone + sizeof(WeighMemory<64>) <= kSharedOfTwo);
   const auto tiles = static_cast<unsigned>(attention.rows * tiles_of(attention.heads, Memory::kAll));
   const bool alone = static_cast<int64_t>(tiles) * kSlabs <= processors;
   const bool quantised = attention.o_scale != nullptr;
-  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kHalfOfShared + 16 : sizeof(Memory),
+  const Launch at{dim3(tiles, kSlabs), dim3(kAddThreads), stream, alone ? kAlone : sizeof(Memory),
                   quantised ? 2u : 1u};
   return launch_in_turn(quantised ? add_units_kernel<kHeads, kGroups, true> : add_units_kernel<kHeads, kGroups, false>,
                         at, attention, units, padded_heads(attention.heads));

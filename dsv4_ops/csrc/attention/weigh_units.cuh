@@ -54,34 +54,31 @@ __device__ __forceinline__ int uses_before(int unit, int part) {
 // A producing warp: its keys of one unit after the other.
 template <typename Memory, int kWarps>
 __device__ __forceinline__ void produce_parts(const KeySources& sources, const RowKeys& row, Memory& memory,
-                                              const WarpKeys<kWarps>& own, const FirstLookups& lookups) {
+                                              const WarpKeys<kWarps>& own, Lookups lookups) {
   static_assert(WarpKeys<kWarps>::kBlocks == 1, "a warp has one block of a unit");
   constexpr int kBatch = WarpKeys<kWarps>::kBatch, kSlots = Memory::kSlots;
   const int lane = threadIdx.x % kWarp, column = lane / 4, quarter = lane % 4, key = own.warp * kBlock + column;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   const uint32_t first_chunk = chunk_offset(key, 2 * quarter), second_chunk = chunk_offset(key, 2 * quarter + 1);
-  Lookup upcoming = lookups.upcoming, later = lookups.later;
   KeyPlace ready{};
   uint32_t present = 0;  // of the keys in `ready`
   for (int unit = 0; unit < own.blocks; ++unit) {
     const int place = unit % kBatch * kBlock;
     if (place == 0) {
-      ready = place_of(sources, row, upcoming);
-      present = __ballot_sync(kAllLanes, upcoming.entry >= 0);
+      ready = lookups.upcoming.place(sources, row);
+      present = __ballot_sync(kAllLanes, lookups.upcoming.entry >= 0);
     }
     const KeyPlace from{from_lane(ready.data, place + column), from_lane(ready.scales, place + column)};
     uint4 loaded[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) loaded[i] = load_part(from, i, quarter);
-    uint2 scales = *reinterpret_cast<const uint2*>(from.scales);
+    const uint2 scales = ptx::load_global_8(from.scales);
     if (place == 0 && unit + kBatch < own.blocks) {
-      upcoming = later;
-      find_page(sources, row, upcoming);
-      later = own.find_entry(sources, row, unit / kBatch + 2);
+      lookups.find_pages(sources, row, own, unit / kBatch + 1);
+      lookups.find_entries(sources, row, own, unit / kBatch + 2);
     }
     __syncwarp();  // keeps ptxas from moving the loads to where they are used
-    scales.y &= 0xFFFFFFu;  // seven groups
-    const bool large = __any_sync(kAllLanes, (large_scales(scales.x) | large_scales(scales.y)) != 0);
+    const bool large = __any_sync(kAllLanes, large_scales(scales));
     const auto scale_of = [&](int slab) { return __byte_perm(scales.x, scales.y, 0x4440 + slab) & 0xFF; };
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -107,14 +104,14 @@ __device__ __forceinline__ void produce_parts(const KeySources& sources, const R
       }
       if (large) {
         for (int i = 0; i < kPartSlabs; ++i) {
-          const uint32_t scale = scale_of(part * kPartSlabs + i);
-          if (scale <= kLargestScale) continue;
+          const int slab = part * kPartSlabs + i;
+          const uint32_t scale = scale_of(slab);
+          if (slab == kSlabs - 1 || scale <= kLargestScale) continue;
           uint8_t* const keys = memory.keys[slot] + i * kSlabBytes;
           multiply_chunk(*reinterpret_cast<uint4*>(keys + first_chunk), second_factor(scale));
           multiply_chunk(*reinterpret_cast<uint4*>(keys + second_chunk), second_factor(scale));
         }
       }
-      ptx::fence_async_proxy();
       ptx::mbarrier_arrive(full + 8 * slot);
     }
   }
@@ -128,6 +125,7 @@ __device__ __forceinline__ void score_parts(WeighMemory<kHeads>& memory, uint32_
   constexpr int kSlots = WeighMemory<kHeads>::kSlots, kSlot = kPart % kSlots;
   const uint32_t full = ptx::shared_address(memory.full), empty = ptx::shared_address(memory.empty);
   ptx::mbarrier_wait(full + 8 * kSlot, uses_before<kSlots>(unit, kPart) & 1);
+  ptx::fence_async_proxy();
   multiply_slabs<2 * kCount, kPart * kPartSlabs, (kPart + 1) * kPartSlabs, kHeads>(
       ptx::shared_address(memory.keys[kSlot]), query, scores);
   if constexpr (kPart > 0) {

@@ -50,6 +50,21 @@ __device__ __forceinline__ void stmatrix(uint32_t address, uint32_t a, uint32_t 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
+// ld.global.v2: 8 bytes.
+__device__ __forceinline__ uint2 load_global_8(const void* address) {
+  uint2 value;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(address));
+  return value;
+}
+
+// No instruction: the compiler may not move what gives these values behind it.
+__device__ __forceinline__ void pin_registers(uint4& a, uint4& b) {
+  asm volatile(""
+               : "+r"(a.x), "+r"(a.y), "+r"(a.z), "+r"(a.w), "+r"(b.x), "+r"(b.y), "+r"(b.z), "+r"(b.w)
+               :
+               : "memory");
+}
+
 // mapa, ld.shared::cluster: the word at this address in the shared memory of CTA number `rank` of the cluster.
 __device__ __forceinline__ uint32_t load_of_cta(uint32_t shared, uint32_t rank) {
   uint32_t value;
