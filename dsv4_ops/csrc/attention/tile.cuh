@@ -4,8 +4,9 @@
 // row, and the 16-byte chunk c of row r stands at place c ^ (r % 8): the 128-byte swizzle of wgmma, under which a slab
 // can be read with dimensions as the inner index of a product (scores) and, transposed, as the outer index (output).
 //
-// In slab 7 (rope), sixteen neighbouring dimensions stand in the order 0 2 4 .. 14, 1 3 .. 15, alike in keys, queries
-// and output: a thread of a product holds rows r and r + 8, which are then a pair that rope turns.
+// Where dimensions are the rows of the output, sixteen neighbouring ones of slab 7 (rope) stand in the order 0 2 4 ..
+// 14, 1 3 .. 15, alike in keys, queries and output: a thread of a product holds rows r and r + 8, which are then a pair
+// that rope turns. Tiles of 64 heads (sparse_attention_wide.cu) leave them as they are; the sums are the same.
 #pragma once
 
 #include <cuda_bf16.h>

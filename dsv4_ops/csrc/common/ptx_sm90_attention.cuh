@@ -5,15 +5,7 @@
 
 namespace dsv4::ptx {
 
-// st.shared: an address in the shared window costs one register where a pointer costs two, and stays in that space.
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
-  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
-}
-
+// st.shared.v4: an address in the shared window costs one register where a pointer costs two, and stays in that space.
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
