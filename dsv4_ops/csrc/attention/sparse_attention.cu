@@ -45,8 +45,8 @@ namespace {
 template <int kHeads>
 struct Roles {
   static constexpr int kScorers = kHeads <= 16 ? 2 : 1;  // warpgroups
-  static constexpr int kWarpgroups = 1 + kScorers + 2, kThreads = kWarpgroups * kWarpgroup;
-  [[maybe_unused]] static constexpr int kProducerWarps = 8;
+  static constexpr int kProducerWarps = 8;
+  static constexpr int kWarpgroups = 1 + kScorers + kProducerWarps / 4, kThreads = kWarpgroups * kWarpgroup;
   static constexpr int kAdderRegisters = kHeads <= 16 ? 128 : 200, kScorerRegisters = 56;
   static constexpr int kProducerRegisters = kHeads <= 16 ? 120 : 128;
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;  // at the start of the kernel
