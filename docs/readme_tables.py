@@ -162,6 +162,10 @@ without its metadata kernel (mixed form: SGLang), in microseconds of a warm call
 than 64 heads to 64.
 
 {attention_gpu.markdown(attention)}
+
+What bounds a form, in cycles by stage, and what was tried is on top of its kernel: `sparse_attention_split.cu` (few
+rows), `sparse_attention.cu` (tiles of up to 32 heads) and `sparse_attention_wide.cu` (64 heads, and prefill) in
+`dsv4_ops/csrc/attention`; which one runs when, in `dsv4_ops/ops/attention_workspace.py`.
 {attention_picture(attention)}
 {gpu_provenance(attention)}
 
