@@ -100,8 +100,9 @@ def main() -> int:
         "compute-sanitizer": sanitizer,
         "seconds": round(time.monotonic() - start),
     }
-    options.output.write_text(json.dumps(receipt, indent=2) + "\n")
-    print(f"wrote {options.output}")
+    text = json.dumps(receipt, indent=2)
+    options.output.write_text(text + "\n")
+    print(f"{text}\nwrote {options.output}")
     return 0
 
 
