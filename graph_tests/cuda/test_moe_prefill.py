@@ -130,6 +130,16 @@ def test_random_codes_and_scales_of_nvfp4():
     check_kernel("moe_nvfp4", make("nvfp4", choose(150, 5, 3), *SMALL, 5, exact=False), near)
 
 
+def test_random_codes_and_scales_of_mxfp4():
+    """Of gates as large as any, one in about 2^11 is so small beside its products that they may lose it altogether."""
+
+    def compare(actual, expected):
+        assert torch.equal(actual.isfinite(), expected.isfinite())
+        assert checks.relative_error(actual, expected) < 2.0**-4
+
+    check_kernel("moe_mxfp4", make("mxfp4", choose(150, 5, 3), *SMALL, 5, exact=False), compare)
+
+
 def differing_rows(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual != expected).any(-1).double().mean())
 

@@ -144,9 +144,4 @@ __device__ __forceinline__ float finish_head(const SparseAttention& attention, i
   return reciprocal_of_denominator(total, sink);
 }
 
-__device__ __forceinline__ float finish_head(const SparseAttention& attention, int64_t row, int head,
-                                             const Total& total, bool store_lse) {
-  return finish_head(attention, row, head, sink_of(attention, head), total, store_lse);
-}
-
 }  // namespace dsv4

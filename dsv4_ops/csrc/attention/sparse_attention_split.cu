@@ -29,8 +29,8 @@
 // The fold is what grows with the number of keys; the rest is the same for 128 and for 640. For thousands of keys the
 // gathering warps bound the second kernel.
 //
-// H100, 2026-11-25, us warm, heads x keys: one row 64 x 128 5.2, 64 x 640 6.8, 128 x 1152 9.8, 64 x 8320 48; 16 rows
-// 64 x 640 14.5: their queries arrive 2.7 us after the wait, later than the keys, and two units take 0.7 us to fold.
+// H200, 2026-11-25, us warm, heads x keys: one row 64 x 128 4.9, 64 x 640 6.8, 128 x 1152 9.6, 64 x 8320 52; 16 rows
+// 64 x 640 14.7: their queries arrive 2.7 us after the wait, later than the keys, and two units take 0.7 us to fold.
 // Where more CTAs want to be on an SM than fit, the form with one kernel is faster (ops/attention_workspace.py).
 //
 // Tried: units added as soon as flags in memory say that they are weighed, while the first kernel runs, 9.9 us for one

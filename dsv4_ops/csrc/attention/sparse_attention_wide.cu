@@ -34,19 +34,21 @@
 //   tensor cores       2048, the floor
 //
 // What it takes (H100 at 1980 MHz, 2026-11-25, 4096 rows of 64 heads and 640 keys, 468 TFLOP/s; 128 heads and 1152 keys
-// 510): 3800 cycles a unit and 9000 more a row. By clocks read in a CTA, of those a row's store takes 4200, in which no
-// product runs; the rest is that nothing overlaps its first scores, and that both tiles lie full meanwhile. Of the time
-// of a pair a warpgroup waits about a third for keys and weights, and producers about a quarter for tiles: a tile comes
-// back late because warpgroup 1 adds unit 0 after its own softmax, and a third tile has no room beside 64 KB of
+// 510): by these two times 3800 cycles a unit and 9000 more a row. Clocks read in a CTA before codes went through L1: a
+// row's store takes 4200 cycles, in which no product runs, and nothing overlaps a row's first scores; of the time of a
+// pair a warpgroup waits more than a third for keys and weights, and producers more than a quarter for tiles. A tile
+// comes back late because warpgroup 1 adds unit 0 after its own softmax, and a third tile has no room beside 64 KB of
 // queries. Consumers alone, with tiles that are always full, reach 606 and 699 TFLOP/s.
 //
-// Tried on the same GPU, us of these two cases (735 and 2423 as it is). Codes loaded past L1
-// (ld.global.L1::no_allocate) 808 and 2555; with that, proxy fences by the writers 960 and 3050; keys looked up by
-// loads into registers 910 and 2830; four producing warps with twice the keys each 910 and 2830; output stored 64 bytes
-// a head 801 and 2530 (longer in decode); warpgroup 1 adds unit 0 before its own scores 920 and 2920, or between scores
+// Tried on the same GPU, us of these two cases (735 and 2423 as it is), in this order, each with what the ones before
+// it had shown. Writers pass the proxy fence 984 and 3257, readers 962 and 3055. Keys looked up by loads into
+// registers: eight producing warps, which then spill, 1015 and 3193, four with twice the keys each 910 and 2835; by
+// copies 840 and 2646; queries at an mbarrier and stores one step late 809 and 2567; products of 128 columns 806 and
+// 2542; whole lines stored 805 and 2537. Warpgroup 1 adds unit 0 before its own scores 921 and 2925, or between scores
 // and softmax, with weights read by wgmma from shared memory for want of registers, 862 and 2682; queries copied after
-// the first keys 803 and 2530 (2 % longer in decode). Decode of 128 rows of 64 heads and 640 keys takes 32.9 us with
-// codes first to leave L1, 37.1 with codes that stay, 35.0 past L1.
+// the first keys 803 and 2530, and 2 % longer in decode. Codes past L1 (ld.global.L1::no_allocate) 808 and 2555,
+// through it 735 and 2423. Decode of 128 rows of 64 heads and 640 keys takes 32.9 us with codes first to leave L1, 37.1
+// with codes that stay, 35.0 past L1.
 #include <algorithm>
 
 #include "attention/wide_roles.cuh"
